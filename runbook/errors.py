@@ -1,0 +1,51 @@
+"""What the runbook refuses, and why: one sentence with the object, the cause and the way out."""
+
+from __future__ import annotations
+
+
+class RunbookError(Exception):
+    """A refusal or a failure that the reader can act on; its text is the whole message."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython prints these lines instead of a traceback: in a notebook the sentence is the error.
+        return [f"{type(self).__name__}: {self}"]
+
+
+class BadInput(RunbookError):
+    """A parameter, a name or a file that cannot be meant."""
+
+
+class PlanBlocked(RunbookError):
+    """The plan has blockers; nothing was changed."""
+
+
+class OutOfOrder(RunbookError):
+    """A step was asked for before the one that it rests on, or after its time."""
+
+
+class PlanOutdated(RunbookError):
+    """The table is no longer the one that the plan was made for."""
+
+
+class AlreadyRunning(RunbookError):
+    """Another run holds this table."""
+
+
+class LockNotGranted(RunbookError):
+    """A lock could not be had within the budget; the message names who holds it."""
+
+
+class ApprovalMissing(RunbookError):
+    """A gate that a person must open was closed."""
+
+
+class NotEqual(RunbookError):
+    """Source and copy differ; the message names partitions and keys."""
+
+
+class PromiseBroken(RunbookError):
+    """A check of a step failed."""
+
+
+class ServerUnavailable(RunbookError):
+    """The database cannot be reached, or the embedded server cannot be started."""
