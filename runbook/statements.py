@@ -22,16 +22,12 @@ def folder(name: str) -> Path:
 @cache
 def _load(group: str) -> dict[str, str]:
     statements: dict[str, list[str]] = {}
-    comment: list[str] = []
-    lines: list[str] = []
+    body: list[str] = []  # what stands before the first name describes the file
     for line in (folder("sql") / f"{group}.sql").read_text(encoding="utf-8").splitlines():
         if line.startswith("-- name:"):
-            lines = statements.setdefault(line.removeprefix("-- name:").strip(), comment)
-            comment = []
-        elif not lines and line.startswith("--"):
-            continue
+            body = statements.setdefault(line.removeprefix("-- name:").strip(), [])
         else:
-            lines.append(line)
+            body.append(line)
     return {name: "\n".join(body).strip().rstrip(";") for name, body in statements.items()}
 
 
