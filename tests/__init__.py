@@ -1,0 +1,1 @@
+"""Promises of the runbook, kept against real PostgreSQL servers."""

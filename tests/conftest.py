@@ -1,0 +1,126 @@
+"""Fixtures: one server a session and version, a fresh database a test, nothing of the user's own touched."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from psycopg import sql as composed
+
+from runbook import embedded
+from tests import servers
+
+NEEDED = {"node": "npm", "browser": "chromium"}  # mark: the program without which a test is skipped
+VERSION_LIMIT = re.compile(r"(Skipped: )?PostgreSQL \d+ ")  # the only reason for a skip that CI accepts
+numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pg", default="18", help="versions of PostgreSQL to test with, for example 14,15,18")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    isolation = ExitStack()
+    isolation.enter_context(servers.own_home())
+    config.add_cleanup(isolation.close)
+
+
+def versions(config: pytest.Config) -> list[int]:
+    known = {str(version): version for version in servers.RELEASES}
+    chosen = config.getoption("--pg").split(",")
+    if unknown := ", ".join(version for version in chosen if version not in known):
+        raise pytest.UsageError(f"--pg {unknown}: the versions known here are {', '.join(known)}.")
+    return [known[version] for version in chosen]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server" in metafunc.fixturenames:
+        chosen = versions(metafunc.config)
+        metafunc.parametrize("server", chosen, indirect=True, scope="session", ids=[f"pg{v}" for v in chosen])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark, program in NEEDED.items():
+        if item.get_closest_marker(mark) and shutil.which(program) is None:
+            pytest.skip(f"{program} is not on this machine")
+
+
+def refused_skips(config: pytest.Config) -> list[str]:
+    """In CI, the skips that hide something: all but those for what a version of PostgreSQL cannot do."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") != "true" or reporter is None:
+        return []
+    reasons = {report.nodeid: str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])}
+    return [f"{test}: {reason}" for test, reason in reasons.items() if not VERSION_LIMIT.match(reason)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if refused_skips(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for skip in refused_skips(config):
+        terminalreporter.write_line(f"ERROR a skip is an error in CI: {skip}", red=True)
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[servers.Server]:
+    """The session's server of one version; whoever stops it must start it again."""
+    with servers.start(request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def clinic_template(server: servers.Server) -> str:
+    """A database with the clinic of 1,000 users, to which nobody connects any more."""
+    execute(server, "CREATE DATABASE clinic_template")
+    embedded.load_clinic(server.conninfo("clinic_template"), users=1000)
+    execute(server, "ALTER DATABASE clinic_template ALLOW_CONNECTIONS false")
+    return "clinic_template"
+
+
+@pytest.fixture
+def database(server: servers.Server) -> Iterator[str]:
+    """The URL of a fresh, empty database."""
+    yield from fresh(server, "template1")
+
+
+@pytest.fixture
+def clinic(server: servers.Server, clinic_template: str) -> Iterator[str]:
+    """The URL of a fresh database with the clinic of 1,000 users."""
+    yield from fresh(server, clinic_template)
+
+
+@pytest.fixture
+def sql(request: pytest.FixtureRequest, server: servers.Server) -> Callable[..., list[tuple[Any, ...]]]:
+    """Runs one query in the test's `clinic`, or else its `database`; commits; returns the rows."""
+    url = request.getfixturevalue("clinic" if "clinic" in request.fixturenames else "database")
+
+    def run(query: Any, parameters: Any = None) -> list[tuple[Any, ...]]:
+        # A connection a query: a test may stop the server in between.
+        with psycopg.connect(url, autocommit=True) as connection:
+            cursor = connection.execute(query, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    return run
+
+
+def execute(server: servers.Server, statement: LiteralString | composed.Composed) -> None:
+    with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+        connection.execute(statement)
+
+
+def fresh(server: servers.Server, template: str) -> Iterator[str]:
+    name = f"test_{next(numbers)}"
+    names = {"name": composed.Identifier(name), "template": composed.Identifier(template)}
+    execute(server, composed.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**names))
+    yield server.url(name)
+    execute(server, composed.SQL("DROP DATABASE {name} WITH (FORCE)").format(name=names["name"]))
