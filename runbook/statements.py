@@ -47,3 +47,8 @@ def statement(name: str, /, **names: sql.Composable) -> sql.Composed:
 def trusted(text: str) -> sql.SQL:
     """SQL text that PostgreSQL itself rendered (pg_get_indexdef and the like), kept as it is."""
     return sql.SQL(cast(LiteralString, text))
+
+
+def rendered(text: str) -> sql.Composed:
+    """A whole statement that PostgreSQL itself rendered, kept as it is."""
+    return sql.Composed([trusted(text)])

@@ -1,0 +1,127 @@
+"""The catalog as facts: what a table is, what hangs on it, what it is allowed to become."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from psycopg import sql
+
+from runbook.database import Session
+from runbook.errors import BadInput
+from runbook.plan import Carried, Column, Index, Named, Reference, Table, fit, with_key
+from runbook.statements import trusted
+
+Row = dict[str, Any]
+
+
+def find(session: Session, table: str, database: str) -> tuple[int, str, str]:
+    """(oid, schema, name) of the table that a parameter names; raises BadInput with the names that come near."""
+    found = session.value("catalog.resolve", name=sql.Literal(table))
+    if found is None:
+        known = [row["name"] for row in session.rows("catalog.tables")]
+        near = difflib.get_close_matches(table, [*known, *(name.partition(".")[2] for name in known)], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:12]) or 'no tables at all'}."
+        raise BadInput(f"{table} is not a table of {database}: {hint}")
+    row = session.row("catalog.table", oid=sql.Literal(found))
+    return found, row["schema"], row["name"]
+
+
+def table_of(row: Row) -> Table:
+    return Table(
+        oid=row["oid"], schema_name=row["schema"], name=row["name"], owner=row["owner"], rows=max(row["estimated_rows"], 0),
+        table_bytes=row["table_bytes"], index_bytes=row["index_bytes"], tablespace=row["tablespace"], options=tuple(row["options"]),
+        replica_identity=row["replica_identity"], replica_index=row["replica_index"], comment=row["comment"],
+    )  # fmt: skip
+
+
+def columns_of(session: Session, oid: int) -> tuple[Column, ...]:
+    return tuple(Column.model_validate(row) for row in session.rows("catalog.columns", oid=sql.Literal(oid)))
+
+
+def indexes_of(session: Session, table: Table, key: str, leaves: list[str], version: int) -> tuple[Index, ...]:
+    """The valid indexes, each with the names that it will have on every partition and on the retired table."""
+    taken = {row["name"] for row in session.rows("catalog.relations", schema=sql.Literal(table.schema_name))}
+    found = []
+    for row in session.rows("catalog.indexes", oid=sql.Literal(table.oid)):
+        if not row["valid"]:
+            continue
+        stem = row["name"].removeprefix(table.name)
+        names = {}
+        for leaf in leaves:
+            names[leaf] = fit(f"{leaf}{stem if stem != row['name'] else '_' + stem}", taken)
+            taken.add(names[leaf])
+        retired = fit(f"{row['name']}_retired", taken)
+        taken.add(retired)
+        columns = tuple(row["columns"] or ())
+        contains_key = key in columns and not row["has_expression"]
+        everywhere = row["primary"] or not row["unique"] or contains_key
+        if row["constraint_type"] == "x":
+            everywhere = False
+        found.append(
+            Index(
+                name=row["name"], unique=row["unique"], primary=row["primary"], columns=columns, tail=row["tail"], tablespace=row["tablespace"],
+                constraint=row["constraint"], constraint_type=row["constraint_type"], constraint_definition=row["constraint_definition"],
+                comment=row["comment"], constraint_comment=row["constraint_comment"], everywhere=everywhere,
+                retired_name=retired, leaf_names=names,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def checks_of(session: Session, oid: int) -> tuple[Named, ...]:
+    return tuple(Named.model_validate(row) for row in session.rows("catalog.checks", oid=sql.Literal(oid)))
+
+
+def carried_of(session: Session, oid: int) -> tuple[Carried, ...]:
+    return tuple(Carried.model_validate(row) for row in session.rows("catalog.carried", oid=sql.Literal(oid)))
+
+
+ACTIONS = {"a": "NO ACTION", "r": "RESTRICT", "c": "CASCADE", "n": "SET NULL", "d": "SET DEFAULT"}
+
+
+def references_of(session: Session, table: Table, key: str) -> tuple[Reference, ...]:
+    """The foreign keys that point at the table, each with its composite successor.
+
+    The role column is named after the key column: user_id → user_role; a name that is taken gets a digest.
+    """
+    found = []
+    added: dict[int, dict[tuple[str, ...], str]] = {}
+    for row in session.rows("catalog.incoming", oid=sql.Literal(table.oid)):
+        columns, referenced = tuple(row["columns"]), tuple(row["referenced"])
+        names = added.setdefault(row["oid"], {})
+        if key in referenced:
+            role = columns[referenced.index(key)]
+        else:
+            first, target = columns[0], referenced[0]
+            stem = first.removesuffix(f"_{target}") if first.endswith(f"_{target}") else first
+            role = names.setdefault(columns, fit(f"{stem}_{key}", {*row["all_columns"], *names.values()}))
+        found.append(
+            Reference(
+                name=row["name"], schema_name=row["schema"], table=row["table"], owner=row["owner"], definition=row["definition"],
+                columns=columns, referenced=referenced, role_column=role, adds_column=key not in referenced, not_null=row["not_null"],
+                indexed=row["indexed"], composite=_composite(row, table, key, role), comment=row["comment"],
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _composite(row: Row, table: Table, key: str, role: str) -> str:
+    """The definition of the composite key: the old one's actions and timing, and ON UPDATE CASCADE, which carries a
+    changed partition key along. SET NULL names its columns, or it would empty the role column too (PostgreSQL 15)."""
+    referenced = tuple(row["referenced"])
+    columns = tuple(row["columns"]) if key in referenced else (*row["columns"], role)
+    on_update = ACTIONS[row["on_update"]] if key in referenced else "CASCADE"
+    on_delete = ACTIONS[row["on_delete"]]
+    if row["on_delete"] in "nd" and key not in referenced:
+        on_delete += " ({})"
+    text = sql.SQL("FOREIGN KEY ({}) REFERENCES {} ({}){} ON UPDATE {} ON DELETE {}{}").format(
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.Identifier(table.schema_name, table.name),
+        sql.SQL(", ").join(map(sql.Identifier, with_key(referenced, key))),
+        sql.SQL(" MATCH FULL" if row["match"] == "f" else ""),
+        trusted(on_update),
+        trusted(on_delete).format(sql.SQL(", ").join(map(sql.Identifier, row["delete_columns"] or row["columns"]))),
+        trusted((" DEFERRABLE" if row["deferrable"] else "") + (" INITIALLY DEFERRED" if row["deferred"] else "")),
+    )
+    return text.as_string(None)

@@ -1,0 +1,135 @@
+"""The change log and its replay: from keys and present state, so that it can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from runbook import references
+from runbook.database import Session
+from runbook.errors import PlanOutdated, RunbookError
+from runbook.ledger import Run
+from runbook.statements import statement
+
+Statements = Iterator[sql.Composed]
+
+
+class Rewritten(RunbookError):
+    """The source was truncated or rewritten (VACUUM FULL, CLUSTER, ALTER TYPE) since the copy began."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A direction of replay: from which table, into which, by which log."""
+
+    origin: str
+    copy: str
+    log: str
+
+
+FORWARD = Way("source", "shadow", "log")
+BACK = Way("source", "retired", "back")
+
+
+def create(run: Run) -> Statements:
+    """The logs and the functions that write them."""
+    yield statement("changes.create", **run.names)
+    yield statement("changes.create_functions", **run.names)
+
+
+def switch_on(run: Run) -> Statements:
+    """From the commit of these on, every change of the source is logged."""
+    yield statement("changes.switch_on", **run.names)
+
+
+def switch_off(run: Run) -> Statements:
+    """The inverse of switch_on."""
+    yield statement("changes.switch_off", **run.names)
+
+
+def turn_round(run: Run) -> Statements:
+    """The log in the other direction: on the partitioned table, for the retired one."""
+    yield statement("changes.switch_on_back", **run.names)
+    yield statement("changes.switch_on_back_truncate", table=run.names["source"], **run.names)
+    for leaf in leaves(run):
+        yield statement("changes.switch_on_back_leaf", leaf=leaf)
+        yield statement("changes.switch_on_back_truncate", table=leaf, **run.names)
+
+
+def leaves(run: Run, schema: str | None = None) -> list[sql.Identifier]:
+    """The plan's partitions, in the table's own schema unless another is named."""
+    return [sql.Identifier(schema or run.plan.table.schema_name, partition.name) for partition in run.plan.partitions]
+
+
+def _names(run: Run, way: Way) -> dict[str, sql.Composable]:
+    return {
+        **run.names,
+        "origin": run.names[way.origin],
+        "copy": run.names[way.copy],
+        "log": run.names[way.log],
+    }
+
+
+def hold(run: Run, session: Session, way: Way = FORWARD) -> None:
+    """Take ACCESS SHARE before the snapshot and make sure that the origin is still the table that was copied.
+
+    Raises Rewritten when it is not; only the forward copy reads by block and can be harmed.
+    """
+    names = _names(run, way)
+    session.run("changes.hold", **names)
+    if way is FORWARD:
+        known = session.row("ledger.remembered", **names)["filenode"]
+        if known != session.value("catalog.filenode", oid=names["source_oid"]):
+            raise Rewritten(f"{run.plan.full_name} was rewritten or truncated while it was being copied.")
+    if session.value("changes.truncated", **names):
+        raise Rewritten(f"{run.plan.full_name} was truncated while it was being copied.")
+
+
+def length(run: Run, session: Session, way: Way = FORWARD) -> int:
+    """How many changes wait in the log."""
+    return int(session.value("changes.length", **_names(run, way)))
+
+
+def replay(run: Run, session: Session, way: Way = FORWARD) -> tuple[int, str]:
+    """Bring the copy to the origin's state for every key in the log that one snapshot sees.
+
+    Returns how many log entries that were, and the transaction's id. Idempotent; all keys at once, because an
+    email that went from one user to another is unique in the whole snapshot but not in a part of it.
+    """
+    with session.transaction("REPEATABLE READ"):
+        hold(run, session, way)
+        return apply(run, session, way), str(session.value("locks.horizon"))
+
+
+def apply(run: Run, session: Session, way: Way = FORWARD) -> int:
+    """Replay within the transaction at hand; for the cut-over, whose locks make every snapshot the same."""
+    names = _names(run, way)
+    if way is FORWARD:
+        references.hand_over(run, session)
+    session.run("changes.forget_changed", **names)
+    session.run("changes.take_changed", **names)
+    return session.run("changes.clear", **names).rowcount
+
+
+def settle(run: Run, session: Session) -> int:
+    """As replay, for a copy that was made range by range and has no index yet: after it the shadow equals the source."""
+    with session.transaction("REPEATABLE READ"):
+        hold(run, session)
+        names = _names(run, FORWARD)
+        session.run("changes.note_unplaced", **names)
+        session.run("changes.forget_all_changed", **names)
+        session.run("changes.take_all_changed", **names)
+        return session.run("changes.clear", **names).rowcount
+
+
+def refuse_gaps(run: Run, session: Session) -> None:
+    """Raises PlanOutdated when someone disabled, dropped or re-created the log's triggers: changes went unseen."""
+    known = session.row("ledger.remembered", **run.names)["triggers"]
+    now = session.value("changes.trigger_states", oid=run.names["source_oid"])
+    if now != known:
+        raise PlanOutdated(
+            f"The change log's triggers on {run.plan.full_name} were switched off or made anew since they were created"
+            f" ({now or 'none is there'}), so changes went unseen: roll back with 90_rollback and begin again."
+        )

@@ -1,0 +1,317 @@
+"""05: the swap of the names in one short transaction, and its inverse; foreign keys validated afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from psycopg import errors, sql
+
+from runbook import changes, foreign_keys, locks, references
+from runbook.changes import Statements
+from runbook.database import Session
+from runbook.errors import ApprovalMissing, PromiseBroken
+from runbook.ledger import Evidence, Run
+from runbook.restore import SHORT_TAIL, refuse_homeless
+from runbook.sheet import Sheet
+from runbook.statements import rendered, statement, trusted
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What the swap took: seconds for which names were locked, attempts, who was in the way."""
+
+    sentence: str
+    locked_s: float
+    attempts: list[tuple[float, float]]
+    replayed: int
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return self.sentence
+
+
+def lock_set(run: Run, attempt: int = 0) -> list[sql.Composable]:
+    """The tables that a swap locks: views, tables that the source references, source, referencing tables.
+
+    One fixed order can starve against an application that takes them in the other, so odd attempts reverse it.
+    """
+    plan = run.plan
+    first = [sql.Identifier(*view) for view in plan.view_tables]
+    tables: list[sql.Composable] = [sql.Identifier(*table) for table in plan.referenced_tables]
+    tables += [plan.source, *dict.fromkeys(reference.identifier for reference in plan.references)]
+    unique = {each.as_string(None): each for each in (tables if attempt % 2 == 0 else tables[::-1])}
+    return [*first, *unique.values()]
+
+
+def swap_statements(run: Run) -> Statements:
+    """The swap: the source retires, the shadow takes its name, schema and everything that hung on it."""
+    plan, names = run.plan, run.names
+    yield from changes.switch_off(run)
+    yield from foreign_keys.drop_old(run)
+    for key in plan.outgoing:
+        yield statement("cutover.drop_key", table=plan.source, constraint=sql.Identifier(key.name))
+    for check in plan.checks:
+        if not check.validated:
+            yield statement("cutover.drop_key", table=plan.source, constraint=sql.Identifier(check.name))
+    for each in plan.carried:
+        if each.retire:
+            yield rendered(each.retire)
+    yield from _rename(run, retire=True)
+    if not plan.takes_any_value:
+        yield statement("cutover.drop_unplaced", **names)
+    for table in (names["shadow"], *changes.leaves(run, run.staging)):
+        yield statement("cutover.set_schema", table=table, to=names["schema"])
+    for column in plan.columns:
+        if column.sequence and not column.identity:
+            yield statement(
+                "cutover.own_sequence",
+                sequence=trusted(column.sequence),
+                table=plan.source,
+                column=sql.Identifier(column.name),
+            )
+    yield from _carry(run)
+    yield from foreign_keys.legacy(run)
+    yield from foreign_keys.add_composite(run)
+    yield from changes.turn_round(run)
+
+
+def _carry(run: Run) -> Statements:
+    """What hung on the source, given to the table that has its name now; the server rendered these texts before."""
+    plan = run.plan
+    for each in plan.carried:
+        yield rendered(each.definition)
+    for check in plan.checks:
+        if not check.validated:
+            yield _add(plan.source, check.name, check.definition)
+    for key in plan.outgoing:
+        definition = key.definition.removesuffix(" NOT VALID")
+        if plan.server_version >= 18:
+            yield _add(plan.source, key.name, f"{definition} NOT VALID")
+        else:
+            for leaf in changes.leaves(run):
+                yield _add(leaf, key.name, f"{definition} NOT VALID")
+    for view in plan.views:
+        yield rendered(view.definition)
+
+
+def _add(table: sql.Composable, name: str, definition: str) -> sql.Composed:
+    return statement("cutover.add_constraint", table=table, constraint=sql.Identifier(name), definition=trusted(definition))
+
+
+def _rename(run: Run, *, retire: bool) -> Statements:
+    """Table and indexes take the retired names, or their own names back."""
+    plan = run.plan
+    schema = plan.table.schema_name
+    if not retire:
+        yield statement("cutover.rename_table", table=run.names["retired"], to=run.names["name"])
+    for index in plan.indexes:
+        old, new = (index.name, index.retired_name) if retire else (index.retired_name, index.name)
+        yield statement("cutover.rename_index", index=sql.Identifier(schema, old), to=sql.Identifier(new))
+    if retire:
+        yield statement("cutover.rename_table", table=plan.source, to=run.names["retired_name"])
+
+
+def preview(run: Run) -> Sheet:
+    """The very statements of the swap, with the lock that comes first."""
+    tables = sql.SQL(", ").join(lock_set(run))
+    return Sheet([statement("cutover.lock", tables=tables), *swap_statements(run)])
+
+
+def require_approval(run: Run, approved_by: str = "") -> Evidence:
+    """Raises ApprovalMissing without a name; the embedded example approves itself, and says so."""
+    with run.action("cutover", "approval") as action:
+        if action.evidence:
+            return action.evidence
+        if not approved_by and not run.database.embedded:
+            raise ApprovalMissing(
+                f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the name of who approves."
+            )
+        who = approved_by or "the embedded example itself, which harms nobody"
+        return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
+
+
+def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120, tail: int = SHORT_TAIL) -> Swap:
+    """Swap the names in one short transaction; until it commits the application sees its table as before.
+
+    Nobody queues behind it longer than `lock_timeout_ms` an attempt. Raises LockNotGranted, naming who is in the way,
+    when `budget_s` seconds are over; PlanOutdated when the table changed; PromiseBroken for rows without a partition.
+    """
+    with run.action("cutover", "swap") as action:
+        if action.evidence:
+            facts = action.evidence.facts
+            return Swap(action.evidence.sentence, facts["locked_s"], facts["attempts"], facts["replayed"], facts)
+        if run.finished("cutover", "approval") is None:
+            raise ApprovalMissing(
+                f"The cut-over of {run.plan.full_name} has not been approved: run 05_cutover from its beginning."
+            )
+        patience = locks.Patience(budget_s, lock_timeout_ms)
+        waits: list[tuple[float, float]] = []
+        begun = time.monotonic()
+
+        def attempt() -> Swap:
+            _catch_up(run, action.session, patience)
+            at = time.monotonic()
+            try:
+                replayed, locked = _swap_once(run, action.session, patience, tail)
+            finally:
+                waits.append((at - begun, time.monotonic() - at))
+            slowest = max((length for _, length in waits), default=0.0)
+            sentence = (
+                f"{run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us longer than"
+                f" {max(slowest, locked) * 1000:.0f} ms, in {len(waits)} attempt(s). The way back is open: 90_rollback replays what changes"
+                " from now on into the retired table and swaps back."
+            )
+            facts = {
+                "locked_s": locked,
+                "attempts": waits,
+                "replayed": replayed,
+                "blockers": [str(b) for b in patience.blockers.values()],
+            }
+            action.finish(sentence, replayed, **facts)
+            return Swap(sentence, locked, waits, replayed, facts)
+
+        return _persist(run, action.session, patience, attempt)
+
+
+def _persist(run: Run, session: Session, patience: locks.Patience, attempt: object) -> Swap:
+    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)  # type: ignore[arg-type]
+
+
+def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
+    """Outside of the locks: replay until the tail is short, correct the references, wait for old snapshots."""
+    horizon = ""
+    while True:
+        keys, horizon = changes.replay(run, session)
+        for reference in references.added(run):
+            foreign_keys.drain(run, session, reference)
+        if keys <= SHORT_TAIL or patience.over:
+            break
+    refuse_homeless(run, session)
+    locks.wait_for_snapshots(session, horizon, patience)
+
+
+class TailTooLong(errors.LockNotAvailable):
+    """More changes came than can be replayed under the locks: let go, replay outside, try again."""
+
+
+def _swap_once(run: Run, session: Session, patience: locks.Patience, tail: int) -> tuple[int, float]:
+    """One attempt: locks, last replay, swap, commit. Returns replayed changes and seconds for which names were locked."""
+    tables = sql.SQL(", ").join(lock_set(run, patience.attempts))
+    heaps = sql.SQL(", ").join(
+        each
+        for each in lock_set(run)
+        if each.as_string(None) not in {sql.Identifier(*v).as_string(None) for v in run.plan.view_tables}
+    )
+    eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
+    with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):
+        session.connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        session.run("cutover.evict", tables=heaps)
+        session.connection.execute(
+            sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(
+                sql.Literal(f"{patience.lock_timeout_ms}ms")
+            )
+        )
+        session.run("cutover.lock", tables=tables)
+        locked = time.monotonic()
+        session.connection.execute("SET LOCAL statement_timeout = 0")
+        run.refuse_outdated(session)
+        changes.refuse_gaps(run, session)
+        if changes.length(run, session) > tail:
+            raise TailTooLong("the log's tail is too long")
+        changes.hold(run, session)
+        replayed = changes.apply(run, session)
+        foreign_keys.correct_last(run, session)
+        refuse_homeless(run, session)
+        if left := changes.length(run, session):
+            raise PromiseBroken(
+                f"{run.plan.full_name} has {left} rows whose {run.plan.key} is NULL, which no partition takes: fill them, then run 05_cutover again."
+            )
+        positions = list(_identity_positions(run, session))
+        for each in swap_statements(run):
+            session.run(each)
+        for each in positions:
+            session.run(each)
+    return replayed, time.monotonic() - locked
+
+
+def _identity_positions(run: Run, session: Session) -> Iterator[sql.Composed]:
+    """Identity sequences are two, the shadow's and the source's: the new one goes on where the old one stands."""
+    for column in run.plan.columns:
+        if column.identity and column.sequence:
+            new = session.value(
+                "cutover.identity_sequence",
+                table_text=sql.Literal(run.names["shadow"].as_string(None)),
+                column=sql.Literal(column.name),
+            )
+            schema, _, name = new.partition(".")
+            yield statement(
+                "cutover.sequence_position",
+                to=sql.Literal(f"{run.names['schema'].as_string(None)}.{name}"),
+                sequence=trusted(column.sequence),
+            )
+
+
+def validate_foreign_keys(run: Run, budget_s: float = 120) -> Evidence:
+    """Validate every key that the swap added NOT VALID: SHARE UPDATE EXCLUSIVE, readers and writers go on."""
+    with run.action("cutover", "validate") as action:
+        if action.evidence:
+            return action.evidence
+        done = []
+        for what, each in validations(run):
+            patience = locks.Patience(budget_s, 3000)
+
+            def attempt(each: sql.Composed = each) -> None:
+                with action.session.transaction(lock_timeout="3s"):
+                    action.session.run(each)
+
+            locks.persist(run.database, action.session, patience, what, attempt)
+            done.append(what)
+        return action.finish(f"{len(done)} foreign keys were validated: {', '.join(done) or 'there are none'}.", len(done))
+
+
+def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
+    """(what, statement) for every key that is still NOT VALID and was valid before."""
+    yield from foreign_keys.validations(run)
+    plan = run.plan
+    for key in plan.outgoing:
+        if not key.validated:
+            continue
+        if plan.server_version >= 18:
+            yield (
+                key.name,
+                statement("cutover.validate", table=plan.source, constraint=sql.Identifier(key.name)),
+            )
+            continue
+        for leaf in changes.leaves(run):
+            yield key.name, statement("cutover.validate", table=leaf, constraint=sql.Identifier(key.name))
+        yield (
+            key.name,
+            _add(plan.source, key.name, key.definition),
+        )  # adopts the partitions' keys without a scan
+
+
+def script(run: Run) -> Statements:
+    """The whole step as one transaction for psql, then the validation."""
+    yield rendered("BEGIN")
+    yield statement("cutover.lock", tables=sql.SQL(", ").join(lock_set(run)))
+    yield from swap_statements(run)
+    yield rendered("COMMIT")
+    for _, each in validations(run):
+        yield each
+
+
+def check(run: Run) -> Evidence:
+    """Raises PromiseBroken unless the name belongs to the partitioned table and every key is valid."""
+    with run.action("cutover", "check") as action:
+        if action.evidence:
+            return action.evidence
+        rows = action.session.rows("cutover.validated", table_text=sql.Literal(run.plan.source.as_string(None)))
+        planned = {key.name for key in run.plan.references} | {key.name for key in run.plan.outgoing}
+        bad = [row["key"] for row in rows if not row["validated"]] + sorted(planned - {row["key"] for row in rows})
+        if bad:
+            raise PromiseBroken(
+                f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: run 05_cutover again."
+            )
+        return action.finish(f"{run.plan.full_name} is the partitioned table; {len(rows)} foreign keys are valid.")

@@ -1,0 +1,190 @@
+"""How a database is reached: one connection path, shared by psycopg and SQLAlchemy, that knows no password."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import dict_row
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.pool import NullPool
+
+from runbook import embedded
+from runbook.errors import BadInput, ServerUnavailable
+from runbook.statements import statement
+
+OLDEST, NEWEST = 14, 18
+_environment = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement as it ran; part of the record."""
+
+    at: datetime
+    name: str
+    seconds: float
+    rows: int
+
+
+@dataclass
+class Database:
+    """A target database. `statements` records whatever ran through it."""
+
+    name: str
+    conninfo: str
+    embedded: bool = False
+    statements: list[Statement] = field(default_factory=list)
+
+    def connect(self, purpose: str = "") -> psycopg.Connection[dict[str, Any]]:
+        """A new connection in autocommit mode; raises ServerUnavailable with the server's own reason.
+
+        client_connection_check_interval: without it the backend of a killed client keeps its locks until
+        its statement ends. row_security off: an error is better than a silently filtered copy.
+        """
+        options = {"application_name": f"runbook {purpose}".strip(), "connect_timeout": "15"}
+        try:
+            with self._libpq_environment():
+                connection = psycopg.connect(
+                    make_conninfo(self.conninfo, **options),
+                    autocommit=True,
+                    row_factory=dict_row,
+                    prepare_threshold=None,
+                )
+        except psycopg.OperationalError as error:
+            reason = " ".join(str(error).split())
+            raise ServerUnavailable(f"{self.name} cannot be reached: {reason}") from None
+        connection.execute(
+            "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0;"
+            " SET idle_in_transaction_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
+            " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off"
+        )
+        return connection
+
+    @contextmanager
+    def _libpq_environment(self) -> Iterator[None]:
+        """PGHOSTADDR and its like would send "embedded" to another server."""
+        if not self.embedded:
+            yield
+            return
+        with _environment:
+            hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PG")}
+            try:
+                yield
+            finally:
+                os.environ.update(hidden)
+
+    def engine(self) -> Engine:
+        """SQLAlchemy's engine over the same connections."""
+        return create_engine(
+            "postgresql+psycopg://",
+            creator=self._plain,
+            poolclass=NullPool,
+            execution_options={"no_parameters": True},
+        )
+
+    def _plain(self) -> psycopg.Connection[Any]:
+        connection: psycopg.Connection[Any] = self.connect("reader")
+        connection.row_factory = psycopg.rows.tuple_row
+        return connection
+
+    def frame(self, query: str | sql.Composed, /, **names: sql.Composable) -> pd.DataFrame:
+        """The rows of a named statement as a DataFrame."""
+        composed = statement(query, **names) if isinstance(query, str) else query
+        with self.engine().connect() as connection:
+            return pd.read_sql(composed.as_string(connection.connection.driver_connection), connection)
+
+    @contextmanager
+    def session(self, purpose: str = "") -> Iterator[Session]:
+        """A connection of one's own, closed at the end; KeyboardInterrupt cancels its running statement."""
+        connection = self.connect(purpose)
+        try:
+            yield Session(connection, self.statements)
+        except KeyboardInterrupt:
+            connection.cancel_safe(timeout=5)
+            raise
+        finally:
+            connection.close()
+
+
+@dataclass
+class Session:
+    """One connection that runs named statements and keeps a record of each."""
+
+    connection: psycopg.Connection[dict[str, Any]]
+    statements: list[Statement]
+
+    def run(self, query: str | sql.Composed, /, **names: sql.Composable) -> psycopg.Cursor[dict[str, Any]]:
+        """Run `group.name`, or a composed statement; the cursor has its rows."""
+        composed = statement(query, **names) if isinstance(query, str) else query
+        at, started = datetime.now(UTC), time.perf_counter()
+        cursor = self.connection.execute(composed)
+        label = query if isinstance(query, str) else " ".join(composed.as_string(self.connection).split())[:120]
+        self.statements.append(Statement(at, label, time.perf_counter() - started, cursor.rowcount))
+        return cursor
+
+    def rows(self, query: str | sql.Composed, /, **names: sql.Composable) -> list[dict[str, Any]]:
+        """All rows."""
+        return self.run(query, **names).fetchall()
+
+    def row(self, query: str | sql.Composed, /, **names: sql.Composable) -> dict[str, Any]:
+        """The only row; KeyError-free code may rely on its being there."""
+        found = self.run(query, **names).fetchone()
+        if found is None:
+            raise LookupError(f"{query!r} found no row")
+        return found
+
+    def value(self, query: str | sql.Composed, /, **names: sql.Composable) -> Any:
+        """The first column of the first row, None where there is none."""
+        found = self.run(query, **names).fetchone()
+        return next(iter(found.values())) if found else None
+
+    @contextmanager
+    def transaction(self, isolation: str = "READ COMMITTED", **settings: str | int) -> Iterator[None]:
+        """A transaction whose isolation never depends on an inherited default; settings are SET LOCAL."""
+        self.connection.isolation_level = psycopg.IsolationLevel[isolation.replace(" ", "_")]
+        with self.connection.transaction():
+            for name, setting in settings.items():
+                self.connection.execute(
+                    sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(*name.split("__")), sql.Literal(str(setting)))
+                )
+            yield
+
+
+def target(database: str, users: int | None = None) -> Database:
+    """The database that a parameter names: "embedded", a URL without a password, "service=…", or "environment".
+
+    Raises BadInput for a password in the text, ServerUnavailable when nothing answers, and refuses versions
+    outside 14 to 18.
+    """
+    if database == "embedded":
+        return Database("embedded", embedded.start(users), embedded=True)
+    try:
+        parts = {} if database == "environment" else conninfo_to_dict(database)
+    except psycopg.ProgrammingError:  # its text may repeat a password
+        raise BadInput(
+            'database cannot be read: give "embedded", "environment" (PG* variables), postgresql://user@host/db or service=name.'
+        ) from None
+    if any("password" in name for name in parts):
+        raise BadInput(
+            "database holds a password, and it would be stored in the record: take it out and put it into PGPASSWORD,"
+            " PGPASSFILE or the service file."
+        )
+    found = Database("environment" if database == "environment" else database, make_conninfo("", **parts))
+    with found.connect("version") as connection:
+        version = connection.info.server_version // 10000
+    if not OLDEST <= version <= NEWEST:
+        raise BadInput(
+            f"{found.name} runs PostgreSQL {version}: the runbook is tested on {OLDEST} to {NEWEST}, use one of these."
+        )
+    return found

@@ -1,0 +1,226 @@
+"""The draft of a plan: reads the table, decides, says what it found; `freeze` makes it the plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import psycopg
+from psycopg import sql
+
+from runbook import catalog, findings, ledger
+from runbook.database import Database, Session, target
+from runbook.errors import BadInput, PlanBlocked
+from runbook.parameters import Parameters, resolve
+from runbook.plan import Named, Partition, Plan, Table, fit
+from runbook.statements import trusted
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan that is not frozen yet, and the database that it was read from; `already` has the plan that is in force."""
+
+    database: Database
+    plan: Plan
+    already: str = ""
+
+    def columns(self) -> pd.DataFrame:
+        """The columns as they are."""
+        return pd.DataFrame([column.model_dump(include={"name", "type", "not_null", "default"}) for column in self.plan.columns])
+
+    def keys(self) -> pd.DataFrame:
+        """Keys and indexes as they are, and where each will stand."""
+        return pd.DataFrame(
+            {"index": index.name, "definition": index.tail, "kind": "primary key" if index.primary else "unique" if index.unique else "",
+             "will stand": "on the root and every partition" if index.everywhere else "on every partition only"}
+            for index in self.plan.indexes
+        )  # fmt: skip
+
+    def references(self) -> pd.DataFrame:
+        """Who references the table, and the composite key that each will have."""
+        return pd.DataFrame(
+            [{"table": f"{r.schema_name}.{r.table}", "key": r.name, "is": r.definition, "becomes": r.composite, "new column": r.role_column if r.adds_column else ""}
+             for r in self.plan.references], columns=["table", "key", "is", "becomes", "new column"],
+        )  # fmt: skip
+
+    def size(self) -> pd.DataFrame:
+        """Rows (the planner's estimate) and bytes."""
+        table = self.plan.table
+        return pd.DataFrame([{"table": self.plan.full_name, "rows": sum(p.rows for p in self.plan.partitions), "table MB": round(table.table_bytes / 1e6, 1),
+                              "indexes MB": round(table.index_bytes / 1e6, 1)}])  # fmt: skip
+
+    def partitions(self) -> pd.DataFrame:
+        """Each partition with its bound and the rows that it would take now."""
+        return pd.DataFrame([partition.model_dump(include={"name", "bound", "rows"}) for partition in self.plan.partitions])
+
+    def findings(self) -> pd.DataFrame:
+        """Blockers first, then warnings and notes."""
+        return pd.DataFrame(
+            [finding.model_dump() for finding in self.plan.findings],
+            columns=["level", "object", "sentence", "way_out"],
+        )
+
+    def freeze(self) -> ledger.Run:
+        """Store the plan with its hash; from here on every notebook works by it.
+
+        Raises PlanBlocked with all blockers; an open plan that nothing was done for is replaced, one that is
+        under way with another hash refuses.
+        """
+        if self.already:
+            return ledger.of(self.database, self.plan.full_name)
+        if self.plan.blockers:
+            raise PlanBlocked(" ".join(f"{finding.sentence} {finding.way_out}".strip() for finding in self.plan.blockers))
+        with self.database.session("plan.freeze") as session, session.transaction():
+            source = sql.Literal(self.plan.full_name)
+            session.run("ledger.create")
+            session.run("ledger.replace_open", source=source)
+            number = session.value(
+                "ledger.insert_migration", source=source, oid=sql.Literal(self.plan.table.oid),
+                plan=sql.Literal(self.plan.model_dump_json()), hash=sql.Literal(self.plan.hash),
+            )  # fmt: skip
+            run = ledger.Run(self.database, number, self.plan)
+            action = session.value(
+                "ledger.begin_action", migration=sql.Literal(number), step=sql.Literal("plan"), action=sql.Literal("check"),
+                operator=sql.Literal(ledger.operator()),
+            )  # fmt: skip
+            ledger.Action(run, session, action).finish(
+                f"Plan {self.plan.hash[:12]} for {self.plan.full_name} by {self.plan.key} is frozen.",
+                findings=len(self.plan.findings),
+            )
+        return run
+
+
+def draft(**given: Any) -> Draft:
+    """Read the table and decide; nothing is changed, no lock beyond a reader's is taken.
+
+    Raises BadInput for parameters that name what is not there, or values that contradict each other.
+    """
+    parameters = resolve(**given)
+    database = target(parameters.database, parameters.users)
+    if not parameters.key:
+        raise BadInput(f"key is not named: say by which column of {parameters.table} to partition, with -p key … or in the file.")
+    with database.session("plan") as session:
+        found, schema, name = catalog.find(session, parameters.table, database.name)
+        if session.value("ledger.exists"):
+            row = session.run("ledger.open_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
+            if row is not None and _under_way(session, row["id"]):
+                return _in_force(database, row, parameters)
+        with session.transaction("REPEATABLE READ", search_path="pg_catalog"):
+            return Draft(database, _decide(session, found, parameters, database.name))
+
+
+def _under_way(session: Session, migration: int) -> bool:
+    return any(row["step"] != "plan" for row in session.rows("ledger.history", migration=sql.Literal(migration)))
+
+
+def _in_force(database: Database, row: dict[str, Any], parameters: Parameters) -> Draft:
+    plan = Plan.model_validate(row["plan"])
+    wanted = {
+        "key": plan.key,
+        "unique": plan.unique,
+        "legacy_inserts": plan.legacy_inserts,
+        "restore_from": plan.restore_from,
+    }
+    for name, frozen in wanted.items():
+        if getattr(parameters, name) != frozen:
+            raise BadInput(
+                f"{name} is {getattr(parameters, name)!r}, but the plan {plan.hash[:12]} of {plan.full_name}, which is under way, has"
+                f" {frozen!r}: go on with that, or roll back with 90_rollback and plan again."
+            )
+    return Draft(
+        database,
+        plan,
+        f"The plan {plan.hash[:12]} of {plan.full_name} is frozen and under way already; nothing is planned anew.",
+    )
+
+
+def _decide(session: Session, found: int, parameters: Parameters, database: str) -> Plan:
+    row = session.row("catalog.table", oid=sql.Literal(found))
+    table = catalog.table_of(row)
+    columns = catalog.columns_of(session, found)
+    by_name = {column.name: column for column in columns}
+    if parameters.key not in by_name:
+        raise BadInput(f"{parameters.key} is not a column of {table.schema_name}.{table.name}: it has {', '.join(by_name)}.")
+    key = by_name[parameters.key]
+    counts = session.rows("draft.values", key=sql.Identifier(key.name), table=sql.Identifier(table.schema_name, table.name))
+    present = {value["value"]: value["rows"] for value in counts}
+    if parameters.null_value is not None and None in present:
+        replacement = _as_key(session, key.type, parameters.null_value, key.name)
+        present[replacement] = present.get(replacement, 0) + present.pop(None)
+    partitions = _list_partitions(session, parameters, table, key.type, present)
+    version = session.connection.info.server_version // 10000
+    leaves = [partition.name for partition in partitions]
+    indexes = catalog.indexes_of(session, table, key.name, leaves, version)
+    primary = next((index for index in indexes if index.primary), None)
+    views = session.rows("catalog.views", oid=sql.Literal(found))
+    outgoing = session.rows("catalog.outgoing", oid=sql.Literal(found))
+    frequent = max((value for value in present if value is not None), key=lambda value: present[value], default=None)
+    backup = parameters.backup or fit(f"{table.name}_backup")
+    plan = Plan(
+        server_version=version, table=table, fingerprint=session.value("catalog.definition", oid=sql.Literal(found)),
+        key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by, partitions=partitions,
+        takes_any_value=any(partition.bound == "DEFAULT" for partition in partitions), columns=columns,
+        primary_key=primary.columns if primary else (), indexes=indexes, checks=catalog.checks_of(session, found),
+        outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted({(r["referenced_schema"], r["referenced_table"]) for r in outgoing})),
+        references=catalog.references_of(session, table, key.name),
+        views=tuple(Named(name=f"{v['schema']}.{v['name']}", definition=v["definition"].rstrip(";")) for v in views if not v["materialized"]),
+        view_tables=tuple((v["schema"], v["name"]) for v in views if not v["materialized"]),
+        carried=catalog.carried_of(session, found), frequent_value=frequent if frequent is not None else _first_value(partitions),
+        null_value=None if parameters.null_value is None else str(parameters.null_value), unique=parameters.unique,
+        legacy_inserts=parameters.legacy_inserts, backup=backup, backup_method=parameters.backup_method,
+        restore_from=parameters.restore_from, findings=(),
+    )  # fmt: skip
+    return plan.model_copy(update={"findings": findings.judge(session, plan, row, present, database)})
+
+
+def _named(row: dict[str, Any]) -> Named:
+    return Named.model_validate({name: row[name] for name in ("name", "definition", "validated", "comment")})
+
+
+def _first_value(partitions: tuple[Partition, ...]) -> str | None:
+    return next((value for partition in partitions for value in partition.values if value is not None), None)
+
+
+def _as_key(session: Session, key_type: str, value: object, key: str) -> str:
+    """The value as the key's type prints it; raises BadInput when the type does not take it."""
+    try:
+        with session.connection.transaction():
+            return str(session.value("draft.literal", value=sql.Literal(str(value)), type=trusted(key_type)))
+    except psycopg.DataError:
+        raise BadInput(f"{value!r} is not a value that {key} ({key_type}) can have: correct it in partitions.") from None
+
+
+def _list_partitions(
+    session: Session, parameters: Parameters, table: Table, key_type: str, present: dict[str | None, int]
+) -> tuple[Partition, ...]:
+    """LIST partitions as given, or one a value that occurs, named after table and value."""
+    wanted = parameters.partitions
+    if wanted is None:
+        wanted = {fit(f"{table.name}_{value}"): [value] for value in sorted(v for v in present if v is not None)}
+    seen: Counter[str | None] = Counter()
+    found = []
+    for name, values in wanted.items():
+        if not name or len(name.encode()) > 63 or "\0" in name:
+            raise BadInput(f"{name!r} cannot be a partition's name: give it 1 to 63 bytes.")
+        if isinstance(values, str):
+            if values.lower() != "default":
+                raise BadInput(f'{name} has the value {values!r}: give a list of values, or "default".')
+            found.append(Partition(name=name, bound="DEFAULT"))
+            continue
+        if not values:
+            raise BadInput(f'{name} has no value: give it at least one, or "default".')
+        own = tuple(None if value is None else _as_key(session, key_type, value, parameters.key) for value in values)
+        seen.update(own)
+        bound = sql.SQL("FOR VALUES IN ({})").format(sql.SQL(", ").join(map(sql.Literal, own))).as_string(session.connection)
+        found.append(Partition(name=name, bound=bound, values=own, rows=sum(present.get(value, 0) for value in own)))
+    twice = [value for value, times in seen.items() if times > 1]
+    if twice:
+        raise BadInput(f"{', '.join(map(repr, twice))} stands in more than one partition: a value can have only one.")
+    if sum(partition.bound == "DEFAULT" for partition in found) > 1:
+        raise BadInput("partitions has more than one default partition: keep one.")
+    if not found:
+        raise BadInput(f"{table.name} has no rows to take the partitions from: name them in partitions.")
+    left = sum(rows for value, rows in present.items() if value is not None and value not in seen)
+    return tuple(p.model_copy(update={"rows": left}) if p.bound == "DEFAULT" else p for p in found)

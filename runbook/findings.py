@@ -1,0 +1,288 @@
+"""What the plan finds: blockers, warnings and notes, each with its object, its cause and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from psycopg import sql
+
+from runbook.database import Session
+from runbook.plan import Finding, Plan
+
+LEVELS = ("blocker", "warning", "note")
+
+
+def judge(
+    session: Session, plan: Plan, row: dict[str, Any], present: dict[str | None, int], database: str
+) -> tuple[Finding, ...]:
+    """All findings, worst first."""
+    found = [
+        *_table(plan, row), *_values(plan, present), *_names(session, plan), *_rights(session, plan),
+        *_objects(session, plan), *_references(session, plan), *_uniqueness(plan), *_traffic(session, plan),
+    ]  # fmt: skip
+    return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
+
+
+def _blocker(thing: str, sentence: str, way_out: str) -> Finding:
+    return Finding(level="blocker", object=thing, sentence=sentence, way_out=way_out)
+
+
+def _warning(thing: str, sentence: str, way_out: str = "") -> Finding:
+    return Finding(level="warning", object=thing, sentence=sentence, way_out=way_out)
+
+
+def _note(thing: str, sentence: str, way_out: str = "") -> Finding:
+    return Finding(level="note", object=thing, sentence=sentence, way_out=way_out)
+
+
+def _table(plan: Plan, row: dict[str, Any]) -> Iterator[Finding]:
+    name = plan.full_name
+    if row["partitioned"] and plan.restore_from == "source":
+        yield _blocker(
+            name,
+            f"{name} is partitioned already.",
+            'To refill it from a backup, set restore_from = "backup".',
+        )
+    elif row["is_partition"]:
+        yield _blocker(name, f"{name} is itself a partition.", "Name its root.")
+    elif row["inheritance"] and not row["partitioned"]:
+        yield _blocker(name, f"{name} takes part in inheritance.", "Take it out first: ALTER TABLE … NO INHERIT.")
+    if not plan.primary_key and plan.restore_from == "source":
+        yield _blocker(name, f"{name} has no primary key, so a changed row cannot be found again.", "Give it one first.")
+    if row["unlogged"]:
+        yield _blocker(
+            name,
+            f"{name} is unlogged: a crash would empty it in the middle.",
+            "ALTER TABLE … SET LOGGED first.",
+        )
+    if plan.blockers:
+        return
+
+
+def _values(plan: Plan, present: dict[str | None, int]) -> Iterator[Finding]:
+    name = f"{plan.full_name}.{plan.key}"
+    taken = {value for partition in plan.partitions for value in partition.values}
+    if None in present and None not in taken and plan.null_value is None:
+        yield _blocker(
+            name, f"{plan.full_name} has {present[None]:,} rows whose {plan.key} is NULL, which no partition takes.",
+            f"Fill them, or set null_value to what NULL shall become (such as {plan.frequent_value!r}).",
+        )  # fmt: skip
+    elif plan.key_nullable and plan.null_value is None:
+        yield _note(
+            name,
+            f"{plan.key} may be NULL until the cut-over and is NOT NULL after it; a NULL that comes before stops the cut-over.",
+        )
+    if plan.partition_by == "list" and not plan.takes_any_value:
+        homeless = {value: rows for value, rows in present.items() if value is not None and value not in taken}
+        if homeless:
+            listed = ", ".join(
+                f"{value!r} ({rows:,})" for value, rows in sorted(homeless.items(), key=lambda item: -item[1])[:10]
+            )
+            yield _blocker(
+                name, f"{plan.full_name} has {sum(homeless.values()):,} rows whose {plan.key} fits no partition: {listed}.",
+                'Add a partition for them, or a default partition ({"name": "default"}).',
+            )  # fmt: skip
+        yield _note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
+    total = sum(present.values())
+    if total and max(present.values()) > 0.9 * total and plan.partition_by == "list":
+        yield _note(
+            name,
+            f"{max(present.values()) / total:.0%} of the rows fall into one partition: queries by that value gain little.",
+        )
+
+
+def _names(session: Session, plan: Plan) -> Iterator[Finding]:
+    wanted = [p.name for p in plan.partitions] + [plan.retired]
+    if plan.restore_from == "backup":
+        return
+    schema = sql.Literal(plan.table.schema_name)
+    for row in session.rows("draft.free", schema=schema, names=sql.Literal(wanted)):
+        yield _blocker(
+            row["name"],
+            f"The name {plan.table.schema_name}.{row['name']} is taken.",
+            "Choose another name for the partition, or rename what has it.",
+        )
+    if session.rows("draft.free", schema=schema, names=sql.Literal([plan.backup])):
+        yield _blocker(
+            plan.backup, f"A backup {plan.table.schema_name}.{plan.backup} exists, and is never overwritten.",
+            "Rename or drop it, or name another with backup.",
+        )  # fmt: skip
+
+
+def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
+    may = session.row("catalog.privileges", oid=sql.Literal(plan.table.oid))
+    me, schema = may["me"], plan.table.schema_name
+    if not may["owner"]:
+        yield _blocker(plan.full_name, f"{me} does not own {plan.full_name}.", f"GRANT {may['owner_name']} TO {me};")
+    if not may["schema_create"]:
+        yield _blocker(
+            schema,
+            f"{me} may not create tables in schema {schema}.",
+            f"GRANT CREATE ON SCHEMA {schema} TO {me};",
+        )
+    if not may["database_create"]:
+        yield _blocker(
+            may["database"],
+            f"{me} may not create the schema runbook.",
+            f"GRANT CREATE ON DATABASE {may['database']} TO {me};",
+        )
+    for reference in plan.references:
+        if not may["superuser"] and not session.value("catalog.owned", oid=sql.SQL("to_regclass({})").format(
+                sql.Literal(reference.identifier.as_string(session.connection)))):  # fmt: skip
+            yield _blocker(
+                reference.table,
+                f"{me} does not own {reference.schema_name}.{reference.table}, which references it.",
+                f"GRANT {reference.owner} TO {me};",
+            )
+    if not may["sees_activity"]:
+        yield _warning(
+            me, f"{me} cannot see other users' queries and snapshots: blockers are named by pid only, and old snapshots cannot be waited for.",
+            f"GRANT pg_read_all_stats TO {me};",
+        )  # fmt: skip
+
+
+def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
+    oid = sql.Literal(plan.table.oid)
+    for row in session.rows("catalog.others", oid=oid):
+        yield _blocker(
+            row["object"],
+            f"{row['object']} depends on {plan.full_name} in a way that is not carried over.",
+            "Drop it before, and make it anew after the cut-over.",
+        )
+    for row in session.rows("catalog.views", oid=oid):
+        if row["materialized"]:
+            yield _blocker(
+                row["name"],
+                f"The materialized view {row['schema']}.{row['name']} would keep reading the retired table.",
+                "Drop it before, and make it anew after the cut-over.",
+            )
+    for row in session.rows("catalog.publications", oid=oid):
+        if row["all_tables"]:
+            yield _blocker(
+                row["name"],
+                f"The publication {row['name']} is FOR ALL TABLES and would publish the shadow.",
+                "Publish the tables by name or by schema.",
+            )
+        elif row["member"] and not row["via_root"]:
+            yield _blocker(
+                row["name"],
+                f"The publication {row['name']} publishes partitions under their own names.",
+                f"ALTER PUBLICATION {row['name']} SET (publish_via_partition_root = true);",
+            )
+    for row in session.rows("catalog.subscribed", oid=oid):
+        yield _blocker(
+            row["name"],
+            f"{plan.full_name} is fed by the subscription {row['name']}, whose changes no trigger sees.",
+            "Migrate the publisher's table, or make the subscription anew after it.",
+        )
+    for check in plan.checks:
+        if check.definition.endswith("NO INHERIT"):
+            yield _blocker(
+                check.name,
+                f"The check {check.name} is NO INHERIT, which a partitioned table cannot have.",
+                "Make it an ordinary check first.",
+            )
+    for carried in plan.carried:
+        if carried.kind == "trigger" and " REFERENCING " in carried.definition and " FOR EACH ROW " in carried.definition:
+            yield _blocker(
+                carried.name,
+                f"The trigger {carried.name} is a row trigger with transition tables, which a partition cannot have.",
+                "Make it a statement trigger.",
+            )
+        elif carried.kind == "trigger" and carried.definition.startswith("CREATE CONSTRAINT TRIGGER"):
+            yield _blocker(
+                carried.name,
+                f"{carried.name} is a constraint trigger, which a partitioned table cannot have.",
+                "Make it an ordinary trigger first.",
+            )
+        elif carried.kind == "rule":
+            yield _blocker(
+                carried.name,
+                f"{plan.full_name} has the rule {carried.name}; rules see other statements on a partitioned table.",
+                "Replace it by a trigger first.",
+            )
+        elif carried.kind == "trigger" and " BEFORE " in carried.definition and " FOR EACH ROW " in carried.definition:
+            yield _note(
+                carried.name,
+                f"The trigger {carried.name} fires BEFORE each row: were it to change {plan.key}, the row could not be moved to another partition.",
+            )
+
+
+def _references(session: Session, plan: Plan) -> Iterator[Finding]:
+    for reference in plan.references:
+        name = f"{reference.schema_name}.{reference.table}"
+        if set(reference.referenced) | {plan.key} != set(plan.new_primary_key):
+            yield _blocker(
+                name, f"{name} references {', '.join(reference.referenced)} of {plan.full_name}, which is not its primary key.",
+                "Drop that foreign key first.",
+            )  # fmt: skip
+        if name == plan.full_name:
+            yield _blocker(
+                name,
+                f"{name} references itself by {reference.name}, which is not supported yet.",
+                "Drop that foreign key first.",
+            )
+        if not reference.indexed:
+            yield _warning(
+                name, f"{name} has no index that begins with {reference.columns[0]}: every correction and every delete of a referenced row scans it.",
+                f"CREATE INDEX CONCURRENTLY ON {name} ({reference.columns[0]});",
+            )  # fmt: skip
+        if reference.adds_column:
+            yield _warning(
+                name, f"{name} gains the column {reference.role_column}: a prepared SELECT * on it fails once (0A000), and a logical subscriber needs the column first.",
+            )  # fmt: skip
+        if plan.server_version == 14 and "ON DELETE CASCADE" in reference.definition:
+            yield _warning(
+                name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert: ON DELETE CASCADE would delete the rows of {name}, so such updates are refused.",
+                "Upgrade to 15 or later before values of the key change.",
+            )  # fmt: skip
+        if "ON DELETE SET" in reference.composite and plan.server_version == 14 and reference.adds_column:
+            yield _blocker(
+                name,
+                f"{reference.name} is ON DELETE SET NULL, and PostgreSQL 14 would empty {reference.role_column} too.",
+                "Upgrade to 15, or change the foreign key's action first.",
+            )
+        rows = session.rows("catalog.incoming", oid=sql.Literal(plan.table.oid))
+        for row in rows:
+            if (row["schema"], row["table"], row["name"]) == (
+                reference.schema_name,
+                reference.table,
+                reference.name,
+            ):
+                if row["partitioned"]:
+                    yield _blocker(
+                        name,
+                        f"{name}, which references {plan.full_name}, is itself partitioned; that is not supported yet.",
+                        "Drop that foreign key first.",
+                    )
+                for trigger in row["update_triggers"] or []:
+                    yield _warning(
+                        name,
+                        f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in.",
+                    )
+
+
+def _uniqueness(plan: Plan) -> Iterator[Finding]:
+    for index in plan.indexes:
+        if index.unique and plan.key not in index.columns:
+            what = ", ".join(index.columns) or index.name
+            yield _warning(
+                index.name, f"{what} was unique in {plan.full_name} and becomes unique per partition: the same {what} may stand once in each;"
+                f" the way back closes once that happens, and ON CONFLICT ({what}) stops working.",
+                f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else "",
+            )  # fmt: skip
+    yield _note(plan.full_name, f"Look-ups that do not name {plan.key} visit every partition.")
+    yield _note(
+        plan.full_name,
+        f"An update of {plan.key} moves the row: UPDATE triggers that fire AFTER see a DELETE and an INSERT, and a concurrent one can get 40001.",
+    )
+
+
+def _traffic(session: Session, plan: Plan) -> Iterator[Finding]:
+    for row in session.rows("locks.wraparound", oid=sql.Literal(plan.table.oid)):
+        yield _warning(
+            plan.full_name,
+            f"An autovacuum to prevent wraparound runs on it (pid {row['pid']}) and never yields.",
+            "The cut-over waits for it.",
+        )

@@ -1,0 +1,221 @@
+"""04: the role column on every referencing table, logged, filled in and kept right until the cut-over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+from psycopg import sql
+
+from runbook import locks, pace
+from runbook.changes import Statements
+from runbook.database import Session
+from runbook.errors import PromiseBroken
+from runbook.ledger import Evidence, Run
+from runbook.plan import Reference, with_key
+from runbook.references import added, names
+from runbook.restore import SHORT_TAIL
+from runbook.sheet import Sheet
+from runbook.statements import statement, trusted
+
+
+def log_table(run: Run, reference: Reference) -> Statements:
+    """The reference's own log; made outside the short transaction."""
+    yield statement("foreign_keys.create_log", **names(run, reference))
+    yield statement("foreign_keys.create_log_function", **names(run, reference))
+
+
+def column(run: Run, reference: Reference) -> Statements:
+    """The role column and its log triggers, in one transaction: no row can slip in between."""
+    yield statement("foreign_keys.add_column", **names(run, reference))
+    yield statement("foreign_keys.switch_on", **names(run, reference))
+    if not reference.not_null:
+        yield statement("foreign_keys.require_role", **names(run, reference))
+
+
+def script(run: Run) -> Statements:
+    """The whole step for tables that nobody writes to."""
+    for reference in added(run):
+        yield from log_table(run, reference)
+        yield from column(run, reference)
+        yield statement("foreign_keys.fill_all", **names(run, reference))
+        yield statement("foreign_keys.clear_log", **names(run, reference))
+        if not reference.not_null:
+            yield _validate(run, reference)
+
+
+def remove(run: Run) -> Statements:
+    """The inverse: triggers, check and column go."""
+    for reference in added(run):
+        yield statement("foreign_keys.switch_off", **names(run, reference))
+        yield statement("foreign_keys.drop_check", **names(run, reference))
+        yield statement("foreign_keys.drop_column", **names(run, reference))
+
+
+def preview(run: Run) -> Sheet:
+    """What this step runs, and the composite keys that 05 will create."""
+    keys = (statement("foreign_keys.add_key", **names(run, reference)) for reference in run.plan.references)
+    return Sheet([*script(run), *keys])
+
+
+def _validate(run: Run, reference: Reference) -> sql.Composed:
+    own = names(run, reference)
+    return statement("foreign_keys.validate", table=own["reference"], constraint=own["check_name"])
+
+
+def add_columns(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
+    """Add the role columns, each with its log, and mark the rows that need another value than the default."""
+    with run.action("foreign_keys", "columns") as action:
+        if action.evidence:
+            return action.evidence
+        session = action.session
+        for reference in added(run):
+            own = names(run, reference)
+            if session.value("foreign_keys.logged", **own):
+                continue
+            patience = locks.Patience(budget_s, lock_timeout_ms)
+
+            def attempt(reference: Reference = reference, own: dict[str, sql.Composable] = own) -> None:
+                with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+                    for each in (*log_table(run, reference), *column(run, reference)):
+                        session.run(each)
+                    session.run("foreign_keys.log_minority", **own)
+
+            locks.persist(run.database, session, patience, reference.table, attempt)
+        return action.finish(
+            f"{len(added(run))} referencing tables have their role column, and a log of their own.",
+            len(added(run)),
+        )
+
+
+def fill(run: Run, batch_rows: int = 5000) -> Evidence:
+    """Correct the role of every row whose user is not of the most frequent one, in small batches that nobody waits for."""
+    with run.action("foreign_keys", "fill") as action:
+        if action.evidence:
+            return action.evidence
+        total = sum(drain(run, action.session, reference, batch_rows) for reference in added(run))
+        for reference in added(run):
+            if not reference.not_null:
+                with action.session.transaction(lock_timeout="5s"):
+                    action.session.run(_validate(run, reference))
+        return action.finish(
+            f"{total:,} rows of referencing tables were given another role than {run.plan.frequent_value!r}.",
+            total,
+        )
+
+
+def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 5000) -> int:
+    """Work the reference's log off until its tail is short; returns how many rows were corrected."""
+    own, corrected, idle = names(run, reference), 0, 0
+    waiting = int(session.value("foreign_keys.log_length", **own))
+    progress = pace.Progress(f"{reference.table}: keys", waiting)
+    try:
+        while waiting > 0 and idle < 5:
+            with session.transaction(lock_timeout="5s", runbook__correcting="on"):
+                batch = sql.Literal(session.value("foreign_keys.batch", **own, size=sql.Literal(batch_rows)))
+                rows = session.run("foreign_keys.correct_batch", **own, batch=batch).rowcount
+                session.run("foreign_keys.return_skipped", **own, batch=batch)
+                taken = session.run("foreign_keys.close_batch", **own, batch=batch).rowcount
+            corrected += rows
+            left = int(session.value("foreign_keys.log_length", **own))
+            idle = idle + 1 if left >= waiting or left <= SHORT_TAIL and rows == 0 else 0
+            progress.add(taken)
+            waiting = left
+    finally:
+        progress.close()
+    return corrected
+
+
+def correct_last(run: Run, session: Session) -> int:
+    """Under the cut-over's locks: what is left in the logs, at once."""
+    rows = 0
+    session.connection.execute("SET LOCAL runbook.correcting = 'on'")
+    for reference in added(run):
+        rows += session.run("foreign_keys.correct_last", **names(run, reference)).rowcount
+        session.run("foreign_keys.clear_log", **names(run, reference))
+    return rows
+
+
+def drop_old(run: Run) -> Statements:
+    """The keys to the source, which the composite ones replace."""
+    for reference in run.plan.references:
+        yield statement("foreign_keys.drop_key", **names(run, reference))
+
+
+def add_composite(run: Run) -> Statements:
+    """The composite keys, NOT VALID: checked for every new row from now on, for the old ones later under a light lock."""
+    for reference in run.plan.references:
+        yield statement("foreign_keys.add_key", **names(run, reference))
+        if reference.comment:
+            yield statement(
+                "partition.comment_constraint",
+                table=reference.identifier,
+                constraint=sql.Identifier(reference.name),
+                comment=sql.Literal(reference.comment),
+            )
+
+
+def add_old(run: Run) -> Statements:
+    """The inverse of drop_old, NOT VALID."""
+    for reference in run.plan.references:
+        yield statement("foreign_keys.add_key", **names(run, reference) | {"definition": trusted(reference.definition)})
+
+
+def legacy(run: Run) -> Statements:
+    """From the cut-over on: rows of writers that do not know of the role column."""
+    for reference in added(run):
+        yield statement("foreign_keys.switch_off", **names(run, reference))
+        if run.plan.legacy_inserts == "fill":
+            yield statement("foreign_keys.create_filled", **names(run, reference))
+            yield statement("foreign_keys.create_fill", **names(run, reference))
+            yield statement("foreign_keys.drop_default", **names(run, reference))
+
+
+def without_legacy(run: Run) -> Statements:
+    """The inverse: no fill trigger."""
+    for reference in added(run):
+        yield statement("foreign_keys.drop_fill", **names(run, reference))
+
+
+def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
+    """(what, statement) that checks the old rows of each composite key, under SHARE UPDATE EXCLUSIVE."""
+    for reference in run.plan.references:
+        yield (
+            f"{reference.name} of {reference.table}",
+            statement("foreign_keys.validate", table=reference.identifier, constraint=sql.Identifier(reference.name)),
+        )
+
+
+def state(run: Run) -> pd.DataFrame:
+    """Each referencing table: its rows, and how they are spread over the new column."""
+    frames = [run.frame("foreign_keys.state", **names(run, reference)) for reference in added(run)]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["table", "rows"])
+
+
+def keys(run: Run) -> pd.DataFrame:
+    """The composite keys to come."""
+    rows = [
+        {
+            "table": r.table,
+            "key": r.name,
+            "columns": ", ".join(with_key(r.columns, r.role_column)),
+            "definition": r.composite,
+        }
+        for r in run.plan.references
+    ]
+    return pd.DataFrame(rows, columns=["table", "key", "columns", "definition"])
+
+
+def check(run: Run) -> Evidence:
+    """Raises unless every row of every referencing table has its user's role, those still logged excepted."""
+    with run.action("foreign_keys", "check") as action:
+        if action.evidence:
+            return action.evidence
+        for reference in added(run):
+            wrong = action.session.value("foreign_keys.wrong", **names(run, reference))
+            changed = action.session.value("changes.length", **run.names)
+            if wrong > changed:
+                raise PromiseBroken(
+                    f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}."
+                )
+        return action.finish(f"Every row of {len(added(run))} referencing tables has its role.")

@@ -1,0 +1,265 @@
+"""The open run: database, frozen plan, and a ledger that says what was done; the state lives in the database."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+from psycopg import sql
+
+from runbook.database import Database, Session, target
+from runbook.errors import AlreadyRunning, OutOfOrder, PlanOutdated, RunbookError
+from runbook.parameters import resolve
+from runbook.plan import Plan, from_json
+
+STEPS = ("plan", "backup", "partition", "restore", "foreign_keys", "cutover", "verify")
+REPAIR = ("plan", "restore", "foreign_keys", "verify")
+NOTEBOOKS = {
+    "plan": "00_plan", "backup": "01_backup", "partition": "02_partition", "restore": "03_restore",
+    "foreign_keys": "04_foreign_keys", "cutover": "05_cutover", "verify": "06_verify",
+    "rollback": "90_rollback", "finish": "91_finish",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an action did or saw: a sentence, and the facts behind it."""
+
+    sentence: str
+    rows: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    already: bool = False
+
+    def __repr__(self) -> str:
+        return self.sentence
+
+    def _repr_markdown_(self) -> str:
+        return f"✓ {self.sentence}"
+
+
+@dataclass
+class Action:
+    """An action under way: holds the table's advisory lock; `finish` writes its ledger row, in the effect's own
+    transaction when that runs on `session`."""
+
+    run: Run
+    session: Session
+    id: int
+    evidence: Evidence | None = None
+
+    def finish(self, sentence: str, rows: int | None = None, **facts: Any) -> Evidence:
+        """Record the action as done; repeated calls keep the last."""
+        self.evidence = Evidence(sentence, rows, facts)
+        self.session.run(
+            "ledger.end_action", id=sql.Literal(self.id), state=sql.Literal("done"), sentence=sql.Literal(sentence),
+            rows=sql.Literal(rows), evidence=sql.Literal(json.dumps(facts, default=str)),
+        )  # fmt: skip
+        return self.evidence
+
+
+@dataclass
+class Run:
+    """An open migration: its database, its frozen plan, its number in the ledger."""
+
+    database: Database
+    migration: int
+    plan: Plan
+    state: str = "open"
+
+    @property
+    def staging(self) -> str:
+        """The schema in which this migration keeps its shadow, its logs and their functions."""
+        return f"runbook_{self.migration}"
+
+    @cached_property
+    def names(self) -> dict[str, sql.Composable]:
+        """What every statement of this run may name."""
+        return {**self.plan.names(self.staging), "migration": sql.Literal(self.migration)}
+
+    def frame(self, query: str | sql.Composed, /, **names: sql.Composable) -> pd.DataFrame:
+        """A named statement's rows as a DataFrame."""
+        return self.database.frame(query, **{**self.names, **names})
+
+    def finished(self, step: str, action: str) -> Evidence | None:
+        """The evidence of an action that is done, else None."""
+        with self.database.session("ledger") as session:
+            return _finished(session, self.migration, step, action)
+
+    def overview(self) -> pd.DataFrame:
+        """The steps, what the ledger says of each, and the plan's hash."""
+        history = self.database.frame("ledger.history", migration=sql.Literal(self.migration))
+        lines = []
+        for step in REPAIR if self.plan.restore_from == "backup" else STEPS:
+            done = history[(history.step == step) & (history.state == "done")]
+            checked = done[done.action == "check"]
+            last = history[history.step == step].tail(1)
+            state = "done" if len(checked) else ("" if last.empty else f"{last.action.iloc[0]}: {last.state.iloc[0]}")
+            when = checked.finished_at.iloc[-1].strftime("%Y-%m-%d %H:%M:%S %Z") if len(checked) else ""
+            lines.append(
+                {
+                    "step": NOTEBOOKS[step],
+                    "state": state,
+                    "when": when,
+                    "by": checked.operator.iloc[-1] if len(checked) else "",
+                }
+            )
+        frame = pd.DataFrame(lines)
+        frame.attrs["plan"] = self.plan.hash
+        return frame.style.hide(
+            axis="index"
+        ).set_caption(  # type: ignore[return-value]
+            f"{self.plan.full_name} by {self.plan.key} · migration {self.migration} ({self.state}) · plan {self.plan.hash[:12]}"
+        )
+
+    @contextmanager
+    def action(self, step: str, action: str, *, again: bool = False) -> Iterator[Action]:
+        """Hold the table for one action and keep the ledger true about it.
+
+        Already done (and not `again`): the action is not repeated; `evidence` has what was seen then.
+        Raises OutOfOrder before its time, AlreadyRunning when another run holds the table, PlanOutdated when the
+        table's definition changed since the plan.
+        """
+        with self.database.session(f"{step}.{action}") as session:
+            _claim(session, self.plan)
+            found = _finished(session, self.migration, step, action)
+            if found and not again:
+                yield Action(self, session, 0, found)
+                return
+            self._refuse_out_of_order(session, step)
+            self.refuse_outdated(session)
+            number = session.value(
+                "ledger.begin_action", migration=sql.Literal(self.migration), step=sql.Literal(step),
+                action=sql.Literal(action), operator=sql.Literal(operator()),
+            )  # fmt: skip
+            doing = Action(self, session, number)
+            try:
+                yield doing
+            except BaseException as error:
+                self._record_failure(number, error)
+                raise
+
+    def _record_failure(self, number: int, error: BaseException) -> None:
+        """On a connection of its own: the action's may be gone. Where the server is gone too, the row stays 'started'."""
+        sentence = str(error) if isinstance(error, RunbookError) else f"{type(error).__name__}: {error}"
+        try:
+            with self.database.session("ledger") as session:
+                session.run(
+                    "ledger.end_action", id=sql.Literal(number), state=sql.Literal("failed"), sentence=sql.Literal(sentence[:2000]),
+                    rows=sql.Literal(None), evidence=sql.Literal(None),
+                )  # fmt: skip
+        except Exception:
+            return
+
+    def _refuse_out_of_order(self, session: Session, step: str) -> None:
+        order = REPAIR if self.plan.restore_from == "backup" else STEPS
+        if step not in order:
+            return
+        for earlier in order[: order.index(step)]:
+            if not _finished(session, self.migration, earlier, "check"):
+                raise OutOfOrder(
+                    f"{NOTEBOOKS[step]} rests on {NOTEBOOKS[earlier]}, which has not been completed for {self.plan.full_name}:"
+                    f" run {NOTEBOOKS[earlier]} first."
+                )
+        if (
+            step in ("backup", "partition", "restore", "foreign_keys")
+            and order == STEPS
+            and _finished(session, self.migration, "cutover", "swap")
+        ):
+            raise OutOfOrder(f"{self.plan.full_name} has been cut over already: nothing is left for {NOTEBOOKS[step]} to do.")
+
+    def refuse_outdated(self, session: Session) -> None:
+        """Raises PlanOutdated when the source is not what was planned; after the cut-over there is nothing to compare."""
+        if self.plan.restore_from == "backup" or _finished(session, self.migration, "cutover", "swap"):
+            return
+        with session.transaction(search_path="pg_catalog"):
+            if session.value("catalog.definition", oid=sql.Literal(self.plan.table.oid)) != self.plan.fingerprint:
+                changes = _what_changed(session, self.plan)
+                raise PlanOutdated(
+                    f"{self.plan.full_name} was altered since the plan {self.plan.hash[:12]} was made ({changes}):"
+                    " roll back with 90_rollback, then plan again with 00_plan."
+                )
+
+
+def _what_changed(session: Session, plan: Plan) -> str:
+    found = session.rows("catalog.columns", oid=sql.Literal(plan.table.oid))
+    if not found:
+        return "the table is gone"
+    before = {column.name: (column.type, column.not_null, column.default) for column in plan.columns}
+    now = {row["name"]: (row["type"], row["not_null"], row["default"]) for row in found}
+    changes = [f"column {name} added" for name in now.keys() - before.keys()]
+    changes += [f"column {name} dropped" for name in before.keys() - now.keys()]
+    changes += [
+        f"column {name} was {before[name]}, is {now[name]}" for name in before.keys() & now.keys() if before[name] != now[name]
+    ]
+    indexes = {row["name"] for row in session.rows("catalog.indexes", oid=sql.Literal(plan.table.oid))}
+    changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]
+    changes += [f"index {name} dropped" for name in {index.name for index in plan.indexes} - indexes]
+    keys = {
+        (row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=sql.Literal(plan.table.oid))
+    }
+    planned = {(reference.schema_name, reference.table, reference.name) for reference in plan.references}
+    changes += [f"{schema}.{table} references it now by {name}" for schema, table, name in keys - planned]
+    changes += [f"the foreign key {name} of {schema}.{table} is gone" for schema, table, name in planned - keys]
+    return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"
+
+
+def _claim(session: Session, plan: Plan) -> None:
+    if session.value("ledger.claim", source_oid=sql.Literal(plan.table.oid - (plan.table.oid >> 31 << 32))):
+        return
+    holder = session.run("ledger.claimant", source_oid=sql.Literal(plan.table.oid)).fetchone() or {}
+    raise AlreadyRunning(
+        f"{plan.full_name} is being migrated by another run: {holder.get('application', 'a session')} of {holder.get('user')}"
+        f" (pid {holder.get('pid')}, since {holder.get('since')}). Wait for it, or end that session."
+    )
+
+
+def _finished(session: Session, migration: int, step: str, action: str) -> Evidence | None:
+    row = session.run(
+        "ledger.finished_action",
+        migration=sql.Literal(migration),
+        step=sql.Literal(step),
+        action=sql.Literal(action),
+    ).fetchone()
+    if row is None:
+        return None
+    when: datetime = row["finished_at"]
+    sentence = f"Already done on {when:%Y-%m-%d %H:%M:%S %Z} by {row['operator']}: {row['sentence']}"
+    return Evidence(sentence, row["rows"], row["evidence"] or {}, already=True)
+
+
+def operator() -> str:
+    """Who runs this: OS user and host."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def open(database: str = "embedded", table: str = "", *, ended: bool = False) -> Run:
+    """The open run of a table, with its frozen plan from the ledger.
+
+    Raises OutOfOrder when there is no plan (or, without `ended`, only one that was rolled back or finished), and
+    BadInput for parameters that are wrong.
+    """
+    given = resolve(database=database, table=table)
+    found = target(given.database, given.users)
+    return of(found, given.table, ended=ended)
+
+
+def of(database: Database, table: str, *, ended: bool = False) -> Run:
+    """The run of a table in a database that is already at hand."""
+    from runbook.catalog import find
+
+    with database.session("open") as session:
+        if not session.value("ledger.exists"):
+            raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
+        _, schema, name = find(session, table, database.name)
+        row = session.run("ledger.last_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
+    if row is None or (row["state"] != "open" and not ended):
+        raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")
+    return Run(database, row["id"], from_json(row["plan"]), row["state"])

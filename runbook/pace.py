@@ -1,0 +1,62 @@
+"""How fast the copy may go, and how far it is: brakes on replica lag and load, progress that a log can hold."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+from psycopg import sql
+from tqdm import tqdm
+
+from runbook.database import Session
+
+
+@dataclass
+class Brakes:
+    """Pauses while a replica lags more than `max_replica_lag_s` seconds behind, or more than `max_active_sessions`
+    other sessions are active; 0 means no limit. Says once why it pauses, and when it goes on."""
+
+    max_replica_lag_s: int
+    max_active_sessions: int
+    paused: bool = field(default=False)
+
+    def wait(self, session: Session) -> None:
+        """Return when there is room."""
+        while reason := self._reason(session):
+            if not self.paused:
+                print(f"paused: {reason}", flush=True)
+            self.paused = True
+            time.sleep(0.5)
+        if self.paused:
+            print("goes on", flush=True)
+            self.paused = False
+
+    def _reason(self, session: Session) -> str:
+        if self.max_replica_lag_s:
+            lag = session.value("pace.replica_lag")
+            if lag is not None and lag > self.max_replica_lag_s:
+                return f"a replica is {lag:.1f} s behind (limit {self.max_replica_lag_s} s)"
+        if self.max_active_sessions:
+            active = session.value("pace.active_sessions", me=sql.Literal("runbook%"))
+            if active > self.max_active_sessions:
+                return f"{active} sessions are active (limit {self.max_active_sessions})"
+        return ""
+
+
+class Progress:
+    """Rows done, rows a second, time left; thread-safe. A line every ten seconds where nobody watches a terminal."""
+
+    def __init__(self, verb: str, total: int, done: int = 0) -> None:
+        interval = 0.2 if sys.stdout.isatty() or "ipykernel" in sys.modules else 10.0
+        self._bar = tqdm(total=max(total, done) or None, initial=done, desc=verb, unit=" rows", unit_scale=True, file=sys.stdout,
+                         mininterval=interval, ascii=" ▏▎▍▌▋▊▉█", ncols=80)  # fmt: skip
+        self._lock = threading.Lock()
+
+    def add(self, rows: int) -> None:
+        with self._lock:
+            self._bar.update(rows)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,154 @@
+"""What a notebook may be told: names, types and what is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from runbook.errors import BadInput
+from runbook.statements import folder
+
+PartitionValue = str | int | float | bool | None
+
+
+def _parse(value: object) -> object:
+    """Papermill's -p hands a mapping over as text."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not valid JSON ({error})") from None
+    return value
+
+
+Parsed = BeforeValidator(_parse)
+Count = Annotated[int, Field(ge=1)]
+
+
+class Parameters(BaseModel):
+    """Every parameter of every notebook; strict: "false", 7 and YAML's `no` are not taken for what they are not."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    database: str = "embedded"
+    table: str = ""
+    # 00: frozen into the plan
+    key: str = ""
+    partition_by: Literal["list", "range", "hash"] = "list"
+    partitions: Annotated[dict[str, list[PartitionValue] | str] | None, Parsed] = None
+    every: str | int = ""
+    ahead: Annotated[int, Field(ge=0)] = 3
+    modulus: Annotated[int, Field(ge=0)] = 0
+    unique: Literal["global", "per_partition"] = "global"
+    null_value: str | int | None = None
+    legacy_inserts: Literal["fill", "strict"] = "fill"
+    backup: str = ""
+    backup_method: Literal["table", "dump"] = "table"
+    restore_from: Literal["source", "backup"] = "source"
+    users: Annotated[int | None, Field(ge=0)] = None
+    # how a step goes about it
+    workers: Count = 2
+    range_mib: Count = 32
+    batch_rows: Count = 5000
+    max_replica_lag_s: Annotated[int, Field(ge=0)] = 0
+    max_active_sessions: Annotated[int, Field(ge=0)] = 0
+    lock_timeout_ms: Annotated[int, Field(ge=1, le=10_000)] = 300
+    budget_s: Count = 120
+    approved_by: str = ""
+    keep_backup: bool = False
+    drop_backup: bool = False
+
+
+def check(given: dict[str, Any]) -> Parameters:
+    """The parameters, validated; raises BadInput with a sentence for each that is unknown or has a wrong type."""
+    try:
+        return Parameters.model_validate(given)
+    except ValidationError as error:
+        raise BadInput(" ".join(_sentences(error))) from None
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    known = ", ".join(Parameters.model_fields)
+    said: dict[str, str] = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            said[name] = f"{name} is not a parameter of any notebook; there are: {known}."
+        else:
+            given = problem["input"]
+            cause = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            kind = {"str": "text", "NoneType": "empty", "bool": "yes/no"}.get(type(given).__name__, type(given).__name__)
+            said.setdefault(name, f"{name} is {given!r} ({kind}), but {cause}: write it in that form.")
+    return list(said.values())
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """A YAML file of parameters, as Papermill's -f takes it; raises BadInput when it holds anything else."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} cannot be read as a YAML file of parameters: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise BadInput(f"{path} must hold parameters, a line each, as `table: users`.")
+    return content
+
+
+def from_command_line(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """`-p name value`: text stays text where the parameter is text, anything else is read as JSON."""
+    given: dict[str, Any] = {}
+    for name, value in pairs:
+        given[name] = value
+        field = Parameters.model_fields.get(name)
+        if field is not None and str not in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            try:
+                given[name] = json.loads(value)
+            except json.JSONDecodeError:
+                given[name] = value
+    return given
+
+
+def clinic() -> dict[str, Any]:
+    """The example's own parameters."""
+    return from_file(folder("notebooks") / "clinic.yaml")
+
+
+def resolve(**given: Any) -> Parameters:
+    """What a notebook calls: its parameters, checked together with whatever Papermill injected.
+
+    An empty `table` means the clinic, and only on the embedded server: with any other database the clinic's
+    file is never a silent default.
+    """
+    checked = check({**injected(), **given})
+    if checked.table:
+        return checked
+    if checked.database != "embedded":
+        raise BadInput(
+            f"table is not named: on {checked.database} say which one to partition, with -p table … -p key …, or with -f FILE."
+        )
+    defaults = Parameters()
+    said = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    return check({**clinic(), **said})
+
+
+def injected() -> dict[str, Any]:
+    """What Papermill's injected cell assigned in this kernel: it refuses no name by itself.
+
+    Papermill opens that cell with the comment "# Parameters"; elsewhere there is none, and nothing to check.
+    """
+    try:
+        from IPython import get_ipython
+    except ImportError:  # pragma: no cover - IPython comes with jupyterlab
+        return {}
+    shell = get_ipython()  # type: ignore[no-untyped-call]
+    given: dict[str, Any] = {}
+    for cell in getattr(shell, "user_ns", {}).get("In", []) if shell else []:
+        if cell.startswith("# Parameters\n"):
+            for node in ast.parse(cell).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    given[node.targets[0].id] = shell.user_ns[node.targets[0].id]
+    return given

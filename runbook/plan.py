@@ -1,0 +1,299 @@
+"""The plan: what is known of the table and what was decided, frozen; nothing later reads the catalog for it again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from psycopg import sql
+from pydantic import BaseModel, ConfigDict
+
+from runbook.statements import trusted
+
+
+class Fact(BaseModel):
+    """Something known; frozen, and the same JSON whenever it is dumped."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Column(Fact):
+    """A column of the source. `compared` says whether the comparison hashes its value or its text."""
+
+    name: str
+    type: str
+    not_null: bool
+    generated: bool
+    identity: str
+    default: str | None
+    compared: str
+    sequence: str | None
+    statistics: str | None
+    options: list[str] | None
+
+
+class Partition(Fact):
+    """A partition to be: its name, its bound as SQL, and how many of the present rows it takes."""
+
+    name: str
+    bound: str
+    values: tuple[str | None, ...] = ()
+    rows: int = 0
+
+
+class Index(Fact):
+    """An index of the source. `everywhere`: it can stand on the root; else only on each partition."""
+
+    name: str
+    unique: bool
+    primary: bool
+    columns: tuple[str, ...]
+    tail: str
+    tablespace: str
+    constraint: str | None
+    constraint_type: str | None
+    constraint_definition: str | None
+    comment: str | None
+    constraint_comment: str | None
+    everywhere: bool
+    retired_name: str
+    leaf_names: dict[str, str]
+
+
+class Reference(Fact):
+    """A foreign key that points at the source, and the composite one that will take its place."""
+
+    name: str
+    schema_name: str
+    table: str
+    owner: str
+    definition: str
+    columns: tuple[str, ...]
+    referenced: tuple[str, ...]
+    role_column: str
+    adds_column: bool
+    not_null: bool
+    indexed: bool
+    composite: str
+    comment: str | None
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        return sql.Identifier(self.schema_name, self.table)
+
+
+class Carried(Fact):
+    """An object that the new table must be given: the statement that gives it, and those that retire and restore the old one."""
+
+    kind: str
+    name: str
+    definition: str
+    retire: str | None = None
+    restore: str | None = None
+
+
+class Named(Fact):
+    """A named object with the definition that the server rendered."""
+
+    name: str
+    definition: str
+    validated: bool = True
+    comment: str | None = None
+
+
+class Table(Fact):
+    """The table as it is."""
+
+    oid: int
+    schema_name: str
+    name: str
+    owner: str
+    rows: int
+    table_bytes: int
+    index_bytes: int
+    tablespace: str
+    options: tuple[str, ...]
+    replica_identity: str
+    replica_index: str | None
+    comment: str | None
+
+
+class Finding(Fact):
+    """What the plan found: a blocker, a warning or a note; the object, the sentence, the way out."""
+
+    level: str
+    object: str
+    sentence: str
+    way_out: str = ""
+
+
+class Plan(Fact):
+    """Everything that the steps need. Its hash names it from 00 to the record's last page."""
+
+    server_version: int
+    table: Table
+    fingerprint: str
+    key: str
+    key_type: str
+    key_nullable: bool
+    partition_by: str
+    partitions: tuple[Partition, ...]
+    takes_any_value: bool
+    columns: tuple[Column, ...]
+    primary_key: tuple[str, ...]
+    indexes: tuple[Index, ...]
+    checks: tuple[Named, ...]
+    outgoing: tuple[Named, ...]
+    referenced_tables: tuple[tuple[str, str], ...]
+    references: tuple[Reference, ...]
+    views: tuple[Named, ...]
+    view_tables: tuple[tuple[str, str], ...]
+    carried: tuple[Carried, ...]
+    frequent_value: str | None
+    null_value: str | None
+    unique: str
+    legacy_inserts: str
+    backup: str
+    backup_method: str
+    restore_from: str
+    findings: tuple[Finding, ...]
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the plan's canonical JSON, in hexadecimal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def new_primary_key(self) -> tuple[str, ...]:
+        """The old primary key, then the partition key where it was not part of it already."""
+        return with_key(self.primary_key, self.key)
+
+    @property
+    def retired(self) -> str:
+        return fit(f"{self.table.name}_retired")
+
+    @property
+    def source(self) -> sql.Identifier:
+        return sql.Identifier(self.table.schema_name, self.table.name)
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.table.schema_name}.{self.table.name}"
+
+    @property
+    def blockers(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "blocker"]
+
+    @property
+    def copied(self) -> tuple[Column, ...]:
+        """Columns that are copied; generated ones are computed again."""
+        return tuple(column for column in self.columns if not column.generated)
+
+    def value(self, column: Column, alias: str) -> sql.Composable:
+        """A column as it is to stand in the shadow: NULL in the key becomes the plan's value for it."""
+        plain = sql.Identifier(alias, column.name)
+        if column.name != self.key or self.null_value is None:
+            return plain
+        return sql.SQL("coalesce({}, {})").format(plain, sql.Literal(self.null_value))
+
+    def names(self, staging: str) -> dict[str, sql.Composable]:
+        """The placeholders that every statement of this plan may use. Aliases: s origin, d copy, k log."""
+        keys = [f"k{number}" for number, _ in enumerate(self.primary_key, 1)]
+        return {
+            "source": self.source,
+            "schema": sql.Identifier(self.table.schema_name),
+            "name": sql.Identifier(self.table.name),
+            "owner": sql.Identifier(self.table.owner),
+            "retired": sql.Identifier(self.table.schema_name, self.retired),
+            "retired_name": sql.Identifier(self.retired),
+            "backup": sql.Identifier(self.table.schema_name, self.backup or "backup"),
+            "staging": sql.Identifier(staging),
+            "shadow": sql.Identifier(staging, self.table.name),
+            "unplaced": sql.Identifier(staging, "unplaced"),
+            "log": sql.Identifier(staging, "changes"),
+            "back": sql.Identifier(staging, "changes_back"),
+            "log_function": sql.Identifier(staging, "log_changes"),
+            "back_function": sql.Identifier(staging, "log_changes_back"),
+            "truncate_function": sql.Identifier(staging, "log_truncate"),
+            "source_oid": sql.Literal(self.table.oid),
+            "key": sql.Identifier(self.key),
+            "key_type": trusted(self.key_type),
+            "partition_by": sql.SQL("{} ({})").format(trusted(self.partition_by.upper()), sql.Identifier(self.key)),
+            "columns": identifiers(column.name for column in self.copied),
+            "s_columns": sql.SQL(", ").join(self.value(column, "s") for column in self.copied),
+            "s_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(self.value(column, "s") for column in self.copied)),
+            "d_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(sql.Identifier("d", column.name) for column in self.copied)),
+            "s_hash": self.hashed("s"),
+            "pk": identifiers(self.primary_key),
+            "s_pk": sql.SQL(", ").join(sql.Identifier("s", name) for name in self.primary_key),
+            "d_pk": sql.SQL(", ").join(sql.Identifier("d", name) for name in self.primary_key),
+            "new_pk": identifiers(self.new_primary_key),
+            "old_pk": sql.SQL(", ").join(sql.Identifier("o", name) for name in self.primary_key),
+            "n_pk": sql.SQL(", ").join(sql.Identifier("n", name) for name in self.primary_key),
+            "row_old": sql.SQL(", ").join(sql.SQL("OLD.{}").format(sql.Identifier(name)) for name in self.primary_key),
+            "row_new": sql.SQL(", ").join(sql.SQL("NEW.{}").format(sql.Identifier(name)) for name in self.primary_key),
+            "keys": identifiers(keys),
+            "k_keys": sql.SQL(", ").join(sql.Identifier("k", name) for name in keys),
+            "key_aliases": sql.SQL(", ").join(
+                sql.SQL("{} AS {}").format(sql.Identifier(name), sql.Identifier(key))
+                for name, key in zip(self.primary_key, keys, strict=True)
+            ),
+            "marker": sql.SQL(", ").join([sql.SQL("NULL")] * len(keys)),
+            "s_is_k": _equal("s", self.primary_key, "k", keys),
+            "d_is_k": _equal("d", self.primary_key, "k", keys),
+            "d_is_s": _equal("d", self.primary_key, "s", list(self.primary_key)),
+            "s_placed": sql.SQL("true")
+            if not self._may_be_null
+            else sql.SQL("{} IS NOT NULL").format(sql.Identifier("s", self.key)),
+        }
+
+    @property
+    def _may_be_null(self) -> bool:
+        return self.key_nullable and self.null_value is None
+
+    def hashed(self, alias: str) -> sql.Composable:
+        """A row as the comparison hashes it: text where equality does not promise the same bytes."""
+        parts: list[sql.Composable] = []
+        for column in self.columns:
+            value = self.value(column, alias) if not column.generated else sql.Identifier(alias, column.name)
+            form = {"value": "{}", "text": "{}::text", "collated text": '{}::text COLLATE "C"'}[column.compared]
+            parts.append(trusted(form).format(value))
+        return sql.SQL("hash_record_extended(ROW({}), 0)").format(sql.SQL(", ").join(parts))
+
+
+def with_key(columns: Iterable[str], key: str) -> tuple[str, ...]:
+    """Columns of a key that is unique across partitions: it must contain the partition key."""
+    listed = tuple(columns)
+    return listed if key in listed else (*listed, key)
+
+
+def identifiers(names: Iterable[str]) -> sql.Composable:
+    """Names as a list of quoted identifiers."""
+    return sql.SQL(", ").join(sql.Identifier(name) for name in names)
+
+
+def _equal(left: str, left_names: Iterable[str], right: str, right_names: Iterable[str]) -> sql.Composable:
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b))
+        for a, b in zip(left_names, right_names, strict=True)
+    )
+
+
+def fit(name: str, taken: Iterable[str] = ()) -> str:
+    """The name itself where it fits PostgreSQL's 63 bytes and is free; else shortened, with a digest that keeps it apart."""
+    used = set(taken)
+    if len(name.encode()) <= 63 and name not in used:
+        return name
+    for attempt in range(1000):
+        digest = hashlib.sha256(f"{name}{attempt or ''}".encode()).hexdigest()[:8]
+        short = f"{name.encode()[:54].decode(errors='ignore')}_{digest}"
+        if short not in used:
+            return short
+    raise ValueError(name)
+
+
+def from_json(stored: dict[str, Any]) -> Plan:
+    """A plan as the ledger keeps it."""
+    return Plan.model_validate(stored)

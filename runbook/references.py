@@ -1,0 +1,96 @@
+"""The tables that reference the source: their names in SQL, and the hand-over of keys that they have to follow."""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from runbook.database import Session
+from runbook.ledger import Run
+from runbook.plan import Reference, fit, identifiers
+from runbook.statements import trusted
+
+
+def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
+    """The placeholders of one reference. Aliases: r, w referencing rows; s, v source rows; k its log."""
+    number = run.plan.references.index(reference) + 1
+    keys = [f"k{place}" for place, _ in enumerate(reference.columns, 1)]
+    literal_key = sql.Literal(run.plan.frequent_value)
+
+    def equal(
+        left: str,
+        left_names: tuple[str, ...] | list[str],
+        right: str,
+        right_names: tuple[str, ...] | list[str],
+    ) -> sql.Composable:
+        return sql.SQL(" AND ").join(
+            sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b))
+            for a, b in zip(left_names, right_names, strict=True)
+        )
+
+    def listed(alias: str, columns: tuple[str, ...] | list[str]) -> sql.Composable:
+        return sql.SQL(", ").join(sql.Identifier(alias, column) for column in columns)
+
+    def of_row(which: str) -> sql.Composable:
+        return sql.SQL(", ").join(sql.SQL("{}.{}").format(trusted(which), sql.Identifier(column)) for column in reference.columns)
+
+    columns, referenced = reference.columns, reference.referenced
+    return {
+        **run.names,
+        "reference": reference.identifier,
+        "reference_text": sql.Literal(reference.identifier.as_string(None)),
+        "table_text": sql.Literal(f"{reference.schema_name}.{reference.table}"),
+        "reference_log": sql.Identifier(run.staging, f"references_{number}"),
+        "reference_log_text": sql.Literal(sql.Identifier(run.staging, f"references_{number}").as_string(None)),
+        "reference_function": sql.Identifier(run.staging, f"log_references_{number}"),
+        "fill_function": sql.Identifier(run.staging, f"fill_{number}"),
+        "filled": sql.Identifier(run.staging, "filled"),
+        "fill_trigger": sql.Identifier(fit(f"zzz_runbook_fill_{reference.role_column}")),
+        "insert_trigger": sql.Identifier(f"runbook_reference_insert_{number}"),
+        "update_trigger": sql.Identifier(f"runbook_reference_update_{number}"),
+        "check_name": sql.Identifier(fit(f"{reference.table}_{reference.role_column}_present")),
+        "constraint": sql.Identifier(reference.name),
+        "definition": trusted(reference.composite),
+        "role_column": sql.Identifier(reference.role_column),
+        "default": sql.SQL("DEFAULT {}").format(literal_key) if run.plan.frequent_value is not None else sql.SQL(""),
+        "not_null": sql.SQL("NOT NULL" if reference.not_null else ""),
+        "frequent": literal_key,
+        "reference_key_aliases": sql.SQL(", ").join(
+            sql.SQL("{} AS {}").format(sql.Identifier(column), sql.Identifier(key))
+            for column, key in zip(columns, keys, strict=True)
+        ),
+        "columns_and_role": identifiers((*columns, reference.role_column)),
+        "n_columns": listed("n", columns),
+        "k_columns": listed("k", keys),
+        "s_referenced": listed("s", referenced),
+        "r_is_s": equal("r", columns, "s", referenced),
+        "w_is_v": equal("w", columns, "v", referenced),
+        "w_is_k": equal("w", columns, "k", keys),
+        "s_is_rk": equal("s", referenced, "k", keys),
+        "present": sql.SQL(" || ").join(sql.SQL("{}::text").format(sql.Identifier(column)) for column in columns)
+        if len(columns) > 1
+        else sql.Identifier(columns[0]),
+        "new_columns": of_row("NEW"),
+        "old_columns": of_row("OLD"),
+        "new_present": sql.SQL("({}) IS NOT NULL").format(sql.SQL("ROW({})").format(of_row("NEW"))),
+        "s_is_new": sql.SQL(" AND ").join(
+            sql.SQL("s.{} = NEW.{}").format(sql.Identifier(a), sql.Identifier(b))
+            for a, b in zip(referenced, columns, strict=True)
+        ),
+    }
+
+
+def added(run: Run) -> list[Reference]:
+    """The references that gain a role column; two keys over the same columns share one."""
+    seen: dict[tuple[str, str, str], Reference] = {}
+    for reference in run.plan.references:
+        if reference.adds_column:
+            seen.setdefault((reference.schema_name, reference.table, reference.role_column), reference)
+    return list(seen.values())
+
+
+def hand_over(run: Run, session: Session) -> None:
+    """Within a replay: pass on the keys whose partition key changed to the logs of the tables that reference them."""
+    for reference in added(run):
+        own = names(run, reference)
+        if session.value("foreign_keys.logged", **own):
+            session.run("foreign_keys.hand_over", **own)

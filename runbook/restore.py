@@ -1,0 +1,338 @@
+"""03: copy, settle, index, replay: the shadow becomes equal to the source while the application goes on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+from psycopg import sql
+
+from runbook import changes, compare, pace
+from runbook.changes import Rewritten
+from runbook.database import Session
+from runbook.errors import NotEqual, PromiseBroken
+from runbook.ledger import Evidence, Run
+from runbook.plan import Index
+from runbook.sheet import Sheet
+from runbook.statements import statement, trusted
+
+Statements = changes.Statements
+Range = tuple[int, int]
+SHORT_TAIL = 1000
+
+
+def script(run: Run) -> Statements:
+    """The whole step for a table that nobody writes to: one copy instead of ranges, no replay needed."""
+    yield statement("restore.copy_all", **run.names)
+    for _, _, each in index_builds(run):
+        yield from each
+    yield from adopt(run)
+    yield from finish_storage(run)
+
+
+def preview(run: Run) -> Sheet:
+    """The statements of this step, with real names; the copy as it looks for one range."""
+    if run.plan.restore_from == "backup":
+        return Sheet([statement("restore.repair", **run.names)])
+    one = statement("restore.copy_range", **run.names, first=sql.Literal("(0,0)"), last=sql.Literal("(4096,0)"))
+    return Sheet(
+        [
+            one,
+            *(each for _, _, each_ in index_builds(run) for each in each_),
+            *adopt(run),
+            *finish_storage(run),
+        ]
+    )
+
+
+def repair(run: Run) -> Evidence:
+    """Put back the backup's rows that the partitioned table lacks; rows that are there are never touched."""
+    with run.action("restore", "repair") as action:
+        if action.evidence:
+            return action.evidence
+        with action.session.transaction(lock_timeout="5s"):
+            rows = action.session.run("restore.repair", **run.names).rowcount
+            return action.finish(f"{rows:,} rows of {run.plan.backup} were missing in {run.plan.full_name} and are back.", rows)
+
+
+def copy(run: Run, workers: int = 2, range_mib: int = 32, max_replica_lag_s: int = 0, max_active_sessions: int = 0) -> Evidence:
+    """Copy every block of the source into the shadow, each range and its ledger row in one transaction.
+
+    Goes on where a run that died stopped, and from the beginning when the source was truncated or rewritten.
+    """
+    with run.action("restore", "copy") as action:
+        if action.evidence:
+            return action.evidence
+        while True:
+            _start_again_if_rewritten(run, action.session)
+            size = action.session.row("restore.blocks", **run.names)
+            done = [(row["first_block"], row["last_block"]) for row in action.session.rows("restore.copied", **run.names)]
+            pending = list(gaps(done, size["blocks"], max(1, range_mib * 1024 * 1024 // size["block_size"])))
+            brakes = pace.Brakes(max_replica_lag_s, max_active_sessions)
+            progress = pace.Progress(
+                "copied",
+                run.plan.table.rows,
+                sum(r["rows"] for r in action.session.rows("restore.copied", **run.names)),
+            )
+            try:
+                parallel(
+                    run,
+                    workers,
+                    pending,
+                    lambda session, each: _copy_range(run, session, each, brakes, progress),
+                )
+                break
+            except Rewritten as again:
+                print(f"{again} Copying starts again.", flush=True)
+            finally:
+                progress.close()
+        rows = sum(row["rows"] for row in action.session.rows("restore.copied", **run.names))
+        return action.finish(
+            f"{rows:,} rows were copied in {len(done) + len(pending)} ranges.",
+            rows,
+            ranges=len(done) + len(pending),
+        )
+
+
+def _start_again_if_rewritten(run: Run, session: Session) -> None:
+    with session.transaction(lock_timeout="30s"):
+        session.run("changes.hold", **{**run.names, "origin": run.names["source"]})
+        filenode = session.value("catalog.filenode", oid=run.names["source_oid"])
+        truncated = session.value("changes.truncated", **run.names)
+        if truncated or filenode != session.row("ledger.remembered", **run.names)["filenode"]:
+            session.run("restore.start_again", **run.names)
+            session.run("changes.forget_truncation", **run.names)
+            session.run("ledger.remember_filenode", filenode=sql.Literal(filenode), **run.names)
+
+
+def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
+    """What is left of blocks [0, `blocks`) when the ranges in `done` are copied, in pieces of at most `step` blocks."""
+    position = 0
+    for first, last in [*sorted(done), (blocks, blocks)]:
+        for begin in range(position, first, step):
+            yield begin, min(begin + step, first)
+        position = max(position, last)
+
+
+def _copy_range(run: Run, session: Session, each: Range, brakes: pace.Brakes, progress: pace.Progress) -> None:
+    brakes.wait(session)
+    first, last = (sql.Literal(f"({block},0)") for block in each)
+    with session.transaction(lock_timeout="30s"):
+        changes.hold(run, session)
+        rows = session.run("restore.copy_range", **run.names, first=first, last=last).rowcount
+        session.run(
+            "restore.record_range",
+            **run.names,
+            first_block=sql.Literal(each[0]),
+            last_block=sql.Literal(each[1]),
+            rows=sql.Literal(rows),
+        )
+    progress.add(rows)
+
+
+def parallel(run: Run, workers: int, work: Sequence[Any], do: Callable[[Session, Any], None]) -> None:
+    """Do all of `work` with several sessions; the first error, or an interrupt, cancels what the others run."""
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for each in work:
+        waiting.put(each)
+    sessions: list[Session] = []
+    stop = threading.Event()
+
+    def loop() -> None:
+        with run.database.session("worker") as session:
+            sessions.append(session)
+            while not stop.is_set():
+                try:
+                    each = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                do(session, each)
+
+    with ThreadPoolExecutor(min(workers, len(work)) or 1) as pool:
+        futures = [pool.submit(loop) for _ in range(min(workers, len(work)))]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            if any(future.done() and future.exception() for future in futures) or not all(future.done() for future in futures):
+                for session in sessions:
+                    if not session.connection.closed:
+                        session.connection.cancel_safe(timeout=5)
+            wait(futures)
+    errors = [error for future in futures if (error := future.exception())]
+    for error in sorted(errors, key=lambda error: not isinstance(error, Rewritten)):
+        raise error
+
+
+def settle(run: Run) -> Evidence:
+    """Replay what changed while the ranges were copied, doubles included: the shadow equals the source afterwards."""
+    with run.action("restore", "settle") as action:
+        if action.evidence:
+            return action.evidence
+        keys = changes.settle(run, action.session)
+        return action.finish(f"{keys:,} changes made during the copy were settled.", keys)
+
+
+def index_builds(run: Run) -> Iterator[tuple[str, str, list[sql.Composed]]]:
+    """(partition, index name, statements) for every index of every partition; the largest partitions first."""
+    plan = run.plan
+    for partition in sorted(plan.partitions, key=lambda partition: -partition.rows):
+        leaf = sql.Identifier(run.staging, partition.name)
+        for index in plan.indexes:
+            name = sql.Identifier(index.leaf_names[partition.name])
+            yield partition.name, index.leaf_names[partition.name], list(_leaf_index(run, index, leaf, name))
+
+
+def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: sql.Identifier) -> Statements:
+    space = trusted(f" TABLESPACE {sql.Identifier(index.tablespace).as_string(None)}" if index.tablespace else "")
+    if index.primary:
+        yield statement("restore.create_unique", index=name, leaf=leaf, columns=run.names["new_pk"])
+        yield statement("restore.adopt_primary_key", index=name, leaf=leaf)
+    elif index.constraint_type == "x":
+        yield statement(
+            "restore.add_constraint",
+            table=leaf,
+            constraint=name,
+            definition=trusted(index.constraint_definition or ""),
+        )
+    else:
+        unique = sql.SQL("UNIQUE" if index.unique else "")
+        tail = sql.SQL("{}{}").format(trusted(index.tail), space) if " WHERE " not in index.tail else trusted(index.tail)
+        yield statement("restore.create_index", index=name, leaf=leaf, unique=unique, tail=tail)
+        if index.constraint_type == "u":
+            yield statement("restore.adopt_unique", index=name, leaf=leaf, timing=_timing(index))
+
+
+def _timing(index: Index) -> sql.SQL:
+    definition = index.constraint_definition or ""
+    deferred = " INITIALLY DEFERRED" if definition.endswith("INITIALLY DEFERRED") else ""
+    return trusted(f"DEFERRABLE{deferred}" if " DEFERRABLE" in definition else "")
+
+
+def adopt(run: Run) -> Statements:
+    """The root's primary key and indexes, which adopt those of the partitions."""
+    names = run.names
+    for index in run.plan.indexes:
+        name = sql.Identifier(index.name)
+        if index.primary:
+            yield statement("restore.primary_key_root", **names | {"index": name, "columns": names["new_pk"]})
+        elif index.everywhere and index.constraint:
+            definition = trusted(index.constraint_definition or "")
+            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
+        elif index.everywhere:
+            unique = sql.SQL("UNIQUE" if index.unique else "")
+            yield statement("restore.index_root", **names, index=name, unique=unique, tail=trusted(index.tail))
+        else:
+            continue
+        if index.comment:
+            yield statement(
+                "partition.comment_index",
+                index=sql.Identifier(run.staging, index.name),
+                comment=sql.Literal(index.comment),
+            )
+        if index.constraint_comment:
+            yield statement(
+                "partition.comment_constraint",
+                table=names["shadow"],
+                constraint=name,
+                comment=sql.Literal(index.constraint_comment),
+            )
+
+
+def finish_storage(run: Run) -> Statements:
+    """The source's storage options on every partition, then VACUUM and ANALYZE."""
+    options = [option for option in run.plan.table.options]
+    for leaf in changes.leaves(run, run.staging):
+        yield statement("restore.storage", leaf=leaf)
+        if options:
+            yield statement("restore.storage_options", leaf=leaf, options=trusted(", ".join(options)))
+        yield statement("restore.vacuum", leaf=leaf)
+    yield statement("restore.analyze_root", **run.names)
+
+
+def build_indexes(run: Run, workers: int = 2) -> Evidence:
+    """Build the partitions' indexes in bulk, several at a time: nobody else uses the shadow, so no CONCURRENTLY."""
+    with run.action("restore", "index") as action:
+        if action.evidence:
+            return action.evidence
+        session = action.session
+        built = {
+            (partition.name, row["name"])
+            for partition in run.plan.partitions
+            for row in session.rows(
+                "restore.built",
+                leaf_text=sql.Literal(sql.Identifier(run.staging, partition.name).as_string(None)),
+            )
+        }
+        pending = [(leaf, each) for leaf, name, each in index_builds(run) if (leaf, name) not in built]
+        parallel(run, workers, [each[:1] for _, each in pending], _build)
+        with session.transaction(lock_timeout="5s"):
+            for _, each in pending:
+                for later in each[1:]:
+                    session.run(later)
+            for each_ in adopt(run):
+                session.run(each_)
+        for each_ in finish_storage(run):
+            session.run(each_)
+        return action.finish(
+            f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed.",
+            len(pending),
+        )
+
+
+def _build(session: Session, statements: list[sql.Composed]) -> None:
+    with session.transaction(lock_timeout="30s"):
+        for each in statements:
+            session.run(each)
+
+
+def replay(run: Run, rounds: int = 20) -> Evidence:
+    """Replay the log until its tail is short; what stays is replayed under the cut-over's locks."""
+    with run.action("restore", "replay", again=True) as action:
+        total = 0
+        for _ in range(rounds):
+            keys, _horizon = changes.replay(run, action.session)
+            total += keys
+            if keys <= SHORT_TAIL:
+                break
+        return action.finish(
+            f"{total:,} changes were replayed; {changes.length(run, action.session):,} wait in the log.",
+            total,
+        )
+
+
+def compare_all(run: Run) -> Evidence:
+    """Compare every row of source and shadow in one snapshot; raises NotEqual, naming partitions and keys."""
+    with run.action("restore", "compare", again=True) as action:
+        seen = compare.exactly(run, action.session, changes.FORWARD)
+        return action.finish(seen.sentence, seen.rows, sums=seen.sums)
+
+
+def check(run: Run) -> Evidence:
+    """Raises unless the last comparison found source and shadow equal and every row has its partition."""
+    with run.action("restore", "check") as action:
+        if action.evidence:
+            return action.evidence
+        if run.plan.restore_from == "backup":
+            return action.finish("The repair is done.")
+        seen = run.finished("restore", "compare")
+        if seen is None:
+            raise NotEqual(f"{run.plan.full_name} and its shadow have not been found equal: run 03_restore again.")
+        refuse_homeless(run, action.session)
+        return action.finish(f"The shadow equals {run.plan.full_name}: {seen.rows:,} rows.", seen.rows)
+
+
+def refuse_homeless(run: Run, session: Session) -> None:
+    """Raises PromiseBroken when rows came that no partition takes, with their values and counts."""
+    if run.plan.takes_any_value:
+        return
+    rows = session.rows("restore.homeless", **run.names)
+    if rows:
+        listed = ", ".join(f"{row['value']!r} ({row['rows']:,})" for row in rows)
+        raise PromiseBroken(
+            f"{run.plan.full_name} has rows whose {run.plan.key} fits no partition: {listed}. The application is not disturbed;"
+            " correct these rows, or roll back with 90_rollback and plan a partition for them."
+        )

@@ -1,0 +1,131 @@
+-- The change log: which rows changed, by primary key, and replaying them from their present state.
+
+-- name: create
+-- An ordinary, logged table: an unlogged one would be emptied by a crash. No identity and no sequence, which would
+-- change the application's lastval(). REPLICA IDENTITY FULL, or deletes fail where a publication covers the schema.
+CREATE SCHEMA {staging};
+CREATE TABLE {log} AS SELECT {key_aliases} FROM {source} WHERE false;
+CREATE TABLE {back} AS SELECT {key_aliases} FROM {source} WHERE false;
+ALTER TABLE {log} REPLICA IDENTITY FULL;
+ALTER TABLE {back} REPLICA IDENTITY FULL;
+
+-- name: create_functions
+-- SECURITY DEFINER: the application's role has no rights on the log. search_path pinned: nobody can slip in a table.
+CREATE FUNCTION {log_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  IF TG_OP = 'INSERT' THEN
+    INSERT INTO {log} SELECT {n_pk} FROM added n;
+  ELSIF TG_OP = 'UPDATE' THEN
+    INSERT INTO {log} SELECT {old_pk} FROM removed o UNION SELECT {n_pk} FROM added n;
+  ELSE
+    INSERT INTO {log} SELECT {old_pk} FROM removed o;
+  END IF;
+  RETURN NULL;
+END $$;
+CREATE FUNCTION {back_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  IF TG_OP <> 'INSERT' THEN
+    INSERT INTO {back} VALUES ({row_old});
+  END IF;
+  IF TG_OP = 'INSERT' OR TG_OP = 'UPDATE' AND ROW({row_old}) IS DISTINCT FROM ROW({row_new}) THEN
+    INSERT INTO {back} VALUES ({row_new});
+  END IF;
+  RETURN NULL;
+END $$;
+-- TRUNCATE has no rows: a marker of NULLs stands for all of them.
+CREATE FUNCTION {truncate_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  IF TG_ARGV[0] = 'back' THEN
+    INSERT INTO {back} VALUES ({marker});
+  ELSE
+    INSERT INTO {log} VALUES ({marker});
+  END IF;
+  RETURN NULL;
+END $$;
+
+-- name: switch_on
+-- SHARE ROW EXCLUSIVE on the source: writers wait, readers do not. Statement triggers with transition tables: one insert
+-- a statement. ALWAYS: a session in replica mode is logged, too.
+CREATE TRIGGER runbook_log_insert AFTER INSERT ON {source} REFERENCING NEW TABLE AS added
+  FOR EACH STATEMENT EXECUTE FUNCTION {log_function}();
+CREATE TRIGGER runbook_log_update AFTER UPDATE ON {source} REFERENCING OLD TABLE AS removed NEW TABLE AS added
+  FOR EACH STATEMENT EXECUTE FUNCTION {log_function}();
+CREATE TRIGGER runbook_log_delete AFTER DELETE ON {source} REFERENCING OLD TABLE AS removed
+  FOR EACH STATEMENT EXECUTE FUNCTION {log_function}();
+CREATE TRIGGER runbook_log_truncate AFTER TRUNCATE ON {source}
+  FOR EACH STATEMENT EXECUTE FUNCTION {truncate_function}('log');
+ALTER TABLE {source} ENABLE ALWAYS TRIGGER runbook_log_insert;
+ALTER TABLE {source} ENABLE ALWAYS TRIGGER runbook_log_update;
+ALTER TABLE {source} ENABLE ALWAYS TRIGGER runbook_log_delete;
+ALTER TABLE {source} ENABLE ALWAYS TRIGGER runbook_log_truncate;
+
+-- name: switch_off
+DROP TRIGGER IF EXISTS runbook_log_insert ON {source};
+DROP TRIGGER IF EXISTS runbook_log_update ON {source};
+DROP TRIGGER IF EXISTS runbook_log_delete ON {source};
+DROP TRIGGER IF EXISTS runbook_log_truncate ON {source}
+
+-- name: switch_on_back
+-- Row triggers here, cloned to every partition: a statement trigger on the root sees nothing of a MERGE that moves a
+-- row (15 to 18), nor of writes made directly to a partition.
+CREATE TRIGGER runbook_log_back AFTER INSERT OR UPDATE OR DELETE ON {source}
+  FOR EACH ROW EXECUTE FUNCTION {back_function}();
+ALTER TABLE {source} ENABLE ALWAYS TRIGGER runbook_log_back
+
+-- name: switch_on_back_leaf
+ALTER TABLE {leaf} ENABLE ALWAYS TRIGGER runbook_log_back
+
+-- name: switch_on_back_truncate
+CREATE TRIGGER runbook_log_truncate AFTER TRUNCATE ON {table}
+  FOR EACH STATEMENT EXECUTE FUNCTION {truncate_function}('back');
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER runbook_log_truncate
+
+-- name: switch_off_back
+DROP TRIGGER IF EXISTS runbook_log_back ON {source};
+DROP TRIGGER IF EXISTS runbook_log_truncate ON {source}
+
+-- name: switch_off_back_truncate
+DROP TRIGGER IF EXISTS runbook_log_truncate ON {leaf}
+
+-- name: hold
+-- Before the snapshot: a table rewritten or truncated after it would be read as empty.
+LOCK TABLE {origin} IN ACCESS SHARE MODE
+
+-- name: truncated
+SELECT EXISTS (SELECT FROM {log} k WHERE ({k_keys}) IS NULL)
+
+-- name: forget_truncation
+DELETE FROM {log} k WHERE ({k_keys}) IS NULL
+
+-- name: length
+SELECT count(*) FROM {log} k
+
+-- name: forget_changed
+-- Rows that are equal to the last byte already are left alone.
+DELETE FROM {copy} d USING (SELECT DISTINCT {keys} FROM {log}) k
+ WHERE {d_is_k} AND NOT EXISTS (SELECT FROM {origin} s WHERE {s_is_k} AND {s_row} *= {d_row})
+
+-- name: forget_all_changed
+-- While settling, a row that moved between two ranges may stand twice: every changed key goes.
+DELETE FROM {copy} d USING (SELECT DISTINCT {keys} FROM {log}) k WHERE {d_is_k}
+
+-- name: take_changed
+INSERT INTO {copy} ({columns}) OVERRIDING SYSTEM VALUE
+SELECT {s_columns} FROM {origin} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k}
+ WHERE {s_placed} AND NOT EXISTS (SELECT FROM {copy} d WHERE {d_is_k})
+
+-- name: take_all_changed
+INSERT INTO {copy} ({columns}) OVERRIDING SYSTEM VALUE
+SELECT {s_columns} FROM {origin} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k} WHERE {s_placed}
+
+-- name: clear
+-- A key whose row has no partition key yet stays in the log: the cut-over waits for it.
+DELETE FROM {log} k WHERE NOT EXISTS (SELECT FROM {origin} s WHERE {s_is_k} AND NOT ({s_placed}))
+
+-- name: note_unplaced
+INSERT INTO {log} SELECT {s_pk} FROM {origin} s WHERE NOT ({s_placed})
+
+-- name: trigger_states
+-- The log's triggers as they are: a disabled one, or one made again (another xmin), means that changes went unseen.
+SELECT string_agg(tgname || ' ' || tgenabled::text || ' ' || xmin::text, ', ' ORDER BY tgname) AS states
+  FROM pg_trigger WHERE tgrelid = {oid} AND NOT tgisinternal AND tgname LIKE 'runbook\_%'

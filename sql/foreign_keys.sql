@@ -1,0 +1,157 @@
+-- 04: the role column on every referencing table, logged and filled in.
+
+-- name: create_log
+-- Holds the referenced key of every row whose reference may have to be corrected.
+CREATE TABLE {reference_log} AS SELECT {reference_key_aliases} FROM {reference} WHERE false;
+ALTER TABLE {reference_log} REPLICA IDENTITY FULL
+
+-- name: create_log_function
+CREATE FUNCTION {reference_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  INSERT INTO {reference_log} SELECT DISTINCT {n_columns} FROM added n WHERE ({n_columns}) IS NOT NULL;
+  RETURN NULL;
+END $$
+
+-- name: logged
+-- The column, its triggers and this log come in one transaction: where the log is, they are.
+SELECT to_regclass({reference_log_text}) IS NOT NULL
+
+-- name: add_column
+-- ACCESS EXCLUSIVE for an instant; a constant default rewrites nothing.
+ALTER TABLE {reference} ADD COLUMN {role_column} {key_type} {default} {not_null}
+
+-- name: switch_on
+-- The WHEN clause keeps the runbook's own corrections out of the log.
+CREATE TRIGGER {insert_trigger} AFTER INSERT ON {reference} REFERENCING NEW TABLE AS added
+  FOR EACH STATEMENT EXECUTE FUNCTION {reference_function}();
+CREATE TRIGGER {update_trigger} AFTER UPDATE ON {reference} REFERENCING NEW TABLE AS added
+  FOR EACH STATEMENT WHEN (current_setting('runbook.correcting', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION {reference_function}();
+ALTER TABLE {reference} ENABLE ALWAYS TRIGGER {insert_trigger};
+ALTER TABLE {reference} ENABLE ALWAYS TRIGGER {update_trigger}
+
+-- name: switch_off
+DROP TRIGGER IF EXISTS {insert_trigger} ON {reference};
+DROP TRIGGER IF EXISTS {update_trigger} ON {reference}
+
+-- name: require_role
+-- A composite key passes when any of its columns is NULL: (999, NULL) would refer to nobody.
+ALTER TABLE {reference} ADD CONSTRAINT {check_name} CHECK ({present} IS NULL OR {role_column} IS NOT NULL) NOT VALID
+
+-- name: validate
+-- SHARE UPDATE EXCLUSIVE: readers and writers go on.
+ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
+
+-- name: log_minority
+-- The column begins with the most frequent value; only rows that refer to others have to be corrected.
+INSERT INTO {reference_log} SELECT {s_referenced} FROM {source} s WHERE s.{key} IS DISTINCT FROM {frequent}
+
+-- name: fill_all
+UPDATE {reference} r SET {role_column} = s.{key} FROM {source} s WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key}
+
+-- name: batch
+-- Rows of the log are only ever inserted and deleted, so that their ctid names them within a transaction.
+SELECT coalesce(array_agg(ctid), '{{}}')::text AS batch FROM (SELECT ctid FROM {reference_log} LIMIT {size}) b
+
+-- name: correct_batch
+-- READ COMMITTED, and rows that somebody holds are skipped: the application neither waits nor gets a deadlock.
+UPDATE {reference} r SET {role_column} = s.{key}
+  FROM {source} s
+ WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key}
+   AND r.ctid = ANY (ARRAY(
+       SELECT w.ctid FROM (SELECT DISTINCT * FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])) k
+         JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
+        WHERE w.{role_column} IS DISTINCT FROM v.{key} FOR NO KEY UPDATE OF w SKIP LOCKED))
+
+-- name: return_skipped
+INSERT INTO {reference_log}
+SELECT DISTINCT {k_columns} FROM (SELECT DISTINCT * FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])) k
+  JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
+
+-- name: close_batch
+DELETE FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])
+
+-- name: correct_last
+-- Under the cut-over's locks nobody writes any more: every key of the log at once.
+UPDATE {reference} r SET {role_column} = s.{key}
+  FROM {source} s JOIN (SELECT DISTINCT * FROM {reference_log}) k ON {s_is_rk}
+ WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key}
+
+-- name: clear_log
+DELETE FROM {reference_log}
+
+-- name: log_length
+SELECT count(*) FROM {reference_log}
+
+-- name: hand_over
+-- Keys whose partition key changes with this replay: the rows that reference them have to follow.
+INSERT INTO {reference_log} SELECT {s_referenced} FROM {source} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k}
+ WHERE NOT EXISTS (SELECT FROM {shadow} d WHERE {d_is_k} AND d.{key} IS NOT DISTINCT FROM s.{key})
+
+-- name: wrong
+SELECT count(*) FROM {reference} w JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
+   AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
+
+-- name: drop_column
+ALTER TABLE {reference} DROP COLUMN IF EXISTS {role_column}
+
+-- name: drop_check
+ALTER TABLE {reference} DROP CONSTRAINT IF EXISTS {check_name}
+
+-- name: drop_key
+ALTER TABLE {reference} DROP CONSTRAINT {constraint}
+
+-- name: add_key
+ALTER TABLE {reference} ADD CONSTRAINT {constraint} {definition} NOT VALID
+
+-- name: add_key_validated
+ALTER TABLE {reference} ADD CONSTRAINT {constraint} {definition}
+
+-- name: drop_default
+ALTER TABLE {reference} ALTER COLUMN {role_column} DROP DEFAULT
+
+-- name: create_fill
+-- Gives a row its user's role when the writer did not know of the column; a role that was given is never corrected, the
+-- foreign key refuses a wrong one. FOR KEY SHARE waits for a concurrent change of the role and sees its result; a row
+-- that moved to another partition meanwhile is looked for again. A user that does not exist leaves the row to the key.
+CREATE FUNCTION {fill_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  attempts integer := 0;
+BEGIN
+  IF TG_OP = 'UPDATE' AND NEW.{role_column} IS NOT DISTINCT FROM OLD.{role_column}
+     AND ROW({new_columns}) IS DISTINCT FROM ROW({old_columns}) THEN
+    NEW.{role_column} := NULL;
+  END IF;
+  IF NEW.{role_column} IS NOT NULL OR NOT ({new_present}) THEN
+    RETURN NEW;
+  END IF;
+  LOOP
+    BEGIN
+      SELECT s.{key} INTO NEW.{role_column} FROM {source} s WHERE {s_is_new} FOR KEY SHARE;
+      EXIT;
+    EXCEPTION WHEN serialization_failure THEN
+      attempts := attempts + 1;
+      IF attempts > 20 THEN
+        RAISE;
+      END IF;
+    END;
+  END LOOP;
+  -- No such row: the foreign key says so, as it did before the migration.
+  NEW.{role_column} := coalesce(NEW.{role_column}, {frequent});
+  INSERT INTO {filled} (referencing) VALUES (TG_TABLE_NAME);
+  RETURN NEW;
+END $$;
+CREATE TRIGGER {fill_trigger} BEFORE INSERT OR UPDATE OF {columns_and_role} ON {reference}
+  FOR EACH ROW EXECUTE FUNCTION {fill_function}()
+
+-- name: drop_fill
+DROP TRIGGER IF EXISTS {fill_trigger} ON {reference};
+DROP FUNCTION IF EXISTS {fill_function}()
+
+-- name: create_filled
+CREATE TABLE IF NOT EXISTS {filled} (referencing name NOT NULL, at timestamptz NOT NULL DEFAULT now())
+
+-- name: state
+SELECT {table_text} AS "table", count(*) AS rows, count(*) FILTER (WHERE w.{role_column} IS NULL) AS without,
+       (SELECT string_agg(value || ': ' || to_char(n, 'FM999,999,999'), ', ' ORDER BY n DESC)
+          FROM (SELECT {role_column}::text AS value, count(*) AS n FROM {reference} GROUP BY 1) v) AS "rows per value"
+  FROM {reference} w

@@ -1,0 +1,119 @@
+-- The ledger: what was planned, done and seen. It lies in the target database, so that any machine can go on.
+
+-- name: exists
+SELECT to_regclass('runbook.migration') IS NOT NULL
+
+-- name: create
+CREATE SCHEMA IF NOT EXISTS runbook;
+CREATE TABLE IF NOT EXISTS runbook.migration (
+  id         integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  source     text NOT NULL,
+  source_oid oid NOT NULL,
+  plan       jsonb NOT NULL,
+  plan_hash  text NOT NULL,
+  state      text NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'replaced', 'rolled back', 'finished')),
+  filenode   bigint,  -- the file of the source that the copy was begun from
+  triggers   text,    -- the log's triggers as they were switched on
+  created_at timestamptz NOT NULL DEFAULT now());
+CREATE UNIQUE INDEX IF NOT EXISTS migration_open ON runbook.migration (source) WHERE state = 'open';
+CREATE TABLE IF NOT EXISTS runbook.action (
+  id          integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  migration   integer NOT NULL REFERENCES runbook.migration,
+  step        text NOT NULL,
+  action      text NOT NULL,
+  state       text NOT NULL DEFAULT 'started' CHECK (state IN ('started', 'done', 'failed', 'undone')),
+  started_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+  finished_at timestamptz,
+  operator    text NOT NULL,
+  sentence    text,
+  rows        bigint,
+  evidence    jsonb);
+CREATE INDEX IF NOT EXISTS action_migration ON runbook.action (migration, step, action);
+CREATE TABLE IF NOT EXISTS runbook.copied_range (
+  migration   integer NOT NULL REFERENCES runbook.migration,
+  first_block bigint NOT NULL,
+  last_block  bigint NOT NULL,
+  rows        bigint NOT NULL,
+  PRIMARY KEY (migration, first_block));
+CREATE TABLE IF NOT EXISTS runbook.record (
+  id        integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  migration integer REFERENCES runbook.migration,
+  folder    text NOT NULL,
+  head      text NOT NULL,
+  sealed_at timestamptz NOT NULL DEFAULT clock_timestamp())
+
+-- name: open_migration
+SELECT m.id, m.source, m.plan, m.plan_hash, m.state FROM runbook.migration m
+ WHERE m.source = {source} AND m.state = 'open'
+
+-- name: last_migration
+SELECT m.id, m.source, m.plan, m.plan_hash, m.state FROM runbook.migration m
+ WHERE m.source = {source} ORDER BY (m.state = 'open') DESC, m.id DESC LIMIT 1
+
+-- name: next_id
+SELECT nextval(pg_get_serial_sequence('runbook.migration', 'id'))
+
+-- name: replace_open
+UPDATE runbook.migration SET state = 'replaced' WHERE source = {source} AND state = 'open'
+
+-- name: insert_migration
+INSERT INTO runbook.migration (source, source_oid, plan, plan_hash) VALUES ({source}, {oid}, {plan}, {hash}) RETURNING id
+
+-- name: set_state
+UPDATE runbook.migration SET state = {state} WHERE id = {migration}
+
+-- name: begin_action
+INSERT INTO runbook.action (migration, step, action, operator) VALUES ({migration}, {step}, {action}, {operator}) RETURNING id
+
+-- name: end_action
+UPDATE runbook.action SET state = {state}, finished_at = clock_timestamp(), sentence = {sentence}, rows = {rows}, evidence = {evidence}
+ WHERE id = {id}
+
+-- name: finished_action
+SELECT a.sentence, a.rows, a.evidence, a.finished_at, a.operator FROM runbook.action a
+ WHERE a.migration = {migration} AND a.step = {step} AND a.action = {action} AND a.state = 'done'
+ ORDER BY a.id DESC LIMIT 1
+
+-- name: undo
+-- A step that was taken back is no longer done; what was seen stays in the history.
+UPDATE runbook.action SET state = 'undone' WHERE migration = {migration} AND step = ANY ({steps}) AND state = 'done'
+
+-- name: history
+SELECT a.step, a.action, a.state, a.started_at, a.finished_at, a.rows, a.sentence, a.operator
+  FROM runbook.action a WHERE a.migration = {migration} ORDER BY a.id
+
+-- name: overview
+SELECT m.id AS migration, m.source AS "table", m.state, a.step, a.action, a.state AS action_state, a.started_at, a.finished_at, a.rows, a.sentence,
+       m.plan_hash
+  FROM runbook.migration m LEFT JOIN LATERAL (
+       SELECT * FROM runbook.action a WHERE a.migration = m.id ORDER BY a.id DESC LIMIT 1) a ON true
+ WHERE m.state <> 'replaced' ORDER BY m.id
+
+-- name: insert_record
+INSERT INTO runbook.record (migration, folder, head) VALUES ({migration}, {folder}, {head})
+
+-- name: heads
+SELECT folder, head FROM runbook.record ORDER BY id
+
+-- name: claim
+-- Session-level: it lives exactly as long as the connection of the run that took it.
+SELECT pg_try_advisory_lock(hashtext('runbook'), {source_oid}::int) AS granted
+
+-- name: release
+SELECT pg_advisory_unlock(hashtext('runbook'), {source_oid}::int)
+
+-- name: claimant
+SELECT l.pid, a.usename AS "user", a.application_name AS application, a.client_addr::text AS host, a.backend_start AS since
+  FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+ WHERE l.locktype = 'advisory' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND l.classid::bigint = hashtext('runbook')::bigint & 4294967295 AND l.objid::bigint = {source_oid}::bigint & 4294967295
+   AND l.granted
+
+-- name: remember_triggers
+UPDATE runbook.migration SET triggers = {triggers} WHERE id = {migration}
+
+-- name: remember_filenode
+UPDATE runbook.migration SET filenode = {filenode} WHERE id = {migration}
+
+-- name: remembered
+SELECT filenode, triggers FROM runbook.migration WHERE id = {migration}

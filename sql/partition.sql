@@ -1,0 +1,47 @@
+-- The shadow: the table to be, in a schema of its own until the cut-over, with its partitions and no index yet.
+
+-- name: create_shadow
+-- ACCESS SHARE on the source. The names are the final ones; only the schema is another.
+CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS) PARTITION BY {partition_by};
+ALTER TABLE {shadow} ALTER COLUMN {key} SET NOT NULL
+
+-- name: create_partition
+-- Autovacuum keeps away until the rows are in; the source's own storage options follow then.
+CREATE TABLE {leaf} PARTITION OF {shadow} {bound} WITH (autovacuum_enabled = off, toast.autovacuum_enabled = off) {tablespace}
+
+-- name: create_unplaced
+-- Takes the rows that no partition takes, so that an unknown key never stops a replay; must be empty at the cut-over.
+CREATE TABLE {unplaced} PARTITION OF {shadow} DEFAULT
+
+-- name: own
+ALTER TABLE {table} OWNER TO {owner}
+
+-- name: add_check
+ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
+
+-- name: statistics
+ALTER TABLE {table} ALTER COLUMN {column} SET STATISTICS {target}
+
+-- name: column_options
+ALTER TABLE {table} ALTER COLUMN {column} SET ({options})
+
+-- name: comment
+COMMENT ON TABLE {table} IS {comment}
+
+-- name: comment_constraint
+COMMENT ON CONSTRAINT {constraint} ON {table} IS {comment}
+
+-- name: comment_index
+COMMENT ON INDEX {index} IS {comment}
+
+-- name: staging_exists
+SELECT to_regnamespace({staging_text}) IS NOT NULL
+
+-- name: staged
+SELECT c.relname AS partition, pg_get_expr(c.relpartbound, c.oid) AS bound
+  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+ WHERE i.inhparent = {shadow_text}::regclass ORDER BY c.relname
+
+-- name: drop
+DROP TABLE IF EXISTS {shadow};
+DROP SCHEMA IF EXISTS {staging} CASCADE

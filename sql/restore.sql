@@ -1,0 +1,97 @@
+-- 03: copying by block ranges, building the indexes in bulk, comparing.
+
+-- name: blocks
+SELECT pg_relation_size({source_oid}::oid) / current_setting('block_size')::bigint AS blocks, current_setting('block_size')::int AS block_size
+
+-- name: copied
+SELECT first_block, last_block, rows FROM runbook.copied_range WHERE migration = {migration} ORDER BY first_block
+
+-- name: copy_range
+-- No row is locked and no long snapshot held: a TID range scan of a few thousand blocks.
+INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE
+SELECT {s_columns} FROM ONLY {source} s WHERE s.ctid >= {first}::tid AND s.ctid < {last}::tid AND {s_placed}
+
+-- name: copy_all
+INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE
+SELECT {s_columns} FROM ONLY {source} s WHERE {s_placed}
+
+-- name: record_range
+INSERT INTO runbook.copied_range (migration, first_block, last_block, rows) VALUES ({migration}, {first_block}, {last_block}, {rows})
+
+-- name: start_again
+TRUNCATE {shadow};
+DELETE FROM runbook.copied_range WHERE migration = {migration}
+
+-- name: repair
+-- The rows of the backup that the table lacks; those that it has are newer and stay.
+INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
+SELECT {s_columns} FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
+
+-- name: create_index
+CREATE {unique} INDEX {index} ON {leaf} USING {tail}
+
+-- name: create_unique
+CREATE UNIQUE INDEX {index} ON {leaf} ({columns})
+
+-- name: adopt_primary_key
+ALTER TABLE {leaf} ADD CONSTRAINT {index} PRIMARY KEY USING INDEX {index}
+
+-- name: adopt_unique
+ALTER TABLE {leaf} ADD CONSTRAINT {index} UNIQUE USING INDEX {index} {timing}
+
+-- name: add_constraint
+ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
+
+-- name: index_root
+-- Adopts the partitions' matching indexes; nothing is built again.
+CREATE {unique} INDEX {index} ON {shadow} USING {tail}
+
+-- name: primary_key_root
+ALTER TABLE {shadow} ADD CONSTRAINT {index} PRIMARY KEY ({columns})
+
+-- name: built
+SELECT x.relname AS name FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
+ WHERE i.indrelid = {leaf_text}::regclass AND i.indisvalid
+
+-- name: storage
+ALTER TABLE {leaf} RESET (autovacuum_enabled, toast.autovacuum_enabled)
+
+-- name: storage_options
+ALTER TABLE {leaf} SET ({options})
+
+-- name: vacuum
+-- The visibility map for index-only scans, and statistics; of the root too, which autovacuum never analyses.
+VACUUM (ANALYZE, INDEX_CLEANUP off, TRUNCATE off) {leaf}
+
+-- name: analyze_root
+ANALYZE {shadow}
+
+-- name: homeless
+SELECT {key}::text AS value, count(*) AS rows FROM {unplaced} GROUP BY 1 ORDER BY 2 DESC LIMIT 10
+
+-- name: export_snapshot
+SELECT pg_export_snapshot() AS snapshot
+
+-- name: sums_of_partitioned
+-- sum, not xor: a row that stands twice must not cancel itself.
+SELECT c.relname AS partition, g.rows, g.hash
+  FROM (SELECT d.tableoid AS oid, count(*) AS rows, coalesce(sum({d_hash}), 0) AS hash
+          FROM {partitioned} d WHERE NOT EXISTS (SELECT FROM {log} k WHERE {d_is_k}) GROUP BY d.tableoid) g
+  JOIN pg_class c USING (oid)
+
+-- name: sums_of_plain
+SELECT {partition_of} AS partition, count(*) AS rows, coalesce(sum({s_hash}), 0) AS hash
+  FROM {plain} s WHERE NOT EXISTS (SELECT FROM {log} k WHERE {s_is_k}) GROUP BY 1
+
+-- name: differing
+SELECT coalesce(a.key, b.key) AS key, CASE WHEN b.key IS NULL THEN 'missing in the copy' WHEN a.key IS NULL THEN 'only in the copy'
+       ELSE 'different' END AS finding
+  FROM (SELECT ROW({s_pk})::text AS key, {s_hash} AS hash FROM {origin} s WHERE NOT EXISTS (SELECT FROM {log} k WHERE {s_is_k})) a
+  FULL JOIN (SELECT ROW({d_pk})::text AS key, {d_hash} AS hash FROM {copy} d WHERE NOT EXISTS (SELECT FROM {log} k WHERE {d_is_k})) b
+    ON a.key = b.key
+ WHERE a.hash IS DISTINCT FROM b.hash LIMIT {limit}
+
+-- name: partition_rules
+-- What each partition takes, as PostgreSQL itself would check it; the default partition's rule is "none of the others".
+SELECT c.relname AS partition, pg_get_expr(c.relpartbound, c.oid) = 'DEFAULT' AS is_default, pg_get_partition_constraintdef(c.oid) AS rule
+  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid WHERE i.inhparent = {parent}::regclass ORDER BY c.oid
