@@ -40,7 +40,7 @@ def lock_set(run: Run, attempt: int = 0) -> list[sql.Composable]:
     plan = run.plan
     first = [sql.Identifier(*view) for view in plan.view_tables]
     tables: list[sql.Composable] = [sql.Identifier(*table) for table in plan.referenced_tables]
-    tables += [plan.source, *dict.fromkeys(reference.identifier for reference in plan.references)]
+    tables += [plan.source, *(reference.identifier for reference in plan.references)]
     unique = {each.as_string(None): each for each in (tables if attempt % 2 == 0 else tables[::-1])}
     return [*first, *unique.values()]
 

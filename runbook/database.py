@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -24,7 +22,6 @@ from runbook.errors import BadInput, ServerUnavailable
 from runbook.statements import statement
 
 OLDEST, NEWEST = 14, 18
-_environment = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Database:
         """
         options = {"application_name": f"runbook {purpose}".strip(), "connect_timeout": "15"}
         try:
-            with self._libpq_environment():
+            with embedded.without_libpq_variables() if self.embedded else nullcontext():
                 connection = psycopg.connect(
                     make_conninfo(self.conninfo, **options),
                     autocommit=True,
@@ -70,19 +67,6 @@ class Database:
             " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off"
         )
         return connection
-
-    @contextmanager
-    def _libpq_environment(self) -> Iterator[None]:
-        """PGHOSTADDR and its like would send "embedded" to another server."""
-        if not self.embedded:
-            yield
-            return
-        with _environment:
-            hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PG")}
-            try:
-                yield
-            finally:
-                os.environ.update(hidden)
 
     def engine(self) -> Engine:
         """SQLAlchemy's engine over the same connections."""
@@ -148,6 +132,14 @@ class Session:
         """The first column of the first row, None where there is none."""
         found = self.run(query, **names).fetchone()
         return next(iter(found.values())) if found else None
+
+    @contextmanager
+    def qualified(self) -> Iterator[None]:
+        """While it lasts, every name that the server renders is qualified. An error leaves that to the rollback."""
+        before = self.connection.execute("SELECT current_setting('search_path') AS path").fetchone()
+        self.connection.execute("SELECT set_config('search_path', 'pg_catalog', false)")
+        yield
+        self.connection.execute("SELECT set_config('search_path', %s, false)", [before["path"] if before else ""])
 
     @contextmanager
     def transaction(self, isolation: str = "READ COMMITTED", **settings: str | int) -> Iterator[None]:

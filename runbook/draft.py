@@ -107,7 +107,7 @@ def draft(**given: Any) -> Draft:
             row = session.run("ledger.open_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
             if row is not None and _under_way(session, row["id"]):
                 return _in_force(database, row, parameters)
-        with session.transaction("REPEATABLE READ", search_path="pg_catalog"):
+        with session.transaction("REPEATABLE READ"), session.qualified():
             return Draft(database, _decide(session, found, parameters, database.name))
 
 

@@ -179,7 +179,7 @@ class Run:
         """Raises PlanOutdated when the source is not what was planned; after the cut-over there is nothing to compare."""
         if self.plan.restore_from == "backup" or _finished(session, self.migration, "cutover", "swap"):
             return
-        with session.transaction(search_path="pg_catalog"):
+        with session.qualified():
             if session.value("catalog.definition", oid=sql.Literal(self.plan.table.oid)) != self.plan.fingerprint:
                 changes = _what_changed(session, self.plan)
                 raise PlanOutdated(

@@ -253,26 +253,26 @@ SELECT s.subname AS name FROM pg_subscription_rel r JOIN pg_subscription s ON s.
 -- name: definition
 -- A fingerprint of all that a plan rests on; the log's own triggers are not part of it.
 SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM (
-  SELECT 'column ' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull || ' ' || a.attidentity
-         || a.attgenerated || ' ' || coalesce(pg_get_expr(d.adbin, d.adrelid), '') AS line
+  SELECT concat_ws(' ', 'column', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
+                   pg_get_expr(d.adbin, d.adrelid)) AS line
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
    WHERE a.attrelid = {oid} AND a.attnum > 0 AND NOT a.attisdropped
   UNION ALL
-  SELECT 'index ' || pg_get_indexdef(indexrelid) || indisvalid FROM pg_index WHERE indrelid = {oid}
+  SELECT concat_ws(' ', 'index', pg_get_indexdef(indexrelid), indisvalid) FROM pg_index WHERE indrelid = {oid}
   UNION ALL
-  SELECT 'constraint ' || conname || ' ' || pg_get_constraintdef(oid) || convalidated || conrelid::regclass FROM pg_constraint
+  SELECT concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass) FROM pg_constraint
    WHERE conrelid = {oid} OR confrelid = {oid} AND conparentid = 0
   UNION ALL
-  SELECT 'trigger ' || pg_get_triggerdef(oid) || tgenabled FROM pg_trigger
+  SELECT concat_ws(' ', 'trigger', pg_get_triggerdef(oid), tgenabled) FROM pg_trigger
    WHERE tgrelid = {oid} AND NOT tgisinternal AND tgname NOT LIKE 'runbook\_%'
   UNION ALL
-  SELECT 'policy ' || polname || coalesce(pg_get_expr(polqual, polrelid), '') || coalesce(pg_get_expr(polwithcheck, polrelid), '')
-         || polcmd || polroles::text FROM pg_policy WHERE polrelid = {oid}
+  SELECT concat_ws(' ', 'policy', polname, pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid), polcmd, polroles)
+    FROM pg_policy WHERE polrelid = {oid}
   UNION ALL
-  SELECT 'table ' || relname || relnamespace::regnamespace || relrowsecurity || relforcerowsecurity || relreplident
-         || coalesce(relacl::text, '') || pg_get_userbyid(relowner) FROM pg_class WHERE oid = {oid}
+  SELECT concat_ws(' ', 'table', relname, relnamespace::regnamespace, relrowsecurity, relforcerowsecurity, relreplident, relacl,
+                   pg_get_userbyid(relowner)) FROM pg_class WHERE oid = {oid}
   UNION ALL
-  SELECT DISTINCT 'view ' || r.ev_class::regclass || pg_get_ruledef(r.oid) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
+  SELECT DISTINCT concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}) part
 
 -- name: filenode

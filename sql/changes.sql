@@ -103,7 +103,7 @@ SELECT count(*) FROM {log} k
 -- name: forget_changed
 -- Rows that are equal to the last byte already are left alone.
 DELETE FROM {copy} d USING (SELECT DISTINCT {keys} FROM {log}) k
- WHERE {d_is_k} AND NOT EXISTS (SELECT FROM {origin} s WHERE {s_is_k} AND {s_row} *= {d_row})
+ WHERE {d_is_k} AND NOT EXISTS (SELECT FROM {origin} s WHERE {s_is_k} AND {s_row}::record *= {d_row}::record)
 
 -- name: forget_all_changed
 -- While settling, a row that moved between two ranges may stand twice: every changed key goes.

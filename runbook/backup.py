@@ -1,0 +1,195 @@
+"""01: a backup that is proved: a table copied in one snapshot, or a pg_dump archive restored and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from runbook import changes, embedded
+from runbook.database import Database, Session
+from runbook.errors import BadInput, NotEqual, PromiseBroken, ServerUnavailable
+from runbook.ledger import Evidence, Run
+from runbook.plan import identifiers
+from runbook.sheet import Sheet
+from runbook.statements import statement
+
+Sums = list[dict[str, Any]]
+
+
+def script(run: Run) -> changes.Statements:
+    """The backup table."""
+    yield statement("backup.copy", **_names(run, "backup"))
+    yield statement("backup.restrict", **run.names)
+    yield statement("backup.comment", **run.names, comment=sql.Literal(f"Backup of {run.plan.full_name}, made before it was partitioned"))
+
+
+def preview(run: Run) -> Sheet:
+    """The statements that make the backup, and those that prove it."""
+    return Sheet([*script(run), *(statement("backup.sums", **_names(run, table)) for table in ("source", "backup"))])
+
+
+def make(run: Run) -> Evidence:
+    """Back the table up in one snapshot and prove the backup equal to it, value by value of the key.
+
+    An existing backup is never overwritten: BadInput. Raises NotEqual when the proof fails; nothing is kept then.
+    """
+    with run.action("backup", "make") as action:
+        if action.evidence:
+            return action.evidence
+        method = _as_table if run.plan.backup_method == "table" else _as_dump
+        return method(run, action)
+
+
+def _as_table(run: Run, action: Any) -> Evidence:
+    session = action.session
+    if session.value("backup.exists", backup_text=sql.Literal(run.names["backup"].as_string(None))):
+        raise BadInput(f"A backup {run.plan.backup} exists, and is never overwritten: rename or drop it, or plan another name.")
+    with session.transaction("REPEATABLE READ", lock_timeout="5s"):
+        session.run("changes.hold", origin=run.names["source"])
+        snapshot = session.value("restore.export_snapshot")
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(_sums_at, run, snapshot)
+            for each in script(run):
+                session.run(each)
+            there = beside.result()
+        here = session.rows("backup.sums", **_names(run, "backup"))
+        _require_equal(run.plan.backup, there, here)
+        rows = sum(row["rows"] for row in here)
+        return action.finish(  # type: ignore[no-any-return]
+            f"{run.plan.backup} holds {rows:,} rows, for every {run.plan.key} as many and the same as {run.plan.full_name}.", rows, sums=here
+        )
+
+
+def _as_dump(run: Run, action: Any) -> Evidence:
+    session: Session = action.session
+    folder = embedded.home() / "dumps"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "_", run.plan.full_name)
+    archive = folder / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump"
+    with session.transaction("REPEATABLE READ", lock_timeout="5s"):
+        session.run("changes.hold", origin=run.names["source"])
+        snapshot = session.value("restore.export_snapshot")
+        table = run.plan.source.as_string(None)
+        _client(run.database, "pg_dump", "--format=custom", f"--snapshot={snapshot}", f"--table={table}", f"--file={archive}")
+        there = session.rows("backup.sums", **_names(run, "source"))
+    digest = _sha256(archive)
+    here = _restored(run, session, archive)
+    _require_equal(archive.name, there, here)
+    rows = sum(row["rows"] for row in here)
+    return action.finish(  # type: ignore[no-any-return]
+        f"{archive} (sha256 {digest[:16]}…) was restored into a scratch database and holds {rows:,} rows, the same as {run.plan.full_name}.",
+        rows, sums=here, archive=str(archive), sha256=digest,
+    )  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _restored(run: Run, session: Session, archive: Path) -> Sums:
+    """What the archive holds once it is restored: beside the original, or on the embedded server without the right to that."""
+    allowed = session.value(sql.SQL("SELECT rolcreatedb OR rolsuper FROM pg_roles WHERE rolname = current_user").format())
+    scratch = sql.Identifier(f"runbook_scratch_{run.migration}")
+    host = run.database if allowed else Database("embedded", embedded.start(0), embedded=True)
+    with host.session("scratch") as other:
+        other.run("backup.drop_scratch", scratch=scratch)
+        other.run("backup.create_scratch", scratch=scratch)
+        try:
+            target = Database("scratch", make_conninfo(host.conninfo, dbname=scratch.as_string(None).strip('"')), host.embedded)
+            definitions = archive.with_suffix(".schema")
+            _client(run.database, "pg_dump", "--format=custom", "--schema-only", "--section=pre-data", "--no-owner", "--no-privileges", f"--file={definitions}")
+            for source, only in ((definitions, "--schema-only"), (archive, "--data-only")):
+                _client(target, "pg_restore", only, "--no-owner", "--no-privileges", "--exit-on-error", "--dbname=", str(source))
+            definitions.unlink()
+            with target.session("scratch") as restored:
+                return restored.rows("backup.sums", **_names(run, "source"))
+        finally:
+            other.run("backup.drop_scratch", scratch=scratch)
+
+
+def _client(database: Database, program: str, *arguments: str) -> None:
+    """Run one of PostgreSQL's clients against the database; the password stays in libpq's own places."""
+    environment = embedded.environment() if database.embedded else dict(os.environ)
+    conninfo = make_conninfo(database.conninfo)
+    listed = [each if each != "--dbname=" else f"--dbname={conninfo}" for each in arguments]
+    if program == "pg_dump":
+        listed.append(f"--dbname={conninfo}")
+    path = client(program, database)
+    done = subprocess.run([str(path), *listed], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ServerUnavailable(f"{program} failed on {database.name}: {' '.join(done.stderr.split())[-600:]}")
+
+
+def client(program: str, database: Database) -> Path:
+    """The newest `program` on PATH that fits the server, else the one that comes with the package.
+
+    That one has no SSL: a database that asks for it is refused with a sentence.
+    """
+    with database.connect("version") as connection:
+        server = connection.info.server_version // 10000
+    found = shutil.which(program)
+    if found:
+        said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+        version = re.search(r"(\d+)(\.|\s|$)", said)
+        if version and int(version[1]) >= server:
+            return Path(found)
+    if conninfo_to_dict(database.conninfo).get("sslmode") in ("require", "verify-ca", "verify-full"):
+        raise BadInput(f"{program} {server} or newer is not on PATH, and the one that comes with the runbook has no SSL: install PostgreSQL's client.")
+    return embedded.binaries(program)
+
+
+def _sums_at(run: Run, snapshot: str) -> Sums:
+    with run.database.session("backup") as session, session.transaction("REPEATABLE READ"):
+        session.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
+        return session.rows("backup.sums", **_names(run, "source"))
+
+
+def _names(run: Run, table: str) -> dict[str, sql.Composable]:
+    # Generated columns too: what is kept is the row as it was seen.
+    plain = run.plan.model_copy(update={"null_value": None})
+    every = sql.SQL(", ").join(sql.Identifier("s", column.name) for column in run.plan.columns)
+    return {**run.names, "table": run.names[table], "all_columns": every, "s_plain_hash": plain.hashed("s"), "every": identifiers(())}
+
+
+def _require_equal(backup: str, there: Sums, here: Sums) -> None:
+    if there != here:
+        raise NotEqual(f"{backup} is not what the table was: {here} against {there}. It was not kept; run 01_backup again.")
+
+
+def counts(run: Run) -> pd.DataFrame:
+    """Rows and hash sum for every value of the key, as they were proved."""
+    evidence = run.finished("backup", "make")
+    return pd.DataFrame(evidence.facts["sums"] if evidence else [], columns=["value", "rows", "hash"])
+
+
+def check(run: Run) -> Evidence:
+    """Raises unless the backup is still what was proved: the table's sums, or the archive's sha256."""
+    with run.action("backup", "check") as action:
+        if action.evidence:
+            return action.evidence
+        made = run.finished("backup", "make")
+        if made is None:
+            raise PromiseBroken(f"There is no backup of {run.plan.full_name} yet: run 01_backup from its beginning.")
+        still(run, action.session, made)
+        return action.finish(f"The backup of {run.plan.full_name} is what was proved.", made.rows)
+
+
+def still(run: Run, session: Session, made: Evidence) -> None:
+    """Raises NotEqual when the backup is no longer what its evidence says."""
+    if "archive" in made.facts:
+        if _sha256(Path(made.facts["archive"])) != made.facts["sha256"]:
+            raise NotEqual(f"{made.facts['archive']} is not the archive that was proved: its sha256 differs.")
+    elif session.rows("backup.sums", **_names(run, "backup")) != made.facts["sums"]:
+        raise NotEqual(f"{run.plan.backup} is no longer what was proved: its rows differ from the evidence in the ledger.")
