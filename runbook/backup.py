@@ -31,7 +31,9 @@ def script(run: Run) -> changes.Statements:
     """The backup table."""
     yield statement("backup.copy", **_names(run, "backup"))
     yield statement("backup.restrict", **run.names)
-    yield statement("backup.comment", **run.names, comment=sql.Literal(f"Backup of {run.plan.full_name}, made before it was partitioned"))
+    yield statement(
+        "backup.comment", **run.names, comment=sql.Literal(f"Backup of {run.plan.full_name}, made before it was partitioned")
+    )
 
 
 def preview(run: Run) -> Sheet:
@@ -67,7 +69,9 @@ def _as_table(run: Run, action: Any) -> Evidence:
         _require_equal(run.plan.backup, there, here)
         rows = sum(row["rows"] for row in here)
         return action.finish(  # type: ignore[no-any-return]
-            f"{run.plan.backup} holds {rows:,} rows, for every {run.plan.key} as many and the same as {run.plan.full_name}.", rows, sums=here
+            f"{run.plan.backup} holds {rows:,} rows, for every {run.plan.key} as many and the same as {run.plan.full_name}.",
+            rows,
+            sums=here,
         )
 
 
@@ -109,7 +113,16 @@ def _restored(run: Run, session: Session, archive: Path) -> Sums:
         try:
             target = Database("scratch", make_conninfo(host.conninfo, dbname=scratch.as_string(None).strip('"')), host.embedded)
             definitions = archive.with_suffix(".schema")
-            _client(run.database, "pg_dump", "--format=custom", "--schema-only", "--section=pre-data", "--no-owner", "--no-privileges", f"--file={definitions}")
+            _client(
+                run.database,
+                "pg_dump",
+                "--format=custom",
+                "--schema-only",
+                "--section=pre-data",
+                "--no-owner",
+                "--no-privileges",
+                f"--file={definitions}",
+            )
             for source, only in ((definitions, "--schema-only"), (archive, "--data-only")):
                 _client(target, "pg_restore", only, "--no-owner", "--no-privileges", "--exit-on-error", "--dbname=", str(source))
             definitions.unlink()
@@ -146,7 +159,9 @@ def client(program: str, database: Database) -> Path:
         if version and int(version[1]) >= server:
             return Path(found)
     if conninfo_to_dict(database.conninfo).get("sslmode") in ("require", "verify-ca", "verify-full"):
-        raise BadInput(f"{program} {server} or newer is not on PATH, and the one that comes with the runbook has no SSL: install PostgreSQL's client.")
+        raise BadInput(
+            f"{program} {server} or newer is not on PATH, and the one that comes with the runbook has no SSL: install PostgreSQL's client."
+        )
     return embedded.binaries(program)
 
 
@@ -160,7 +175,13 @@ def _names(run: Run, table: str) -> dict[str, sql.Composable]:
     # Generated columns too: what is kept is the row as it was seen.
     plain = run.plan.model_copy(update={"null_value": None})
     every = sql.SQL(", ").join(sql.Identifier("s", column.name) for column in run.plan.columns)
-    return {**run.names, "table": run.names[table], "all_columns": every, "s_plain_hash": plain.hashed("s"), "every": identifiers(())}
+    return {
+        **run.names,
+        "table": run.names[table],
+        "all_columns": every,
+        "s_plain_hash": plain.hashed("s"),
+        "every": identifiers(()),
+    }
 
 
 def _require_equal(backup: str, there: Sums, here: Sums) -> None:

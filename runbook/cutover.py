@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from psycopg import errors, sql
@@ -58,7 +59,7 @@ def swap_statements(run: Run) -> Statements:
     for each in plan.carried:
         if each.retire:
             yield rendered(each.retire)
-    yield from _rename(run, retire=True)
+    yield from rename(run, retire=True)
     if not plan.takes_any_value:
         yield statement("cutover.drop_unplaced", **names)
     for table in (names["shadow"], *changes.leaves(run, run.staging)):
@@ -84,23 +85,29 @@ def _carry(run: Run) -> Statements:
         yield rendered(each.definition)
     for check in plan.checks:
         if not check.validated:
-            yield _add(plan.source, check.name, check.definition)
+            yield add(plan.source, check.name, check.definition, check.comment)
     for key in plan.outgoing:
         definition = key.definition.removesuffix(" NOT VALID")
         if plan.server_version >= 18:
-            yield _add(plan.source, key.name, f"{definition} NOT VALID")
+            yield add(plan.source, key.name, f"{definition} NOT VALID", key.comment)
         else:
             for leaf in changes.leaves(run):
-                yield _add(leaf, key.name, f"{definition} NOT VALID")
+                yield add(leaf, key.name, f"{definition} NOT VALID")
     for view in plan.views:
         yield rendered(view.definition)
 
 
-def _add(table: sql.Composable, name: str, definition: str) -> sql.Composed:
-    return statement("cutover.add_constraint", table=table, constraint=sql.Identifier(name), definition=trusted(definition))
+def add(table: sql.Composable, name: str, definition: str, comment: str | None = None) -> sql.Composed:
+    """Add a constraint, with its comment."""
+    parts = [statement("cutover.add_constraint", table=table, constraint=sql.Identifier(name), definition=trusted(definition))]
+    if comment:
+        parts.append(
+            statement("partition.comment_constraint", table=table, constraint=sql.Identifier(name), comment=sql.Literal(comment))
+        )
+    return sql.SQL("; ").join(parts)
 
 
-def _rename(run: Run, *, retire: bool) -> Statements:
+def rename(run: Run, *, retire: bool) -> Statements:
     """Table and indexes take the retired names, or their own names back."""
     plan = run.plan
     schema = plan.table.schema_name
@@ -196,26 +203,39 @@ class TailTooLong(errors.LockNotAvailable):
     """More changes came than can be replayed under the locks: let go, replay outside, try again."""
 
 
-def _swap_once(run: Run, session: Session, patience: locks.Patience, tail: int) -> tuple[int, float]:
-    """One attempt: locks, last replay, swap, commit. Returns replayed changes and seconds for which names were locked."""
-    tables = sql.SQL(", ").join(lock_set(run, patience.attempts))
-    heaps = sql.SQL(", ").join(
-        each
-        for each in lock_set(run)
-        if each.as_string(None) not in {sql.Identifier(*v).as_string(None) for v in run.plan.view_tables}
-    )
+@dataclass
+class Clock:
+    """For how long names were locked, in seconds."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def locked(run: Run, session: Session, patience: locks.Patience) -> Iterator[Clock]:
+    """A READ COMMITTED transaction that holds ACCESS EXCLUSIVE on the lock set; nobody waits for it longer than the timeout.
+
+    synchronous_commit local: with remote_apply and a busy standby the locks were held for 30 s.
+    """
+    views = {sql.Identifier(*view).as_string(None) for view in run.plan.view_tables}
+    tables = lock_set(run, patience.attempts)
+    heaps = [each for each in tables if each.as_string(None) not in views]
     eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
+    clock = Clock()
     with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):
         session.connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
-        session.run("cutover.evict", tables=heaps)
-        session.connection.execute(
-            sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(
-                sql.Literal(f"{patience.lock_timeout_ms}ms")
-            )
-        )
-        session.run("cutover.lock", tables=tables)
-        locked = time.monotonic()
+        session.run("cutover.evict", tables=sql.SQL(", ").join(heaps))
+        timeout = sql.Literal(f"{patience.lock_timeout_ms}ms")
+        session.connection.execute(sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(timeout))
+        session.run("cutover.lock", tables=sql.SQL(", ").join(tables))
+        begun = time.monotonic()
         session.connection.execute("SET LOCAL statement_timeout = 0")
+        yield clock
+    clock.seconds = time.monotonic() - begun
+
+
+def _swap_once(run: Run, session: Session, patience: locks.Patience, tail: int) -> tuple[int, float]:
+    """One attempt: locks, last replay, swap, commit. Returns replayed changes and seconds for which names were locked."""
+    with locked(run, session, patience) as clock:
         run.refuse_outdated(session)
         changes.refuse_gaps(run, session)
         if changes.length(run, session) > tail:
@@ -226,14 +246,13 @@ def _swap_once(run: Run, session: Session, patience: locks.Patience, tail: int) 
         refuse_homeless(run, session)
         if left := changes.length(run, session):
             raise PromiseBroken(
-                f"{run.plan.full_name} has {left} rows whose {run.plan.key} is NULL, which no partition takes: fill them, then run 05_cutover again."
+                f"{run.plan.full_name} has {left} rows whose {run.plan.key} is NULL, which no partition takes: fill them, then run"
+                " 05_cutover again."
             )
         positions = list(_identity_positions(run, session))
-        for each in swap_statements(run):
+        for each in (*swap_statements(run), *positions):
             session.run(each)
-        for each in positions:
-            session.run(each)
-    return replayed, time.monotonic() - locked
+    return replayed, clock.seconds
 
 
 def _identity_positions(run: Run, session: Session) -> Iterator[sql.Composed]:
@@ -245,7 +264,7 @@ def _identity_positions(run: Run, session: Session) -> Iterator[sql.Composed]:
                 table_text=sql.Literal(run.names["shadow"].as_string(None)),
                 column=sql.Literal(column.name),
             )
-            schema, _, name = new.partition(".")
+            name = new.removeprefix(f"{sql.Identifier(run.staging).as_string(None)}.").removeprefix(f"{run.staging}.")
             yield statement(
                 "cutover.sequence_position",
                 to=sql.Literal(f"{run.names['schema'].as_string(None)}.{name}"),
@@ -288,7 +307,7 @@ def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
             yield key.name, statement("cutover.validate", table=leaf, constraint=sql.Identifier(key.name))
         yield (
             key.name,
-            _add(plan.source, key.name, key.definition),
+            add(plan.source, key.name, key.definition, key.comment),
         )  # adopts the partitions' keys without a scan
 
 

@@ -48,8 +48,13 @@ def remove(run: Run) -> Statements:
     """The inverse: triggers, check and column go."""
     for reference in added(run):
         yield statement("foreign_keys.switch_off", **names(run, reference))
-        yield statement("foreign_keys.drop_check", **names(run, reference))
-        yield statement("foreign_keys.drop_column", **names(run, reference))
+        yield from remove_column(run, reference)
+
+
+def remove_column(run: Run, reference: Reference) -> Statements:
+    """The role column and its check go."""
+    yield statement("foreign_keys.drop_check", **names(run, reference))
+    yield statement("foreign_keys.drop_column", **names(run, reference))
 
 
 def preview(run: Run) -> Sheet:
@@ -146,19 +151,21 @@ def add_composite(run: Run) -> Statements:
     """The composite keys, NOT VALID: checked for every new row from now on, for the old ones later under a light lock."""
     for reference in run.plan.references:
         yield statement("foreign_keys.add_key", **names(run, reference))
-        if reference.comment:
-            yield statement(
-                "partition.comment_constraint",
-                table=reference.identifier,
-                constraint=sql.Identifier(reference.name),
-                comment=sql.Literal(reference.comment),
-            )
+        yield from _comment(reference)
 
 
 def add_old(run: Run) -> Statements:
     """The inverse of drop_old, NOT VALID."""
     for reference in run.plan.references:
-        yield statement("foreign_keys.add_key", **names(run, reference) | {"definition": trusted(reference.definition)})
+        definition = reference.definition.removesuffix(" NOT VALID")
+        yield statement("foreign_keys.add_key", **{**names(run, reference), "definition": trusted(definition)})
+        yield from _comment(reference)
+
+
+def _comment(reference: Reference) -> Statements:
+    if reference.comment:
+        constraint, comment = sql.Identifier(reference.name), sql.Literal(reference.comment)
+        yield statement("partition.comment_constraint", table=reference.identifier, constraint=constraint, comment=comment)
 
 
 def legacy(run: Run) -> Statements:

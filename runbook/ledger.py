@@ -133,8 +133,9 @@ class Run:
             if found and not again:
                 yield Action(self, session, 0, found)
                 return
-            self._refuse_out_of_order(session, step)
-            self.refuse_outdated(session)
+            if step in STEPS:
+                self._refuse_out_of_order(session, step)
+                self.refuse_outdated(session)
             number = session.value(
                 "ledger.begin_action", migration=sql.Literal(self.migration), step=sql.Literal(step),
                 action=sql.Literal(action), operator=sql.Literal(operator()),

@@ -61,6 +61,8 @@ class Parameters(BaseModel):
     budget_s: Count = 120
     approved_by: str = ""
     keep_backup: bool = False
+    unneeded_for_h: Annotated[int, Field(ge=0)] = 24
+    force_strict: bool = False
     drop_backup: bool = False
 
 
