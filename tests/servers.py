@@ -239,9 +239,7 @@ def initialise(server: Server) -> None:
     command = [server.programs / "initdb", "--pgdata", server.data, "--username=postgres", "--no-sync"]
     command += ["--encoding=UTF8", "--auth-local=trust", "--auth-host=scram-sha-256"]
     for locale in ("C.UTF-8", "C"):
-        done = subprocess.run(
-            [*command, f"--locale={locale}"], cwd=server.data, capture_output=True, text=True, **service()
-        )
+        done = subprocess.run([*command, f"--locale={locale}"], cwd=server.data, capture_output=True, text=True, **service())
         if done.returncode == 0:
             return
     raise RuntimeError(f"initdb of PostgreSQL {server.version} failed: {done.stderr}")

@@ -28,11 +28,15 @@ def test_the_clinic_has_a_thousand_users(clinic, sql):
     assert sql("SELECT count(*) FROM users") == [(1000,)]
 
 
-def test_every_version_has_psql(server):
-    seen = subprocess.run(
-        [server.bin("psql"), "-XAtd", server.conninfo(), "-c", "SELECT 1"], capture_output=True, text=True
-    )
-    assert seen.stdout == "1\n", seen.stderr
+def test_the_offline_script_still_fits_the_clinic(server, clinic, sql):
+    before = sql("SELECT role, count(*) FROM users GROUP BY role ORDER BY role")
+    script = [server.bin("psql"), "-Xq1d", clinic, "-v", "ON_ERROR_STOP=1", "-f", ROOT / "tests" / "offline.sql"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sql("SELECT role, count(*) FROM users GROUP BY role ORDER BY role") == before
+    assert sql("SELECT count(*) FROM users_patients") == [(949,)]
+    assert sql("SELECT count(*) FROM users_backup") == [(1000,)]
+    assert sql("SELECT count(*) FROM appointments JOIN users ON (users.id, role) = (user_id, user_role)") == [(2000,)]
 
 
 def test_libpq_variables_and_the_users_home_are_out_of_reach():
@@ -84,9 +88,7 @@ def test_a_server_with_tls_proves_who_it_is():
         with psycopg.connect(server.conninfo(), autocommit=True) as connection:
             connection.execute("CREATE ROLE visitor LOGIN PASSWORD 'secret'")
             connection.execute("CREATE EXTENSION pg_stat_statements")
-        verified = make_conninfo(
-            host="localhost", port=server.port, dbname="postgres", user="visitor", sslmode="verify-full"
-        )
+        verified = make_conninfo(host="localhost", port=server.port, dbname="postgres", user="visitor", sslmode="verify-full")
         with psycopg.connect(verified, sslrootcert=str(server.certificate), password="secret") as connection:
             assert connection.pgconn.ssl_in_use
         with pytest.raises(psycopg.OperationalError, match="password"):
