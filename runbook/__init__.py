@@ -4,11 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from runbook.draft import draft
 from runbook.errors import RunbookError
-from runbook.ledger import open
+from runbook.ledger import open, open_last
 
 try:
     __version__ = version("partition-runbook")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["RunbookError", "__version__", "draft", "open"]
+__all__ = ["RunbookError", "__version__", "draft", "open", "open_last"]

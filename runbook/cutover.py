@@ -14,6 +14,7 @@ from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, PromiseBroken
 from runbook.ledger import Evidence, Run
+from runbook.plan import fit
 from runbook.restore import SHORT_TAIL, refuse_homeless
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement, trusted
@@ -72,6 +73,7 @@ def swap_statements(run: Run) -> Statements:
                 table=plan.source,
                 column=sql.Identifier(column.name),
             )
+    yield from positions(run, retire=True)
     yield from _carry(run)
     yield from foreign_keys.legacy(run)
     yield from foreign_keys.add_composite(run)
@@ -108,16 +110,36 @@ def add(table: sql.Composable, name: str, definition: str, comment: str | None =
 
 
 def rename(run: Run, *, retire: bool) -> Statements:
-    """Table and indexes take the retired names, or their own names back."""
-    plan = run.plan
-    schema = plan.table.schema_name
+    """Table, indexes and identity sequences take the retired names, or their own names back."""
+    plan, schema = run.plan, run.plan.table.schema_name
     if not retire:
         yield statement("cutover.rename_table", table=run.names["retired"], to=run.names["name"])
     for index in plan.indexes:
         old, new = (index.name, index.retired_name) if retire else (index.retired_name, index.name)
         yield statement("cutover.rename_index", index=sql.Identifier(schema, old), to=sql.Identifier(new))
+    for own, retired in _identity_sequences(run):
+        old, new = (own, retired) if retire else (retired, own)
+        yield statement("cutover.rename_sequence", sequence=sql.Identifier(schema, old), to=sql.Identifier(new))
     if retire:
         yield statement("cutover.rename_table", table=plan.source, to=run.names["retired_name"])
+
+
+def _identity_sequences(run: Run) -> Iterator[tuple[str, str]]:
+    for column in run.plan.columns:
+        if column.identity and column.identity_sequence:
+            yield column.identity_sequence, fit(f"{column.identity_sequence}_retired")
+
+
+def positions(run: Run, *, retire: bool) -> Statements:
+    """After the names have changed: the identity sequences in use go on where the others stand."""
+    schema = run.plan.table.schema_name
+    for own, retired in _identity_sequences(run):
+        to = sql.Literal(sql.Identifier(schema, own).as_string(None))
+        yield statement(
+            "cutover.sequence_position",
+            to=to,
+            sequence=sql.Identifier(schema, retired) if retire else sql.Identifier(run.staging, own),
+        )
 
 
 def preview(run: Run) -> Sheet:
@@ -249,27 +271,9 @@ def _swap_once(run: Run, session: Session, patience: locks.Patience, tail: int) 
                 f"{run.plan.full_name} has {left} rows whose {run.plan.key} is NULL, which no partition takes: fill them, then run"
                 " 05_cutover again."
             )
-        positions = list(_identity_positions(run, session))
-        for each in (*swap_statements(run), *positions):
+        for each in swap_statements(run):
             session.run(each)
     return replayed, clock.seconds
-
-
-def _identity_positions(run: Run, session: Session) -> Iterator[sql.Composed]:
-    """Identity sequences are two, the shadow's and the source's: the new one goes on where the old one stands."""
-    for column in run.plan.columns:
-        if column.identity and column.sequence:
-            new = session.value(
-                "cutover.identity_sequence",
-                table_text=sql.Literal(run.names["shadow"].as_string(None)),
-                column=sql.Literal(column.name),
-            )
-            name = new.removeprefix(f"{sql.Identifier(run.staging).as_string(None)}.").removeprefix(f"{run.staging}.")
-            yield statement(
-                "cutover.sequence_position",
-                to=sql.Literal(f"{run.names['schema'].as_string(None)}.{name}"),
-                sequence=trusted(column.sequence),
-            )
 
 
 def validate_foreign_keys(run: Run, budget_s: float = 120) -> Evidence:

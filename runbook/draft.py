@@ -55,6 +55,14 @@ class Draft:
         """Each partition with its bound and the rows that it would take now."""
         return pd.DataFrame([partition.model_dump(include={"name", "bound", "rows"}) for partition in self.plan.partitions])
 
+    def values(self) -> pd.DataFrame:
+        """The values of the key, how often each occurs, and the partition that takes it."""
+        homes = {value: partition.name for partition in self.plan.partitions for value in partition.values}
+        default = next((partition.name for partition in self.plan.partitions if partition.bound == "DEFAULT"), "none")
+        names = self.plan.names("")
+        frame = self.database.frame("draft.values", key=names["key"], table=names["source"])
+        return frame.assign(partition=[homes.get(value, default) for value in frame["value"]])
+
     def findings(self) -> pd.DataFrame:
         """Blockers first, then warnings and notes."""
         return pd.DataFrame(
@@ -69,6 +77,7 @@ class Draft:
         under way with another hash refuses.
         """
         if self.already:
+            print(self.already)
             return ledger.of(self.database, self.plan.full_name)
         if self.plan.blockers:
             raise PlanBlocked(" ".join(f"{finding.sentence} {finding.way_out}".strip() for finding in self.plan.blockers))
@@ -104,8 +113,8 @@ def draft(**given: Any) -> Draft:
     with database.session("plan") as session:
         found, schema, name = catalog.find(session, parameters.table, database.name)
         if session.value("ledger.exists"):
-            row = session.run("ledger.open_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
-            if row is not None and _under_way(session, row["id"]):
+            row = session.run("ledger.last_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
+            if row is not None and row["state"] in ("open", "finished") and _under_way(session, row["id"]):
                 return _in_force(database, row, parameters)
         with session.transaction("REPEATABLE READ"), session.qualified():
             return Draft(database, _decide(session, found, parameters, database.name))
@@ -132,7 +141,7 @@ def _in_force(database: Database, row: dict[str, Any], parameters: Parameters) -
     return Draft(
         database,
         plan,
-        f"The plan {plan.hash[:12]} of {plan.full_name} is frozen and under way already; nothing is planned anew.",
+        f"Already done: the plan {plan.hash[:12]} of {plan.full_name} is frozen and in force; nothing is planned anew.",
     )
 
 

@@ -119,6 +119,11 @@ class Run:
             f"{self.plan.full_name} by {self.plan.key} · migration {self.migration} ({self.state}) · plan {self.plan.hash[:12]}"
         )
 
+    def statements(self) -> pd.DataFrame:
+        """Every statement that this kernel ran for this database: when, which, how long, how many rows."""
+        frame = pd.DataFrame([vars(each) for each in self.database.statements], columns=["at", "name", "seconds", "rows"])
+        return frame.assign(at=[f"{at:%H:%M:%S.%f}"[:-3] for at in frame["at"]], seconds=frame.seconds.round(4))
+
     @contextmanager
     def action(self, step: str, action: str, *, again: bool = False) -> Iterator[Action]:
         """Hold the table for one action and keep the ledger true about it.
@@ -130,7 +135,7 @@ class Run:
         with self.database.session(f"{step}.{action}") as session:
             _claim(session, self.plan)
             found = _finished(session, self.migration, step, action)
-            if found and not again:
+            if found and (not again or (step in STEPS[:5] and _finished(session, self.migration, "cutover", "swap"))):
                 yield Action(self, session, 0, found)
                 return
             if step in STEPS:
@@ -244,12 +249,16 @@ def operator() -> str:
 def open(database: str = "embedded", table: str = "", *, ended: bool = False) -> Run:
     """The open run of a table, with its frozen plan from the ledger.
 
-    Raises OutOfOrder when there is no plan (or, without `ended`, only one that was rolled back or finished), and
-    BadInput for parameters that are wrong.
+    Raises OutOfOrder when there is no plan (or, without `ended`, only one that was rolled back), and BadInput for
+    parameters that are wrong.
     """
     given = resolve(database=database, table=table)
-    found = target(given.database, given.users)
-    return of(found, given.table, ended=ended)
+    return of(target(given.database, given.users), given.table, ended=ended)
+
+
+def open_last(database: str = "embedded", table: str = "") -> Run:
+    """As `open`, for the last migration of the table even when it has been rolled back."""
+    return open(database, table, ended=True)
 
 
 def of(database: Database, table: str, *, ended: bool = False) -> Run:
@@ -261,6 +270,6 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
         _, schema, name = find(session, table, database.name)
         row = session.run("ledger.last_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
-    if row is None or (row["state"] != "open" and not ended):
+    if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")
     return Run(database, row["id"], from_json(row["plan"]), row["state"])

@@ -146,7 +146,7 @@ def injected() -> dict[str, Any]:
         from IPython import get_ipython
     except ImportError:  # pragma: no cover - IPython comes with jupyterlab
         return {}
-    shell = get_ipython()  # type: ignore[no-untyped-call]
+    shell = get_ipython()
     given: dict[str, Any] = {}
     for cell in getattr(shell, "user_ns", {}).get("In", []) if shell else []:
         if cell.startswith("# Parameters\n"):

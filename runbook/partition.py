@@ -20,6 +20,13 @@ def create(run: Run) -> Statements:
     plan, names = run.plan, run.names
     yield from changes.create(run)
     yield statement("partition.create_shadow", **names)
+    for column in plan.columns:
+        if column.identity:
+            yield statement(
+                "partition.add_identity", **names, column=sql.Identifier(column.name), options=trusted(column.identity_options or ""),
+                when=sql.SQL("ALWAYS" if column.identity == "a" else "BY DEFAULT"),
+                sequence=sql.Identifier(run.staging, column.identity_sequence or ""),
+            )  # fmt: skip
     for check in plan.checks:
         if check.validated:
             yield statement(

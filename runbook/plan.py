@@ -30,6 +30,8 @@ class Column(Fact):
     default: str | None
     compared: str
     sequence: str | None
+    identity_sequence: str | None
+    identity_options: str | None
     statistics: str | None
     options: list[str] | None
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
+import pandas as pd
 from psycopg import sql
 
 from runbook import changes, compare, pace
@@ -309,6 +310,12 @@ def compare_all(run: Run) -> Evidence:
     with run.action("restore", "compare", again=True) as action:
         seen = compare.exactly(run, action.session, changes.FORWARD)
         return action.finish(seen.sentence, seen.rows, sums=seen.sums)
+
+
+def rows(run: Run) -> pd.DataFrame:
+    """Rows per partition, as the comparison counted them."""
+    seen = run.finished("restore", "compare")
+    return pd.DataFrame([{"name": name, "rows": sums["rows"]} for name, sums in (seen.facts["sums"] if seen else {}).items()])
 
 
 def check(run: Run) -> Evidence:

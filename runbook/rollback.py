@@ -54,6 +54,7 @@ def unswap_statements(run: Run) -> Statements:
             yield rendered(each.definition)
     for view in plan.views:
         yield rendered(view.definition)
+    yield from cutover.positions(run, retire=False)
     yield statement("rollback.drop_partitioned", **names)
     for each in plan.carried:
         if each.restore:
@@ -90,8 +91,6 @@ def swap_back(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Ev
                 if changes.length(run, session, BACK) > SHORT_TAIL:
                     raise cutover.TailTooLong("the log's tail is too long")
                 _apply(run, session)
-                for each in _identity_positions(run, session):
-                    session.run(each)
                 for each in unswap_statements(run):
                     session.run(each)
                 sentence = f"{run.plan.full_name} is the original table again; {total:,} changes since the cut-over went with it."
@@ -149,17 +148,6 @@ def _doubles(run: Run, session: Session, error: Exception) -> str:
     )
 
 
-def _identity_positions(run: Run, session: Session) -> Statements:
-    for column in run.plan.columns:
-        if column.identity and column.sequence:
-            new = session.value(
-                "cutover.identity_sequence",
-                table_text=sql.Literal(run.plan.source.as_string(None)),
-                column=sql.Literal(column.name),
-            )
-            yield statement("rollback.sequence_position", to=sql.Literal(column.sequence), sequence=trusted(new))
-
-
 def clean(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Take away what the migration made: role columns, triggers, shadow, logs; validate the old foreign keys again."""
     with run.action("rollback", "clean") as action:
@@ -186,14 +174,15 @@ def clean(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Eviden
 
 
 def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
-    pending = [(each.identifier, each) for each in run.plan.references if not each.definition.endswith("NOT VALID")]
-    for table, key in [*pending, *((run.plan.source, key) for key in run.plan.outgoing if key.validated)]:
+    pending = [(each.identifier, each.name) for each in run.plan.references if not each.definition.endswith("NOT VALID")]
+    pending += [(run.plan.source, each.name) for each in run.plan.outgoing if each.validated]
+    for table, name in pending:
 
-        def attempt(table: sql.Composable = table, name: str = key.name) -> None:
+        def attempt(table: sql.Composable = table, name: str = name) -> None:
             with session.transaction(lock_timeout="3s"):
                 session.run("cutover.validate", table=table, constraint=sql.Identifier(name))
 
-        locks.persist(run.database, session, patience, key.name, attempt)
+        locks.persist(run.database, session, patience, name, attempt)
 
 
 def check(run: Run, keep_backup: bool = False) -> Evidence:

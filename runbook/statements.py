@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import LiteralString, cast
 
 from psycopg import sql
 
@@ -41,12 +40,12 @@ def statement(name: str, /, **names: sql.Composable) -> sql.Composed:
         text = _load(group)[short]
     except KeyError:
         raise RunbookError(f"sql/{group}.sql has no statement named {short}.") from None
-    return sql.SQL(cast(LiteralString, text)).format(**names)
+    return sql.SQL(text).format(**names)
 
 
 def trusted(text: str) -> sql.SQL:
     """SQL text that PostgreSQL itself rendered (pg_get_indexdef and the like), kept as it is."""
-    return sql.SQL(cast(LiteralString, text))
+    return sql.SQL(text)
 
 
 def rendered(text: str) -> sql.Composed:

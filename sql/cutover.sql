@@ -31,7 +31,8 @@ DROP TABLE {unplaced}
 ALTER SEQUENCE {sequence} OWNED BY {table}.{column}
 
 -- name: sequence_position
-SELECT setval({to}, (SELECT last_value FROM {sequence}), (SELECT is_called FROM {sequence}))
+-- Identity sequences are two: one goes on where the other stands, or the first insert would be a duplicate key.
+SELECT setval({to}, s.last_value, s.is_called) FROM {sequence} s
 
 -- name: add_constraint
 ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
@@ -44,9 +45,6 @@ ALTER TABLE {table} REPLICA IDENTITY {identity}
 
 -- name: unplaced_rows
 SELECT count(*) FROM {unplaced}
-
--- name: identity_sequence
-SELECT pg_get_serial_sequence({table_text}, {column}) AS sequence
 
 -- name: validated
 SELECT k.conname AS key, k.conrelid::regclass::text AS table, k.convalidated AS validated, pg_get_constraintdef(k.oid) AS definition

@@ -117,3 +117,6 @@ UPDATE runbook.migration SET filenode = {filenode} WHERE id = {migration}
 
 -- name: remembered
 SELECT filenode, triggers FROM runbook.migration WHERE id = {migration}
+
+-- name: last_id
+SELECT max(id) FROM runbook.migration

@@ -2,8 +2,12 @@
 
 -- name: create_shadow
 -- ACCESS SHARE on the source. The names are the final ones; only the schema is another.
-CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS) PARTITION BY {partition_by};
+CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS EXCLUDING IDENTITY) PARTITION BY {partition_by};
 ALTER TABLE {shadow} ALTER COLUMN {key} SET NOT NULL
+
+-- name: add_identity
+-- A sequence of its own under the name of the source's; LIKE would choose another name.
+ALTER TABLE {shadow} ALTER COLUMN {column} ADD GENERATED {when} AS IDENTITY (SEQUENCE NAME {sequence} {options})
 
 -- name: create_partition
 -- Autovacuum keeps away until the rows are in; the source's own storage options follow then.

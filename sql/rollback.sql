@@ -25,15 +25,9 @@ DROP SCHEMA IF EXISTS {staging} CASCADE
 -- name: drop_retired
 DROP TABLE IF EXISTS {retired}
 
--- name: sequence_position
-SELECT setval({to}, (SELECT last_value FROM {sequence}), (SELECT is_called FROM {sequence}))
-
 -- name: set_default
 ALTER TABLE {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
 
 -- name: last_filled
 -- How long ago the fill trigger was last needed, in hours; NULL when never.
 SELECT (extract(epoch FROM clock_timestamp() - max(at)) / 3600)::float8 AS hours, count(*) AS rows FROM {filled}
-
--- name: definition_now
-SELECT to_regclass({table_text})::oid::bigint
