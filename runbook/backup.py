@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from runbook import changes, embedded
 from runbook.database import Database, Session
 from runbook.errors import BadInput, NotEqual, PromiseBroken, ServerUnavailable
-from runbook.ledger import Evidence, Run
+from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import identifiers
 from runbook.sheet import Sheet
 from runbook.statements import statement
@@ -31,9 +31,7 @@ def script(run: Run) -> changes.Statements:
     """The backup table."""
     yield statement("backup.copy", **_names(run, "backup"))
     yield statement("backup.restrict", **run.names)
-    yield statement(
-        "backup.comment", **run.names, comment=sql.Literal(f"Backup of {run.plan.full_name}, made before it was partitioned")
-    )
+    yield statement("backup.comment", **run.names, comment=f"Backup of {run.plan.full_name}, made before it was partitioned")
 
 
 def preview(run: Run) -> Sheet:
@@ -41,21 +39,20 @@ def preview(run: Run) -> Sheet:
     return Sheet([*script(run), *(statement("backup.sums", **_names(run, table)) for table in ("source", "backup"))])
 
 
-def make(run: Run) -> Evidence:
+@recorded("backup", "make")
+def make(action: Action) -> Evidence:
     """Back the table up in one snapshot and prove the backup equal to it, value by value of the key.
 
     An existing backup is never overwritten: BadInput. Raises NotEqual when the proof fails; nothing is kept then.
     """
-    with run.action("backup", "make") as action:
-        if action.evidence:
-            return action.evidence
-        method = _as_table if run.plan.backup_method == "table" else _as_dump
-        return method(run, action)
+    run = action.run
+    method = _as_table if run.plan.backup_method == "table" else _as_dump
+    return method(run, action)
 
 
 def _as_table(run: Run, action: Any) -> Evidence:
     session = action.session
-    if session.value("backup.exists", backup_text=sql.Literal(run.names["backup"].as_string(None))):
+    if session.value("backup.exists", backup_text=run.names["backup"].as_string(None)):
         raise BadInput(f"A backup {run.plan.backup} exists, and is never overwritten: rename or drop it, or plan another name.")
     with session.transaction("REPEATABLE READ", lock_timeout="5s"):
         session.run("changes.hold", origin=run.names["source"])
@@ -195,16 +192,15 @@ def counts(run: Run) -> pd.DataFrame:
     return pd.DataFrame(evidence.facts["sums"] if evidence else [], columns=["value", "rows", "hash"])
 
 
-def check(run: Run) -> Evidence:
+@recorded("backup", "check")
+def check(action: Action) -> Evidence:
     """Raises unless the backup is still what was proved: the table's sums, or the archive's sha256."""
-    with run.action("backup", "check") as action:
-        if action.evidence:
-            return action.evidence
-        made = run.finished("backup", "make")
-        if made is None:
-            raise PromiseBroken(f"There is no backup of {run.plan.full_name} yet: run 01_backup from its beginning.")
-        still(run, action.session, made)
-        return action.finish(f"The backup of {run.plan.full_name} is what was proved.", made.rows)
+    run = action.run
+    made = run.finished("backup", "make")
+    if made is None:
+        raise PromiseBroken(f"There is no backup of {run.plan.full_name} yet: run 01_backup from its beginning.")
+    still(run, action.session, made)
+    return action.finish(f"The backup of {run.plan.full_name} is what was proved.", made.rows)
 
 
 def still(run: Run, session: Session, made: Evidence) -> None:

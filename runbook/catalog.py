@@ -17,13 +17,13 @@ Row = dict[str, Any]
 
 def find(session: Session, table: str, database: str) -> tuple[int, str, str]:
     """(oid, schema, name) of the table that a parameter names; raises BadInput with the names that come near."""
-    found = session.value("catalog.resolve", name=sql.Literal(table))
+    found = session.value("catalog.resolve", name=table)
     if found is None:
         known = [row["name"] for row in session.rows("catalog.tables")]
         near = difflib.get_close_matches(table, [*known, *(name.partition(".")[2] for name in known)], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:12]) or 'no tables at all'}."
         raise BadInput(f"{table} is not a table of {database}: {hint}")
-    row = session.row("catalog.table", oid=sql.Literal(found))
+    row = session.row("catalog.table", oid=found)
     return found, row["schema"], row["name"]
 
 
@@ -36,14 +36,14 @@ def table_of(row: Row) -> Table:
 
 
 def columns_of(session: Session, oid: int) -> tuple[Column, ...]:
-    return tuple(Column.model_validate(row) for row in session.rows("catalog.columns", oid=sql.Literal(oid)))
+    return tuple(Column.model_validate(row) for row in session.rows("catalog.columns", oid=oid))
 
 
 def indexes_of(session: Session, table: Table, key: str, leaves: list[str], version: int) -> tuple[Index, ...]:
     """The valid indexes, each with the names that it will have on every partition and on the retired table."""
-    taken = {row["name"] for row in session.rows("catalog.relations", schema=sql.Literal(table.schema_name))}
+    taken = {row["name"] for row in session.rows("catalog.relations", schema=table.schema_name)}
     found = []
-    for row in session.rows("catalog.indexes", oid=sql.Literal(table.oid)):
+    for row in session.rows("catalog.indexes", oid=table.oid):
         if not row["valid"]:
             continue
         stem = row["name"].removeprefix(table.name)
@@ -70,11 +70,11 @@ def indexes_of(session: Session, table: Table, key: str, leaves: list[str], vers
 
 
 def checks_of(session: Session, oid: int) -> tuple[Named, ...]:
-    return tuple(Named.model_validate(row) for row in session.rows("catalog.checks", oid=sql.Literal(oid)))
+    return tuple(Named.model_validate(row) for row in session.rows("catalog.checks", oid=oid))
 
 
 def carried_of(session: Session, oid: int) -> tuple[Carried, ...]:
-    return tuple(Carried.model_validate(row) for row in session.rows("catalog.carried", oid=sql.Literal(oid)))
+    return tuple(Carried.model_validate(row) for row in session.rows("catalog.carried", oid=oid))
 
 
 ACTIONS = {"a": "NO ACTION", "r": "RESTRICT", "c": "CASCADE", "n": "SET NULL", "d": "SET DEFAULT"}
@@ -87,7 +87,7 @@ def references_of(session: Session, table: Table, key: str) -> tuple[Reference, 
     """
     found = []
     added: dict[int, dict[tuple[str, ...], str]] = {}
-    for row in session.rows("catalog.incoming", oid=sql.Literal(table.oid)):
+    for row in session.rows("catalog.incoming", oid=table.oid):
         columns, referenced = tuple(row["columns"]), tuple(row["referenced"])
         names = added.setdefault(row["oid"], {})
         if key in referenced:

@@ -194,7 +194,7 @@ def _history(where: str, table: str) -> pd.DataFrame:
         found = ledger.of(target(where), table, ended=True)
     except RunbookError:
         return pd.DataFrame()
-    return found.database.frame("ledger.history", migration=sql.Literal(found.migration))
+    return found.database.frame("ledger.history", migration=found.migration)
 
 
 def _seal(record: archive.Run, where: str, table: str, failed: Executed | None) -> str:
@@ -218,9 +218,9 @@ def _seal(record: archive.Run, where: str, table: str, failed: Executed | None) 
         with found.database.session("record") as session:
             session.run(
                 "ledger.insert_record",
-                migration=sql.Literal(found.migration),
-                folder=sql.Literal(record.folder.name),
-                head=sql.Literal(head),
+                migration=found.migration,
+                folder=record.folder.name,
+                head=head,
             )
     return head
 

@@ -48,7 +48,7 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
                 f"{rows:,} rows are equal in both, to the byte, in {len(mine)} partitions; {waiting:,} changes wait in the log.",
                 rows, {name: {"rows": count, "hash": value} for name, (count, value) in mine.items()},
             )  # fmt: skip
-        differing = session.rows("restore.differing", **names, limit=sql.Literal(20))
+        differing = session.rows("restore.differing", **names, limit=20)
     parts = [f"{name}: {mine.get(name, (0, ''))[0]:,} against {beside.get(name, (0, ''))[0]:,} rows" for name in sorted({*mine, *beside})
              if mine.get(name) != beside.get(name)]  # fmt: skip
     keys = ", ".join(f"{row['key']} {row['finding']}" for row in differing)
@@ -82,7 +82,7 @@ def partition_of(session: Session, root: sql.Composable) -> sql.Composable:
     """An expression over a source row: the partition that would take it, by PostgreSQL's own rules."""
     cases: list[sql.Composable] = []
     default: sql.Composable = sql.SQL("'(no partition)'")
-    for row in session.rows("restore.partition_rules", parent=sql.Literal(root.as_string(None))):
+    for row in session.rows("restore.partition_rules", parent=root.as_string(None)):
         if row["is_default"] or row["rule"] is None:
             default = sql.Literal(row["partition"])
         else:

@@ -13,7 +13,7 @@ from runbook import changes, foreign_keys, locks, references
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, PromiseBroken
-from runbook.ledger import Evidence, Run
+from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.restore import SHORT_TAIL, refuse_homeless
 from runbook.sheet import Sheet
@@ -53,10 +53,10 @@ def swap_statements(run: Run) -> Statements:
     yield from changes.switch_off(run)
     yield from foreign_keys.drop_old(run)
     for key in plan.outgoing:
-        yield statement("cutover.drop_key", table=plan.source, constraint=sql.Identifier(key.name))
+        yield statement("cutover.drop_key", table=plan.source, constraint=(key.name,))
     for check in plan.checks:
         if not check.validated:
-            yield statement("cutover.drop_key", table=plan.source, constraint=sql.Identifier(check.name))
+            yield statement("cutover.drop_key", table=plan.source, constraint=(check.name,))
     for each in plan.carried:
         if each.retire:
             yield rendered(each.retire)
@@ -71,7 +71,7 @@ def swap_statements(run: Run) -> Statements:
                 "cutover.own_sequence",
                 sequence=trusted(column.sequence),
                 table=plan.source,
-                column=sql.Identifier(column.name),
+                column=(column.name,),
             )
     yield from positions(run, retire=True)
     yield from _carry(run)
@@ -101,11 +101,9 @@ def _carry(run: Run) -> Statements:
 
 def add(table: sql.Composable, name: str, definition: str, comment: str | None = None) -> sql.Composed:
     """Add a constraint, with its comment."""
-    parts = [statement("cutover.add_constraint", table=table, constraint=sql.Identifier(name), definition=trusted(definition))]
+    parts = [statement("cutover.add_constraint", table=table, constraint=(name,), definition=trusted(definition))]
     if comment:
-        parts.append(
-            statement("partition.comment_constraint", table=table, constraint=sql.Identifier(name), comment=sql.Literal(comment))
-        )
+        parts.append(statement("partition.comment_constraint", table=table, constraint=(name,), comment=comment))
     return sql.SQL("; ").join(parts)
 
 
@@ -116,10 +114,10 @@ def rename(run: Run, *, retire: bool) -> Statements:
         yield statement("cutover.rename_table", table=run.names["retired"], to=run.names["name"])
     for index in plan.indexes:
         old, new = (index.name, index.retired_name) if retire else (index.retired_name, index.name)
-        yield statement("cutover.rename_index", index=sql.Identifier(schema, old), to=sql.Identifier(new))
+        yield statement("cutover.rename_index", index=(schema, old), to=(new,))
     for own, retired in _identity_sequences(run):
         old, new = (own, retired) if retire else (retired, own)
-        yield statement("cutover.rename_sequence", sequence=sql.Identifier(schema, old), to=sql.Identifier(new))
+        yield statement("cutover.rename_sequence", sequence=(schema, old), to=(new,))
     if retire:
         yield statement("cutover.rename_table", table=plan.source, to=run.names["retired_name"])
 
@@ -138,7 +136,7 @@ def positions(run: Run, *, retire: bool) -> Statements:
         yield statement(
             "cutover.sequence_position",
             to=to,
-            sequence=sql.Identifier(schema, retired) if retire else sql.Identifier(run.staging, own),
+            sequence=(schema, retired) if retire else sql.Identifier(run.staging, own),
         )
 
 
@@ -148,17 +146,16 @@ def preview(run: Run) -> Sheet:
     return Sheet([statement("cutover.lock", tables=tables), *swap_statements(run)])
 
 
-def require_approval(run: Run, approved_by: str = "") -> Evidence:
+@recorded("cutover", "approval")
+def require_approval(action: Action, approved_by: str = "") -> Evidence:
     """Raises ApprovalMissing without a name; the embedded example approves itself, and says so."""
-    with run.action("cutover", "approval") as action:
-        if action.evidence:
-            return action.evidence
-        if not approved_by and not run.database.embedded:
-            raise ApprovalMissing(
-                f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the name of who approves."
-            )
-        who = approved_by or "the embedded example itself, which harms nobody"
-        return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
+    run = action.run
+    if not approved_by and not run.database.embedded:
+        raise ApprovalMissing(
+            f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the name of who approves."
+        )
+    who = approved_by or "the embedded example itself, which harms nobody"
+    return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
 
 
 def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120, tail: int = SHORT_TAIL) -> Swap:
@@ -276,22 +273,21 @@ def _swap_once(run: Run, session: Session, patience: locks.Patience, tail: int) 
     return replayed, clock.seconds
 
 
-def validate_foreign_keys(run: Run, budget_s: float = 120) -> Evidence:
+@recorded("cutover", "validate")
+def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
     """Validate every key that the swap added NOT VALID: SHARE UPDATE EXCLUSIVE, readers and writers go on."""
-    with run.action("cutover", "validate") as action:
-        if action.evidence:
-            return action.evidence
-        done = []
-        for what, each in validations(run):
-            patience = locks.Patience(budget_s, 3000)
+    run, session = action.run, action.session
+    done = []
+    for what, each in validations(run):
+        patience = locks.Patience(budget_s, 3000)
 
-            def attempt(each: sql.Composed = each) -> None:
-                with action.session.transaction(lock_timeout="3s"):
-                    action.session.run(each)
+        def attempt(each: sql.Composed = each) -> None:
+            with session.transaction(lock_timeout="3s"):
+                session.run(each)
 
-            locks.persist(run.database, action.session, patience, what, attempt)
-            done.append(what)
-        return action.finish(f"{len(done)} foreign keys were validated: {', '.join(done) or 'there are none'}.", len(done))
+        locks.persist(run.database, session, patience, what, attempt)
+        done.append(what)
+    return action.finish(f"{len(done)} foreign keys were validated: {', '.join(done) or 'there are none'}.", len(done))
 
 
 def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
@@ -304,11 +300,11 @@ def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
         if plan.server_version >= 18:
             yield (
                 key.name,
-                statement("cutover.validate", table=plan.source, constraint=sql.Identifier(key.name)),
+                statement("cutover.validate", table=plan.source, constraint=(key.name,)),
             )
             continue
         for leaf in changes.leaves(run):
-            yield key.name, statement("cutover.validate", table=leaf, constraint=sql.Identifier(key.name))
+            yield key.name, statement("cutover.validate", table=leaf, constraint=(key.name,))
         yield (
             key.name,
             add(plan.source, key.name, key.definition, key.comment),
@@ -325,16 +321,15 @@ def script(run: Run) -> Statements:
         yield each
 
 
-def check(run: Run) -> Evidence:
+@recorded("cutover", "check")
+def check(action: Action) -> Evidence:
     """Raises PromiseBroken unless the name belongs to the partitioned table and every key is valid."""
-    with run.action("cutover", "check") as action:
-        if action.evidence:
-            return action.evidence
-        rows = action.session.rows("cutover.validated", table_text=sql.Literal(run.plan.source.as_string(None)))
-        planned = {key.name for key in run.plan.references} | {key.name for key in run.plan.outgoing}
-        bad = [row["key"] for row in rows if not row["validated"]] + sorted(planned - {row["key"] for row in rows})
-        if bad:
-            raise PromiseBroken(
-                f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: run 05_cutover again."
-            )
-        return action.finish(f"{run.plan.full_name} is the partitioned table; {len(rows)} foreign keys are valid.")
+    run = action.run
+    rows = action.session.rows("cutover.validated", table_text=run.plan.source.as_string(None))
+    planned = {key.name for key in run.plan.references} | {key.name for key in run.plan.outgoing}
+    bad = [row["key"] for row in rows if not row["validated"]] + sorted(planned - {row["key"] for row in rows})
+    if bad:
+        raise PromiseBroken(
+            f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: run 05_cutover again."
+        )
+    return action.finish(f"{run.plan.full_name} is the partitioned table; {len(rows)} foreign keys are valid.")

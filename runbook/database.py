@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from runbook import embedded
 from runbook.errors import BadInput, ServerUnavailable
-from runbook.statements import statement
+from runbook.statements import Value, statement
 
 OLDEST, NEWEST = 14, 18
 
@@ -82,7 +82,7 @@ class Database:
         connection.row_factory = psycopg.rows.tuple_row
         return connection
 
-    def frame(self, query: str | sql.Composed, /, **names: sql.Composable) -> pd.DataFrame:
+    def frame(self, query: str | sql.Composed, /, **names: Value) -> pd.DataFrame:
         """The rows of a named statement as a DataFrame."""
         composed = statement(query, **names) if isinstance(query, str) else query
         with self.engine().connect() as connection:
@@ -108,7 +108,7 @@ class Session:
     connection: psycopg.Connection[dict[str, Any]]
     statements: list[Statement]
 
-    def run(self, query: str | sql.Composed, /, **names: sql.Composable) -> psycopg.Cursor[dict[str, Any]]:
+    def run(self, query: str | sql.Composed, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
         """Run `group.name`, or a composed statement; the cursor has its rows."""
         composed = statement(query, **names) if isinstance(query, str) else query
         at, started = datetime.now(UTC), time.perf_counter()
@@ -117,18 +117,18 @@ class Session:
         self.statements.append(Statement(at, label, time.perf_counter() - started, cursor.rowcount))
         return cursor
 
-    def rows(self, query: str | sql.Composed, /, **names: sql.Composable) -> list[dict[str, Any]]:
+    def rows(self, query: str | sql.Composed, /, **names: Value) -> list[dict[str, Any]]:
         """All rows."""
         return self.run(query, **names).fetchall()
 
-    def row(self, query: str | sql.Composed, /, **names: sql.Composable) -> dict[str, Any]:
+    def row(self, query: str | sql.Composed, /, **names: Value) -> dict[str, Any]:
         """The only row; KeyError-free code may rely on its being there."""
         found = self.run(query, **names).fetchone()
         if found is None:
             raise LookupError(f"{query!r} found no row")
         return found
 
-    def value(self, query: str | sql.Composed, /, **names: sql.Composable) -> Any:
+    def value(self, query: str | sql.Composed, /, **names: Value) -> Any:
         """The first column of the first row, None where there is none."""
         found = self.run(query, **names).fetchone()
         return next(iter(found.values())) if found else None

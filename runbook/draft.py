@@ -86,13 +86,13 @@ class Draft:
             session.run("ledger.create")
             session.run("ledger.replace_open", source=source)
             number = session.value(
-                "ledger.insert_migration", source=source, oid=sql.Literal(self.plan.table.oid),
-                plan=sql.Literal(self.plan.model_dump_json()), hash=sql.Literal(self.plan.hash),
+                "ledger.insert_migration", source=source, oid=self.plan.table.oid,
+                plan=self.plan.model_dump_json(), hash=self.plan.hash,
             )  # fmt: skip
             run = ledger.Run(self.database, number, self.plan)
             action = session.value(
-                "ledger.begin_action", migration=sql.Literal(number), step=sql.Literal("plan"), action=sql.Literal("check"),
-                operator=sql.Literal(ledger.operator()),
+                "ledger.begin_action", migration=number, step="plan", action="check",
+                operator=ledger.operator(),
             )  # fmt: skip
             ledger.Action(run, session, action).finish(
                 f"Plan {self.plan.hash[:12]} for {self.plan.full_name} by {self.plan.key} is frozen.",
@@ -113,7 +113,7 @@ def draft(**given: Any) -> Draft:
     with database.session("plan") as session:
         found, schema, name = catalog.find(session, parameters.table, database.name)
         if session.value("ledger.exists"):
-            row = session.run("ledger.last_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
+            row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
             if row is not None and row["state"] in ("open", "finished") and _under_way(session, row["id"]):
                 return _in_force(database, row, parameters)
         with session.transaction("REPEATABLE READ"), session.qualified():
@@ -121,7 +121,7 @@ def draft(**given: Any) -> Draft:
 
 
 def _under_way(session: Session, migration: int) -> bool:
-    return any(row["step"] != "plan" for row in session.rows("ledger.history", migration=sql.Literal(migration)))
+    return any(row["step"] != "plan" for row in session.rows("ledger.history", migration=migration))
 
 
 def _in_force(database: Database, row: dict[str, Any], parameters: Parameters) -> Draft:
@@ -146,14 +146,14 @@ def _in_force(database: Database, row: dict[str, Any], parameters: Parameters) -
 
 
 def _decide(session: Session, found: int, parameters: Parameters, database: str) -> Plan:
-    row = session.row("catalog.table", oid=sql.Literal(found))
+    row = session.row("catalog.table", oid=found)
     table = catalog.table_of(row)
     columns = catalog.columns_of(session, found)
     by_name = {column.name: column for column in columns}
     if parameters.key not in by_name:
         raise BadInput(f"{parameters.key} is not a column of {table.schema_name}.{table.name}: it has {', '.join(by_name)}.")
     key = by_name[parameters.key]
-    counts = session.rows("draft.values", key=sql.Identifier(key.name), table=sql.Identifier(table.schema_name, table.name))
+    counts = session.rows("draft.values", key=(key.name,), table=(table.schema_name, table.name))
     present = {value["value"]: value["rows"] for value in counts}
     if parameters.null_value is not None and None in present:
         replacement = _as_key(session, key.type, parameters.null_value, key.name)
@@ -163,12 +163,12 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
     leaves = [partition.name for partition in partitions]
     indexes = catalog.indexes_of(session, table, key.name, leaves, version)
     primary = next((index for index in indexes if index.primary), None)
-    views = session.rows("catalog.views", oid=sql.Literal(found))
-    outgoing = session.rows("catalog.outgoing", oid=sql.Literal(found))
+    views = session.rows("catalog.views", oid=found)
+    outgoing = session.rows("catalog.outgoing", oid=found)
     frequent = max((value for value in present if value is not None), key=lambda value: present[value], default=None)
     backup = parameters.backup or fit(f"{table.name}_backup")
     plan = Plan(
-        server_version=version, table=table, fingerprint=session.value("catalog.definition", oid=sql.Literal(found)),
+        server_version=version, table=table, fingerprint=session.value("catalog.definition", oid=found),
         key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by, partitions=partitions,
         takes_any_value=any(partition.bound == "DEFAULT" for partition in partitions), columns=columns,
         primary_key=primary.columns if primary else (), indexes=indexes, checks=catalog.checks_of(session, found),
@@ -196,7 +196,7 @@ def _as_key(session: Session, key_type: str, value: object, key: str) -> str:
     """The value as the key's type prints it; raises BadInput when the type does not take it."""
     try:
         with session.connection.transaction():
-            return str(session.value("draft.literal", value=sql.Literal(str(value)), type=trusted(key_type)))
+            return str(session.value("draft.literal", value=str(value), type=trusted(key_type)))
     except psycopg.DataError:
         raise BadInput(f"{value!r} is not a value that {key} ({key_type}) can have: correct it in partitions.") from None
 

@@ -97,13 +97,13 @@ def _names(session: Session, plan: Plan) -> Iterator[Finding]:
     if plan.restore_from == "backup":
         return
     schema = sql.Literal(plan.table.schema_name)
-    for row in session.rows("draft.free", schema=schema, names=sql.Literal(wanted)):
+    for row in session.rows("draft.free", schema=schema, names=wanted):
         yield _blocker(
             row["name"],
             f"The name {plan.table.schema_name}.{row['name']} is taken.",
             "Choose another name for the partition, or rename what has it.",
         )
-    if session.rows("draft.free", schema=schema, names=sql.Literal([plan.backup])):
+    if session.rows("draft.free", schema=schema, names=[plan.backup]):
         yield _blocker(
             plan.backup, f"A backup {plan.table.schema_name}.{plan.backup} exists, and is never overwritten.",
             "Rename or drop it, or name another with backup.",
@@ -111,7 +111,7 @@ def _names(session: Session, plan: Plan) -> Iterator[Finding]:
 
 
 def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
-    may = session.row("catalog.privileges", oid=sql.Literal(plan.table.oid))
+    may = session.row("catalog.privileges", oid=plan.table.oid)
     me, schema = may["me"], plan.table.schema_name
     if not may["owner"]:
         yield _blocker(plan.full_name, f"{me} does not own {plan.full_name}.", f"GRANT {may['owner_name']} TO {me};")
@@ -243,7 +243,7 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"{reference.name} is ON DELETE SET NULL, and PostgreSQL 14 would empty {reference.role_column} too.",
                 "Upgrade to 15, or change the foreign key's action first.",
             )
-        rows = session.rows("catalog.incoming", oid=sql.Literal(plan.table.oid))
+        rows = session.rows("catalog.incoming", oid=plan.table.oid)
         for row in rows:
             if (row["schema"], row["table"], row["name"]) == (
                 reference.schema_name,
@@ -280,7 +280,7 @@ def _uniqueness(plan: Plan) -> Iterator[Finding]:
 
 
 def _traffic(session: Session, plan: Plan) -> Iterator[Finding]:
-    for row in session.rows("locks.wraparound", oid=sql.Literal(plan.table.oid)):
+    for row in session.rows("locks.wraparound", oid=plan.table.oid):
         yield _warning(
             plan.full_name,
             f"An autovacuum to prevent wraparound runs on it (pid {row['pid']}) and never yields.",

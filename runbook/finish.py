@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from psycopg import sql
-
 from runbook import changes, locks
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder
-from runbook.ledger import Evidence, Run
+from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
 from runbook.sheet import Sheet
 from runbook.statements import statement
@@ -34,45 +32,41 @@ def preview(run: Run, drop_backup: bool = False) -> Sheet:
     return Sheet(statements(run, drop_backup))
 
 
-def require(run: Run, approved_by: str = "", unneeded_for_h: int = 24, force_strict: bool = False) -> Evidence:
+@recorded("finish", "approval")
+def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, force_strict: bool = False) -> Evidence:
     """Raises unless 06 has passed, someone approves, and no old code needed the fill trigger for `unneeded_for_h` hours."""
-    with run.action("finish", "approval") as action:
-        if action.evidence:
-            return action.evidence
-        if run.finished("verify", "check") is None:
-            raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.")
-        if not approved_by and not run.database.embedded:
-            raise ApprovalMissing(
-                f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
+    run = action.run
+    if run.finished("verify", "check") is None:
+        raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.")
+    if not approved_by and not run.database.embedded:
+        raise ApprovalMissing(f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves.")
+    if added(run) and run.plan.legacy_inserts == "fill" and not force_strict:
+        last = action.session.row("rollback.last_filled", **names(run, added(run)[0]))
+        if last["rows"] and last["hours"] < unneeded_for_h:
+            raise OutOfOrder(
+                f"Old code still inserts without the role column: {last['rows']} rows, the last {last['hours']:.1f} h ago. Change it, or set"
+                " force_strict to end the trigger's help all the same."
             )
-        if added(run) and run.plan.legacy_inserts == "fill" and not force_strict:
-            last = action.session.row("rollback.last_filled", **names(run, added(run)[0]))
-            if last["rows"] and last["hours"] < unneeded_for_h:
-                raise OutOfOrder(
-                    f"Old code still inserts without the role column: {last['rows']} rows, the last {last['hours']:.1f} h ago. Change it, or set"
-                    " force_strict to end the trigger's help all the same."
-                )
-        return action.finish(
-            f"Approved by {approved_by or 'the embedded example itself, which harms nobody'}.", approved_by=approved_by
-        )
+    return action.finish(
+        f"Approved by {approved_by or 'the embedded example itself, which harms nobody'}.", approved_by=approved_by
+    )
 
 
-def drop(run: Run, drop_backup: bool = False, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
+@recorded("finish", "drop")
+def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Drop the log, the retired table and, if asked, the backup; referencing tables get the strict form. No way back after it."""
-    with run.action("finish", "drop") as action:
-        if action.evidence:
-            return action.evidence
-        if run.finished("finish", "approval") is None:
-            raise ApprovalMissing(f"Finishing {run.plan.full_name} has not been approved: run 91_finish from its beginning.")
-        session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
+    run, session = action.run, action.session
+    if run.finished("finish", "approval") is None:
+        raise ApprovalMissing(f"Finishing {run.plan.full_name} has not been approved: run 91_finish from its beginning.")
+    patience = locks.Patience(budget_s, lock_timeout_ms)
 
-        def attempt() -> Evidence:
-            with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
-                for each in statements(run, drop_backup):
-                    session.run(each)
-                session.run("ledger.set_state", state=sql.Literal("finished"), migration=sql.Literal(run.migration))
-                return action.finish(
-                    f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back."
-                )
+    def attempt() -> Evidence:
+        with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+            for each in statements(run, drop_backup):
+                session.run(each)
+            session.run("ledger.set_state", state="finished", migration=run.migration)
+            return action.finish(
+                f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back."
+            )
 
-        return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)

@@ -11,7 +11,7 @@ from runbook import locks, pace
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import PromiseBroken
-from runbook.ledger import Evidence, Run
+from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Reference, with_key
 from runbook.references import added, names
 from runbook.restore import SHORT_TAIL
@@ -68,45 +68,42 @@ def _validate(run: Run, reference: Reference) -> sql.Composed:
     return statement("foreign_keys.validate", table=own["reference"], constraint=own["check_name"])
 
 
-def add_columns(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
+@recorded("foreign_keys", "columns")
+def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Add the role columns, each with its log, and mark the rows that need another value than the default."""
-    with run.action("foreign_keys", "columns") as action:
-        if action.evidence:
-            return action.evidence
-        session = action.session
-        for reference in added(run):
-            own = names(run, reference)
-            if session.value("foreign_keys.logged", **own):
-                continue
-            patience = locks.Patience(budget_s, lock_timeout_ms)
+    run, session = action.run, action.session
+    for reference in added(run):
+        own = names(run, reference)
+        if session.value("foreign_keys.logged", **own):
+            continue
+        patience = locks.Patience(budget_s, lock_timeout_ms)
 
-            def attempt(reference: Reference = reference, own: dict[str, sql.Composable] = own) -> None:
-                with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
-                    for each in (*log_table(run, reference), *column(run, reference)):
-                        session.run(each)
-                    session.run("foreign_keys.log_minority", **own)
+        def attempt(reference: Reference = reference, own: dict[str, sql.Composable] = own) -> None:
+            with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+                for each in (*log_table(run, reference), *column(run, reference)):
+                    session.run(each)
+                session.run("foreign_keys.log_minority", **own)
 
-            locks.persist(run.database, session, patience, reference.table, attempt)
-        return action.finish(
-            f"{len(added(run))} referencing tables have their role column, and a log of their own.",
-            len(added(run)),
-        )
+        locks.persist(run.database, session, patience, reference.table, attempt)
+    return action.finish(
+        f"{len(added(run))} referencing tables have their role column, and a log of their own.",
+        len(added(run)),
+    )
 
 
-def fill(run: Run, batch_rows: int = 5000) -> Evidence:
+@recorded("foreign_keys", "fill")
+def fill(action: Action, batch_rows: int = 5000) -> Evidence:
     """Correct the role of every row whose user is not of the most frequent one, in small batches that nobody waits for."""
-    with run.action("foreign_keys", "fill") as action:
-        if action.evidence:
-            return action.evidence
-        total = sum(drain(run, action.session, reference, batch_rows) for reference in added(run))
-        for reference in added(run):
-            if not reference.not_null:
-                with action.session.transaction(lock_timeout="5s"):
-                    action.session.run(_validate(run, reference))
-        return action.finish(
-            f"{total:,} rows of referencing tables were given another role than {run.plan.frequent_value!r}.",
-            total,
-        )
+    run, session = action.run, action.session
+    total = sum(drain(run, session, reference, batch_rows) for reference in added(run))
+    for reference in added(run):
+        if not reference.not_null:
+            with session.transaction(lock_timeout="5s"):
+                session.run(_validate(run, reference))
+    return action.finish(
+        f"{total:,} rows of referencing tables were given another role than {run.plan.frequent_value!r}.",
+        total,
+    )
 
 
 def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 5000) -> int:
@@ -117,7 +114,7 @@ def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 50
     try:
         while waiting > 0 and idle < 5:
             with session.transaction(lock_timeout="5s", runbook__correcting="on"):
-                batch = sql.Literal(session.value("foreign_keys.batch", **own, size=sql.Literal(batch_rows)))
+                batch = sql.Literal(session.value("foreign_keys.batch", **own, size=batch_rows))
                 rows = session.run("foreign_keys.correct_batch", **own, batch=batch).rowcount
                 session.run("foreign_keys.return_skipped", **own, batch=batch)
                 taken = session.run("foreign_keys.close_batch", **own, batch=batch).rowcount
@@ -189,7 +186,7 @@ def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
     for reference in run.plan.references:
         yield (
             f"{reference.name} of {reference.table}",
-            statement("foreign_keys.validate", table=reference.identifier, constraint=sql.Identifier(reference.name)),
+            statement("foreign_keys.validate", table=reference.identifier, constraint=(reference.name,)),
         )
 
 
@@ -213,16 +210,15 @@ def keys(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["table", "key", "columns", "definition"])
 
 
-def check(run: Run) -> Evidence:
+@recorded("foreign_keys", "check")
+def check(action: Action) -> Evidence:
     """Raises unless every row of every referencing table has its user's role, those still logged excepted."""
-    with run.action("foreign_keys", "check") as action:
-        if action.evidence:
-            return action.evidence
-        for reference in added(run):
-            wrong = action.session.value("foreign_keys.wrong", **names(run, reference))
-            changed = action.session.value("changes.length", **run.names)
-            if wrong > changed:
-                raise PromiseBroken(
-                    f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}."
-                )
-        return action.finish(f"Every row of {len(added(run))} referencing tables has its role.")
+    run, session = action.run, action.session
+    for reference in added(run):
+        wrong = session.value("foreign_keys.wrong", **names(run, reference))
+        changed = session.value("changes.length", **run.names)
+        if wrong > changed:
+            raise PromiseBroken(
+                f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}."
+            )
+    return action.finish(f"Every row of {len(added(run))} referencing tables has its role.")

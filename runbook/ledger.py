@@ -5,12 +5,12 @@ from __future__ import annotations
 import getpass
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec
 
 import pandas as pd
 from psycopg import sql
@@ -19,7 +19,9 @@ from runbook.database import Database, Session, target
 from runbook.errors import AlreadyRunning, OutOfOrder, PlanOutdated, RunbookError
 from runbook.parameters import resolve
 from runbook.plan import Plan, from_json
+from runbook.statements import Value
 
+P = ParamSpec("P")
 STEPS = ("plan", "backup", "partition", "restore", "foreign_keys", "cutover", "verify")
 REPAIR = ("plan", "restore", "foreign_keys", "verify")
 NOTEBOOKS = {
@@ -59,8 +61,8 @@ class Action:
         """Record the action as done; repeated calls keep the last."""
         self.evidence = Evidence(sentence, rows, facts)
         self.session.run(
-            "ledger.end_action", id=sql.Literal(self.id), state=sql.Literal("done"), sentence=sql.Literal(sentence),
-            rows=sql.Literal(rows), evidence=sql.Literal(json.dumps(facts, default=str)),
+            "ledger.end_action", id=self.id, state="done", sentence=sentence,
+            rows=rows, evidence=json.dumps(facts, default=str),
         )  # fmt: skip
         return self.evidence
 
@@ -84,7 +86,7 @@ class Run:
         """What every statement of this run may name."""
         return {**self.plan.names(self.staging), "migration": sql.Literal(self.migration)}
 
-    def frame(self, query: str | sql.Composed, /, **names: sql.Composable) -> pd.DataFrame:
+    def frame(self, query: str | sql.Composed, /, **names: Value) -> pd.DataFrame:
         """A named statement's rows as a DataFrame."""
         return self.database.frame(query, **{**self.names, **names})
 
@@ -95,7 +97,7 @@ class Run:
 
     def overview(self) -> pd.DataFrame:
         """The steps, what the ledger says of each, and the plan's hash."""
-        history = self.database.frame("ledger.history", migration=sql.Literal(self.migration))
+        history = self.database.frame("ledger.history", migration=self.migration)
         lines = []
         for step in REPAIR if self.plan.restore_from == "backup" else STEPS:
             done = history[(history.step == step) & (history.state == "done")]
@@ -142,8 +144,8 @@ class Run:
                 self._refuse_out_of_order(session, step)
                 self.refuse_outdated(session)
             number = session.value(
-                "ledger.begin_action", migration=sql.Literal(self.migration), step=sql.Literal(step),
-                action=sql.Literal(action), operator=sql.Literal(operator()),
+                "ledger.begin_action", migration=self.migration, step=step,
+                action=action, operator=operator(),
             )  # fmt: skip
             doing = Action(self, session, number)
             try:
@@ -158,8 +160,8 @@ class Run:
         try:
             with self.database.session("ledger") as session:
                 session.run(
-                    "ledger.end_action", id=sql.Literal(number), state=sql.Literal("failed"), sentence=sql.Literal(sentence[:2000]),
-                    rows=sql.Literal(None), evidence=sql.Literal(None),
+                    "ledger.end_action", id=number, state="failed", sentence=sentence[:2000],
+                    rows=None, evidence=None,
                 )  # fmt: skip
         except Exception:
             return
@@ -186,7 +188,7 @@ class Run:
         if self.plan.restore_from == "backup" or _finished(session, self.migration, "cutover", "swap"):
             return
         with session.qualified():
-            if session.value("catalog.definition", oid=sql.Literal(self.plan.table.oid)) != self.plan.fingerprint:
+            if session.value("catalog.definition", oid=self.plan.table.oid) != self.plan.fingerprint:
                 changes = _what_changed(session, self.plan)
                 raise PlanOutdated(
                     f"{self.plan.full_name} was altered since the plan {self.plan.hash[:12]} was made ({changes}):"
@@ -194,8 +196,25 @@ class Run:
                 )
 
 
+def recorded(
+    step: str, action: str, *, again: bool = False
+) -> Callable[[Callable[Concatenate[Action, P], Evidence]], Callable[Concatenate[Run, P], Evidence]]:
+    """Make a function of an open action one of a run: it holds the table while it works, leaves its ledger row, and what is
+    done already is not repeated (unless `again`): the evidence of then is returned."""
+
+    def decorate(do: Callable[Concatenate[Action, P], Evidence]) -> Callable[Concatenate[Run, P], Evidence]:
+        @wraps(do)
+        def acting(run: Run, /, *args: P.args, **kwargs: P.kwargs) -> Evidence:
+            with run.action(step, action, again=again) as under_way:
+                return under_way.evidence or do(under_way, *args, **kwargs)
+
+        return acting
+
+    return decorate
+
+
 def _what_changed(session: Session, plan: Plan) -> str:
-    found = session.rows("catalog.columns", oid=sql.Literal(plan.table.oid))
+    found = session.rows("catalog.columns", oid=plan.table.oid)
     if not found:
         return "the table is gone"
     before = {column.name: (column.type, column.not_null, column.default) for column in plan.columns}
@@ -205,12 +224,10 @@ def _what_changed(session: Session, plan: Plan) -> str:
     changes += [
         f"column {name} was {before[name]}, is {now[name]}" for name in before.keys() & now.keys() if before[name] != now[name]
     ]
-    indexes = {row["name"] for row in session.rows("catalog.indexes", oid=sql.Literal(plan.table.oid))}
+    indexes = {row["name"] for row in session.rows("catalog.indexes", oid=plan.table.oid)}
     changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]
     changes += [f"index {name} dropped" for name in {index.name for index in plan.indexes} - indexes]
-    keys = {
-        (row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=sql.Literal(plan.table.oid))
-    }
+    keys = {(row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=plan.table.oid)}
     planned = {(reference.schema_name, reference.table, reference.name) for reference in plan.references}
     changes += [f"{schema}.{table} references it now by {name}" for schema, table, name in keys - planned]
     changes += [f"the foreign key {name} of {schema}.{table} is gone" for schema, table, name in planned - keys]
@@ -218,9 +235,9 @@ def _what_changed(session: Session, plan: Plan) -> str:
 
 
 def _claim(session: Session, plan: Plan) -> None:
-    if session.value("ledger.claim", source_oid=sql.Literal(plan.table.oid - (plan.table.oid >> 31 << 32))):
+    if session.value("ledger.claim", source_oid=plan.table.oid - (plan.table.oid >> 31 << 32)):
         return
-    holder = session.run("ledger.claimant", source_oid=sql.Literal(plan.table.oid)).fetchone() or {}
+    holder = session.run("ledger.claimant", source_oid=plan.table.oid).fetchone() or {}
     raise AlreadyRunning(
         f"{plan.full_name} is being migrated by another run: {holder.get('application', 'a session')} of {holder.get('user')}"
         f" (pid {holder.get('pid')}, since {holder.get('since')}). Wait for it, or end that session."
@@ -230,9 +247,9 @@ def _claim(session: Session, plan: Plan) -> None:
 def _finished(session: Session, migration: int, step: str, action: str) -> Evidence | None:
     row = session.run(
         "ledger.finished_action",
-        migration=sql.Literal(migration),
-        step=sql.Literal(step),
-        action=sql.Literal(action),
+        migration=migration,
+        step=step,
+        action=action,
     ).fetchone()
     if row is None:
         return None
@@ -269,7 +286,7 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
         if not session.value("ledger.exists"):
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
         _, schema, name = find(session, table, database.name)
-        row = session.run("ledger.last_migration", source=sql.Literal(f"{schema}.{name}")).fetchone()
+        row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
     if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")
     return Run(database, row["id"], from_json(row["plan"]), row["state"])

@@ -130,7 +130,7 @@ def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> No
     A REPEATABLE READ transaction from before the copy would see the new table empty after the swap. Raises
     LockNotGranted, naming them, when the budget is over.
     """
-    while old := _blockers(session.rows("locks.old_snapshots", horizon=sql.Literal(horizon))):
+    while old := _blockers(session.rows("locks.old_snapshots", horizon=horizon)):
         patience.blockers = {}
         patience.note(old)
         if patience.over:

@@ -7,7 +7,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from psycopg import sql
 from tqdm import tqdm
 
 from runbook.database import Session
@@ -39,7 +38,7 @@ class Brakes:
             if lag is not None and lag > self.max_replica_lag_s:
                 return f"a replica is {lag:.1f} s behind (limit {self.max_replica_lag_s} s)"
         if self.max_active_sessions:
-            active = session.value("pace.active_sessions", me=sql.Literal("runbook%"))
+            active = session.value("pace.active_sessions", me="runbook%")
             if active > self.max_active_sessions:
                 return f"{active} sessions are active (limit {self.max_active_sessions})"
         return ""

@@ -8,7 +8,7 @@ from psycopg import sql
 from runbook import changes, locks
 from runbook.database import Session
 from runbook.errors import PromiseBroken
-from runbook.ledger import Evidence, Run
+from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.sheet import Sheet
 from runbook.statements import statement, trusted
 
@@ -23,24 +23,24 @@ def create(run: Run) -> Statements:
     for column in plan.columns:
         if column.identity:
             yield statement(
-                "partition.add_identity", **names, column=sql.Identifier(column.name), options=trusted(column.identity_options or ""),
+                "partition.add_identity", **names, column=(column.name,), options=trusted(column.identity_options or ""),
                 when=sql.SQL("ALWAYS" if column.identity == "a" else "BY DEFAULT"),
-                sequence=sql.Identifier(run.staging, column.identity_sequence or ""),
+                sequence=(run.staging, column.identity_sequence or ""),
             )  # fmt: skip
     for check in plan.checks:
         if check.validated:
             yield statement(
                 "partition.add_check",
                 table=names["shadow"],
-                constraint=sql.Identifier(check.name),
+                constraint=(check.name,),
                 definition=trusted(check.definition),
             )
             if check.comment:
                 yield statement(
                     "partition.comment_constraint",
                     table=names["shadow"],
-                    constraint=sql.Identifier(check.name),
-                    comment=sql.Literal(check.comment),
+                    constraint=(check.name,),
+                    comment=check.comment,
                 )
     tablespace = sql.SQL("TABLESPACE {}").format(sql.Identifier(plan.table.tablespace)) if plan.table.tablespace else sql.SQL("")
     tables: list[sql.Composable] = [names["shadow"]]
@@ -62,19 +62,19 @@ def create(run: Run) -> Statements:
                 yield statement(
                     "partition.statistics",
                     table=table,
-                    column=sql.Identifier(column.name),
+                    column=(column.name,),
                     target=trusted(column.statistics or ""),
                 )
             if column.options:
                 yield statement(
                     "partition.column_options",
                     table=table,
-                    column=sql.Identifier(column.name),
+                    column=(column.name,),
                     options=trusted(", ".join(column.options)),
                 )
         yield statement("partition.own", table=table, owner=names["owner"])
     if plan.table.comment:
-        yield statement("partition.comment", table=names["shadow"], comment=sql.Literal(plan.table.comment))
+        yield statement("partition.comment", table=names["shadow"], comment=plan.table.comment)
 
 
 def remove(run: Run) -> Statements:
@@ -88,34 +88,32 @@ def preview(run: Run) -> Sheet:
     return Sheet([*create(run), *changes.switch_on(run)])
 
 
-def create_shadow(run: Run) -> Evidence:
+@recorded("partition", "shadow")
+def create_shadow(action: Action) -> Evidence:
     """Make the shadow and its partitions, in one transaction with the ledger's row."""
-    with run.action("partition", "shadow") as action:
-        if action.evidence:
-            return action.evidence
-        with action.session.transaction(lock_timeout="5s"):
-            for each in create(run):
-                action.session.run(each)
-            names = ", ".join(partition.name for partition in run.plan.partitions)
-            return action.finish(f"The shadow of {run.plan.full_name} and its partitions {names} are there, empty.")
+    run, session = action.run, action.session
+    with session.transaction(lock_timeout="5s"):
+        for each in create(run):
+            session.run(each)
+        names = ", ".join(partition.name for partition in run.plan.partitions)
+        return action.finish(f"The shadow of {run.plan.full_name} and its partitions {names} are there, empty.")
 
 
-def start_log(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
+@recorded("partition", "log")
+def start_log(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Switch the change log on: SHARE ROW EXCLUSIVE on the source for an instant, retried when writers hold it."""
-    with run.action("partition", "log") as action:
-        if action.evidence:
-            return action.evidence
-        session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
+    run, session = action.run, action.session
+    patience = locks.Patience(budget_s, lock_timeout_ms)
 
-        def attempt() -> Evidence:
-            with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
-                for each in changes.switch_on(run):
-                    session.run(each)
-                states = session.value("changes.trigger_states", oid=run.names["source_oid"])
-                session.run("ledger.remember_triggers", triggers=sql.Literal(states), **run.names)
-                return action.finish(f"Every change of {run.plan.full_name} is logged from now on.", attempts=patience.attempts)
+    def attempt() -> Evidence:
+        with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+            for each in changes.switch_on(run):
+                session.run(each)
+            states = session.value("changes.trigger_states", oid=run.names["source_oid"])
+            session.run("ledger.remember_triggers", triggers=states, **run.names)
+            return action.finish(f"Every change of {run.plan.full_name} is logged from now on.", attempts=patience.attempts)
 
-        return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
 def tree(run: Run) -> pd.DataFrame:
@@ -123,13 +121,12 @@ def tree(run: Run) -> pd.DataFrame:
     return run.frame("partition.staged", shadow_text=_text(run, "shadow"))
 
 
-def check(run: Run) -> Evidence:
+@recorded("partition", "check")
+def check(action: Action) -> Evidence:
     """Raises PromiseBroken unless every planned partition stands and the log's triggers are on."""
-    with run.action("partition", "check") as action:
-        if action.evidence:
-            return action.evidence
-        _require(run, action.session)
-        return action.finish(f"{len(run.plan.partitions)} partitions stand and the change log is on.")
+    run = action.run
+    _require(run, action.session)
+    return action.finish(f"{len(run.plan.partitions)} partitions stand and the change log is on.")
 
 
 def _require(run: Run, session: Session) -> None:

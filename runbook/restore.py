@@ -15,10 +15,10 @@ from runbook import changes, compare, pace
 from runbook.changes import Rewritten
 from runbook.database import Session
 from runbook.errors import NotEqual, PromiseBroken
-from runbook.ledger import Evidence, Run
+from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Index
 from runbook.sheet import Sheet
-from runbook.statements import statement, trusted
+from runbook.statements import spelled, statement, trusted
 
 Statements = changes.Statements
 Range = tuple[int, int]
@@ -38,7 +38,7 @@ def preview(run: Run) -> Sheet:
     """The statements of this step, with real names; the copy as it looks for one range."""
     if run.plan.restore_from == "backup":
         return Sheet([statement("restore.repair", **run.names)])
-    one = statement("restore.copy_range", **run.names, first=sql.Literal("(0,0)"), last=sql.Literal("(4096,0)"))
+    one = statement("restore.copy_range", **run.names, first="(0,0)", last="(4096,0)")
     return Sheet(
         [
             one,
@@ -49,53 +49,53 @@ def preview(run: Run) -> Sheet:
     )
 
 
-def repair(run: Run) -> Evidence:
+@recorded("restore", "repair")
+def repair(action: Action) -> Evidence:
     """Put back the backup's rows that the partitioned table lacks; rows that are there are never touched."""
-    with run.action("restore", "repair") as action:
-        if action.evidence:
-            return action.evidence
-        with action.session.transaction(lock_timeout="5s"):
-            rows = action.session.run("restore.repair", **run.names).rowcount
-            return action.finish(f"{rows:,} rows of {run.plan.backup} were missing in {run.plan.full_name} and are back.", rows)
+    run, session = action.run, action.session
+    with session.transaction(lock_timeout="5s"):
+        rows = session.run("restore.repair", **run.names).rowcount
+        return action.finish(f"{rows:,} rows of {run.plan.backup} were missing in {run.plan.full_name} and are back.", rows)
 
 
-def copy(run: Run, workers: int = 2, range_mib: int = 32, max_replica_lag_s: int = 0, max_active_sessions: int = 0) -> Evidence:
+@recorded("restore", "copy")
+def copy(
+    action: Action, workers: int = 2, range_mib: int = 32, max_replica_lag_s: int = 0, max_active_sessions: int = 0
+) -> Evidence:
     """Copy every block of the source into the shadow, each range and its ledger row in one transaction.
 
     Goes on where a run that died stopped, and from the beginning when the source was truncated or rewritten.
     """
-    with run.action("restore", "copy") as action:
-        if action.evidence:
-            return action.evidence
-        while True:
-            _start_again_if_rewritten(run, action.session)
-            size = action.session.row("restore.blocks", **run.names)
-            done = [(row["first_block"], row["last_block"]) for row in action.session.rows("restore.copied", **run.names)]
-            pending = list(gaps(done, size["blocks"], max(1, range_mib * 1024 * 1024 // size["block_size"])))
-            brakes = pace.Brakes(max_replica_lag_s, max_active_sessions)
-            progress = pace.Progress(
-                "copied",
-                run.plan.table.rows,
-                sum(r["rows"] for r in action.session.rows("restore.copied", **run.names)),
-            )
-            try:
-                parallel(
-                    run,
-                    workers,
-                    pending,
-                    lambda session, each: _copy_range(run, session, each, brakes, progress),
-                )
-                break
-            except Rewritten as again:
-                print(f"{again} Copying starts again.", flush=True)
-            finally:
-                progress.close()
-        rows = sum(row["rows"] for row in action.session.rows("restore.copied", **run.names))
-        return action.finish(
-            f"{rows:,} rows were copied in {len(done) + len(pending)} ranges.",
-            rows,
-            ranges=len(done) + len(pending),
+    run, session = action.run, action.session
+    while True:
+        _start_again_if_rewritten(run, session)
+        size = session.row("restore.blocks", **run.names)
+        done = [(row["first_block"], row["last_block"]) for row in session.rows("restore.copied", **run.names)]
+        pending = list(gaps(done, size["blocks"], max(1, range_mib * 1024 * 1024 // size["block_size"])))
+        brakes = pace.Brakes(max_replica_lag_s, max_active_sessions)
+        progress = pace.Progress(
+            "copied",
+            run.plan.table.rows,
+            sum(r["rows"] for r in session.rows("restore.copied", **run.names)),
         )
+        try:
+            parallel(
+                run,
+                workers,
+                pending,
+                lambda session, each: _copy_range(run, session, each, brakes, progress),
+            )
+            break
+        except Rewritten as again:
+            print(f"{again} Copying starts again.", flush=True)
+        finally:
+            progress.close()
+    rows = sum(row["rows"] for row in session.rows("restore.copied", **run.names))
+    return action.finish(
+        f"{rows:,} rows were copied in {len(done) + len(pending)} ranges.",
+        rows,
+        ranges=len(done) + len(pending),
+    )
 
 
 def _start_again_if_rewritten(run: Run, session: Session) -> None:
@@ -106,7 +106,7 @@ def _start_again_if_rewritten(run: Run, session: Session) -> None:
         if truncated or filenode != session.row("ledger.remembered", **run.names)["filenode"]:
             session.run("restore.start_again", **run.names)
             session.run("changes.forget_truncation", **run.names)
-            session.run("ledger.remember_filenode", filenode=sql.Literal(filenode), **run.names)
+            session.run("ledger.remember_filenode", filenode=filenode, **run.names)
 
 
 def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
@@ -127,9 +127,9 @@ def _copy_range(run: Run, session: Session, each: Range, brakes: pace.Brakes, pr
         session.run(
             "restore.record_range",
             **run.names,
-            first_block=sql.Literal(each[0]),
-            last_block=sql.Literal(each[1]),
-            rows=sql.Literal(rows),
+            first_block=each[0],
+            last_block=each[1],
+            rows=rows,
         )
     progress.add(rows)
 
@@ -168,13 +168,12 @@ def parallel(run: Run, workers: int, work: Sequence[Any], do: Callable[[Session,
         raise error
 
 
-def settle(run: Run) -> Evidence:
+@recorded("restore", "settle")
+def settle(action: Action) -> Evidence:
     """Replay what changed while the ranges were copied, doubles included: the shadow equals the source afterwards."""
-    with run.action("restore", "settle") as action:
-        if action.evidence:
-            return action.evidence
-        keys = changes.settle(run, action.session)
-        return action.finish(f"{keys:,} changes made during the copy were settled.", keys)
+    run = action.run
+    keys = changes.settle(run, action.session)
+    return action.finish(f"{keys:,} changes made during the copy were settled.", keys)
 
 
 def index_builds(run: Run) -> Iterator[tuple[str, str, list[sql.Composed]]]:
@@ -231,15 +230,15 @@ def adopt(run: Run) -> Statements:
         if index.comment:
             yield statement(
                 "partition.comment_index",
-                index=sql.Identifier(run.staging, index.name),
-                comment=sql.Literal(index.comment),
+                index=(run.staging, index.name),
+                comment=index.comment,
             )
         if index.constraint_comment:
             yield statement(
                 "partition.comment_constraint",
                 table=names["shadow"],
                 constraint=name,
-                comment=sql.Literal(index.constraint_comment),
+                comment=index.constraint_comment,
             )
 
 
@@ -254,34 +253,32 @@ def finish_storage(run: Run) -> Statements:
     yield statement("restore.analyze_root", **run.names)
 
 
-def build_indexes(run: Run, workers: int = 2) -> Evidence:
+@recorded("restore", "index")
+def build_indexes(action: Action, workers: int = 2) -> Evidence:
     """Build the partitions' indexes in bulk, several at a time: nobody else uses the shadow, so no CONCURRENTLY."""
-    with run.action("restore", "index") as action:
-        if action.evidence:
-            return action.evidence
-        session = action.session
-        built = {
-            (partition.name, row["name"])
-            for partition in run.plan.partitions
-            for row in session.rows(
-                "restore.built",
-                leaf_text=sql.Literal(sql.Identifier(run.staging, partition.name).as_string(None)),
-            )
-        }
-        pending = [(leaf, each) for leaf, name, each in index_builds(run) if (leaf, name) not in built]
-        parallel(run, workers, [each[:1] for _, each in pending], _build)
-        with session.transaction(lock_timeout="5s"):
-            for _, each in pending:
-                for later in each[1:]:
-                    session.run(later)
-            for each_ in adopt(run):
-                session.run(each_)
-        for each_ in finish_storage(run):
-            session.run(each_)
-        return action.finish(
-            f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed.",
-            len(pending),
+    run, session = action.run, action.session
+    built = {
+        (partition.name, row["name"])
+        for partition in run.plan.partitions
+        for row in session.rows(
+            "restore.built",
+            leaf_text=spelled((run.staging, partition.name)),
         )
+    }
+    pending = [(leaf, each) for leaf, name, each in index_builds(run) if (leaf, name) not in built]
+    parallel(run, workers, [each[:1] for _, each in pending], _build)
+    with session.transaction(lock_timeout="5s"):
+        for _, each in pending:
+            for later in each[1:]:
+                session.run(later)
+        for each_ in adopt(run):
+            session.run(each_)
+    for each_ in finish_storage(run):
+        session.run(each_)
+    return action.finish(
+        f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed.",
+        len(pending),
+    )
 
 
 def _build(session: Session, statements: list[sql.Composed]) -> None:
@@ -290,26 +287,28 @@ def _build(session: Session, statements: list[sql.Composed]) -> None:
             session.run(each)
 
 
-def replay(run: Run, rounds: int = 20) -> Evidence:
+@recorded("restore", "replay", again=True)
+def replay(action: Action, rounds: int = 20) -> Evidence:
     """Replay the log until its tail is short; what stays is replayed under the cut-over's locks."""
-    with run.action("restore", "replay", again=True) as action:
-        total = 0
-        for _ in range(rounds):
-            keys, _horizon = changes.replay(run, action.session)
-            total += keys
-            if keys <= SHORT_TAIL:
-                break
-        return action.finish(
-            f"{total:,} changes were replayed; {changes.length(run, action.session):,} wait in the log.",
-            total,
-        )
+    run, session = action.run, action.session
+    total = 0
+    for _ in range(rounds):
+        keys, _horizon = changes.replay(run, session)
+        total += keys
+        if keys <= SHORT_TAIL:
+            break
+    return action.finish(
+        f"{total:,} changes were replayed; {changes.length(run, session):,} wait in the log.",
+        total,
+    )
 
 
-def compare_all(run: Run) -> Evidence:
+@recorded("restore", "compare", again=True)
+def compare_all(action: Action) -> Evidence:
     """Compare every row of source and shadow in one snapshot; raises NotEqual, naming partitions and keys."""
-    with run.action("restore", "compare", again=True) as action:
-        seen = compare.exactly(run, action.session, changes.FORWARD)
-        return action.finish(seen.sentence, seen.rows, sums=seen.sums)
+    run = action.run
+    seen = compare.exactly(run, action.session, changes.FORWARD)
+    return action.finish(seen.sentence, seen.rows, sums=seen.sums)
 
 
 def rows(run: Run) -> pd.DataFrame:
@@ -318,18 +317,17 @@ def rows(run: Run) -> pd.DataFrame:
     return pd.DataFrame([{"name": name, "rows": sums["rows"]} for name, sums in (seen.facts["sums"] if seen else {}).items()])
 
 
-def check(run: Run) -> Evidence:
+@recorded("restore", "check")
+def check(action: Action) -> Evidence:
     """Raises unless the last comparison found source and shadow equal and every row has its partition."""
-    with run.action("restore", "check") as action:
-        if action.evidence:
-            return action.evidence
-        if run.plan.restore_from == "backup":
-            return action.finish("The repair is done.")
-        seen = run.finished("restore", "compare")
-        if seen is None:
-            raise NotEqual(f"{run.plan.full_name} and its shadow have not been found equal: run 03_restore again.")
-        refuse_homeless(run, action.session)
-        return action.finish(f"The shadow equals {run.plan.full_name}: {seen.rows:,} rows.", seen.rows)
+    run = action.run
+    if run.plan.restore_from == "backup":
+        return action.finish("The repair is done.")
+    seen = run.finished("restore", "compare")
+    if seen is None:
+        raise NotEqual(f"{run.plan.full_name} and its shadow have not been found equal: run 03_restore again.")
+    refuse_homeless(run, action.session)
+    return action.finish(f"The shadow equals {run.plan.full_name}: {seen.rows:,} rows.", seen.rows)
 
 
 def refuse_homeless(run: Run, session: Session) -> None:

@@ -10,7 +10,7 @@ from runbook import changes, compare, cutover, foreign_keys, locks, partition
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.database import Session
 from runbook.errors import PromiseBroken
-from runbook.ledger import STEPS, Evidence, Run
+from runbook.ledger import STEPS, Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.references import added
 from runbook.restore import SHORT_TAIL
@@ -46,9 +46,7 @@ def unswap_statements(run: Run) -> Statements:
     yield from cutover.rename(run, retire=False)
     for column in plan.columns:
         if column.sequence and not column.identity:
-            yield statement(
-                "cutover.own_sequence", sequence=trusted(column.sequence), table=plan.source, column=sql.Identifier(column.name)
-            )
+            yield statement("cutover.own_sequence", sequence=trusted(column.sequence), table=plan.source, column=(column.name,))
     for each in plan.carried:
         if each.kind == "publication":
             yield rendered(each.definition)
@@ -67,42 +65,40 @@ def unswap_statements(run: Run) -> Statements:
     yield from foreign_keys.add_old(run)
 
 
-def swap_back(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
+@recorded("rollback", "swap")
+def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Replay what changed since the cut-over into the original, compare, and swap the names back in one short transaction.
 
     Nothing to do before the cut-over. Raises PromiseBroken, naming them, when rows have come that the original's
     unique keys cannot take; LockNotGranted when the budget is over. No write made in either state is lost.
     """
-    with run.action("rollback", "swap") as action:
-        if action.evidence:
-            return action.evidence
-        session = action.session
-        if not _swapped(run):
-            return action.finish(f"{run.plan.full_name} was not cut over; there is nothing to swap back.", swapped=False)
-        if {row["partition"] for row in _partitions(run, session)} != {each.name for each in run.plan.partitions}:
-            _resync(run, session)
-        total = _replay(run, session)
-        seen = compare.exactly(run, session, BACK)
-        patience = locks.Patience(budget_s, lock_timeout_ms)
+    run, session = action.run, action.session
+    if not _swapped(run):
+        return action.finish(f"{run.plan.full_name} was not cut over; there is nothing to swap back.", swapped=False)
+    if {row["partition"] for row in _partitions(run, session)} != {each.name for each in run.plan.partitions}:
+        _resync(run, session)
+    total = _replay(run, session)
+    seen = compare.exactly(run, session, BACK)
+    patience = locks.Patience(budget_s, lock_timeout_ms)
 
-        def attempt() -> Evidence:
-            _replay(run, session)
-            with cutover.locked(run, session, patience) as clock:
-                if changes.length(run, session, BACK) > SHORT_TAIL:
-                    raise cutover.TailTooLong("the log's tail is too long")
-                _apply(run, session)
-                for each in unswap_statements(run):
-                    session.run(each)
-                sentence = f"{run.plan.full_name} is the original table again; {total:,} changes since the cut-over went with it."
-                evidence = action.finish(sentence, total, swapped=True, compared=seen.rows)
-            evidence.facts["locked_s"] = clock.seconds
-            return evidence
+    def attempt() -> Evidence:
+        _replay(run, session)
+        with cutover.locked(run, session, patience) as clock:
+            if changes.length(run, session, BACK) > SHORT_TAIL:
+                raise cutover.TailTooLong("the log's tail is too long")
+            _apply(run, session)
+            for each in unswap_statements(run):
+                session.run(each)
+            sentence = f"{run.plan.full_name} is the original table again; {total:,} changes since the cut-over went with it."
+            evidence = action.finish(sentence, total, swapped=True, compared=seen.rows)
+        evidence.facts["locked_s"] = clock.seconds
+        return evidence
 
-        return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
 def _partitions(run: Run, session: Session) -> list[dict[str, str]]:
-    return session.rows("rollback.partitions_now", table_text=sql.Literal(run.plan.source.as_string(None)))
+    return session.rows("rollback.partitions_now", table_text=run.plan.source.as_string(None))
 
 
 def _resync(run: Run, session: Session) -> None:
@@ -148,29 +144,26 @@ def _doubles(run: Run, session: Session, error: Exception) -> str:
     )
 
 
-def clean(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
+@recorded("rollback", "clean")
+def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Take away what the migration made: role columns, triggers, shadow, logs; validate the old foreign keys again."""
-    with run.action("rollback", "clean") as action:
-        if action.evidence:
-            return action.evidence
-        swapped = run.finished("rollback", "swap")
-        if swapped is None or _swapped(run):
-            raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
-        session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
-        if swapped.facts.get("swapped"):
-            _validate(run, session, patience)
+    run, session = action.run, action.session
+    swapped = run.finished("rollback", "swap")
+    if swapped is None or _swapped(run):
+        raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
+    patience = locks.Patience(budget_s, lock_timeout_ms)
+    if swapped.facts.get("swapped"):
+        _validate(run, session, patience)
 
-        def attempt() -> Evidence:
-            with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
-                if not swapped.facts.get("swapped"):
-                    for each in take_away(run):
-                        session.run(each)
-                session.run("rollback.drop_staging", **run.names)
-                return action.finish(
-                    f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it."
-                )
+    def attempt() -> Evidence:
+        with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+            if not swapped.facts.get("swapped"):
+                for each in take_away(run):
+                    session.run(each)
+            session.run("rollback.drop_staging", **run.names)
+            return action.finish(f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it.")
 
-        return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
 def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
@@ -180,32 +173,28 @@ def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
 
         def attempt(table: sql.Composable = table, name: str = name) -> None:
             with session.transaction(lock_timeout="3s"):
-                session.run("cutover.validate", table=table, constraint=sql.Identifier(name))
+                session.run("cutover.validate", table=table, constraint=(name,))
 
         locks.persist(run.database, session, patience, name, attempt)
 
 
-def check(run: Run, keep_backup: bool = False) -> Evidence:
+@recorded("rollback", "check")
+def check(action: Action, keep_backup: bool = False) -> Evidence:
     """Raises PromiseBroken unless the table is defined as it was when it was planned; then the backup goes, too.
 
     `keep_backup` renames it with the UTC time instead. The migration is closed in the ledger and can be started again.
     """
-    with run.action("rollback", "check") as action:
-        if action.evidence:
-            return action.evidence
-        session = action.session
-        with session.qualified():
-            now = session.value("catalog.definition", oid=sql.Literal(run.plan.table.oid))
-        altered = "" if now == run.plan.fingerprint else " It was altered by others since the plan was made; those changes stay."
-        if run.finished("rollback", "clean") is None:
-            raise PromiseBroken(
-                f"The migration of {run.plan.full_name} has not been taken away: run 90_rollback from its beginning."
-            )
-        with session.transaction(lock_timeout="10s"):
-            backup = _release_backup(run, session, keep_backup)
-            session.run("ledger.undo", migration=sql.Literal(run.migration), steps=sql.Literal(list(STEPS)))
-            session.run("ledger.set_state", state=sql.Literal("rolled back"), migration=sql.Literal(run.migration))
-            return action.finish(f"{run.plan.full_name} is what it was.{altered} {backup}", same=not altered)
+    run, session = action.run, action.session
+    with session.qualified():
+        now = session.value("catalog.definition", oid=run.plan.table.oid)
+    altered = "" if now == run.plan.fingerprint else " It was altered by others since the plan was made; those changes stay."
+    if run.finished("rollback", "clean") is None:
+        raise PromiseBroken(f"The migration of {run.plan.full_name} has not been taken away: run 90_rollback from its beginning.")
+    with session.transaction(lock_timeout="10s"):
+        backup = _release_backup(run, session, keep_backup)
+        session.run("ledger.undo", migration=run.migration, steps=list(STEPS))
+        session.run("ledger.set_state", state="rolled back", migration=run.migration)
+        return action.finish(f"{run.plan.full_name} is what it was.{altered} {backup}", same=not altered)
 
 
 def _release_backup(run: Run, session: Session, keep: bool) -> str:
@@ -216,7 +205,7 @@ def _release_backup(run: Run, session: Session, keep: bool) -> str:
         return f"The archive {made.facts['archive']} stays."
     if keep:
         name = fit(f"{run.plan.backup}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
-        session.run("backup.rename", **run.names, to=sql.Identifier(name))
+        session.run("backup.rename", **run.names, to=(name,))
         return f"The backup is {name} now."
     session.run("backup.drop", **run.names)
     return f"The backup {run.plan.backup} is gone."

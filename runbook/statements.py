@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from psycopg import sql
 
 from runbook.errors import RunbookError
 
+Value: TypeAlias = sql.Composable | tuple[str, ...] | str | int | float | bool | list[str] | list[int] | None
 PACKAGE = Path(__file__).parent
 
 
@@ -30,8 +32,9 @@ def _load(group: str) -> dict[str, str]:
     return {name: "\n".join(body).strip().rstrip(";") for name, body in statements.items()}
 
 
-def statement(name: str, /, **names: sql.Composable) -> sql.Composed:
-    """The statement `group.name` of sql/group.sql with its placeholders filled in.
+def statement(name: str, /, **names: Value) -> sql.Composed:
+    """The statement `group.name` of sql/group.sql with its placeholders filled in: a tuple is an identifier, anything
+    else that is not composed yet is a literal.
 
     Raises RunbookError when the file has no such statement, and KeyError for a placeholder left empty.
     """
@@ -40,7 +43,19 @@ def statement(name: str, /, **names: sql.Composable) -> sql.Composed:
         text = _load(group)[short]
     except KeyError:
         raise RunbookError(f"sql/{group}.sql has no statement named {short}.") from None
-    return sql.SQL(text).format(**names)
+    return sql.SQL(text).format(**{key: composed(value) for key, value in names.items()})
+
+
+def composed(value: Value) -> sql.Composable:
+    """A tuple as a quoted identifier, composed SQL as it is, anything else as a literal."""
+    if isinstance(value, sql.Composable):
+        return value
+    return sql.Identifier(*value) if isinstance(value, tuple) else sql.Literal(value)
+
+
+def spelled(value: Value) -> str:
+    """As `composed`, as text."""
+    return composed(value).as_string(None)
 
 
 def trusted(text: str) -> sql.SQL:
