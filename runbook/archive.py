@@ -1,0 +1,288 @@
+"""The record on disk: a folder and a manifest for each run, chained to the run before, and the audit of them all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runbook.redaction import known_secrets, passwords, redact, redacted
+
+if TYPE_CHECKING:
+    from runbook.engine import Executed
+
+LIBRARIES = ("ipykernel", "matplotlib", "nbclient", "nbconvert", "numpy", "pandas", "papermill", "psycopg", "pydantic",
+             "sqlalchemy")  # fmt: skip
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces the file in one move: a reader finds the old or the new one, and so does who comes after a crash."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Run:
+    """One run's folder under `runs`, and its manifest, which is true on disk after every step."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], secrets: frozenset[str]) -> None:
+        self.folder, self.manifest, self.secrets = folder, manifest, secrets
+        self._held = os.open(folder, os.O_RDONLY)  # the lock dies with us, and so tells a broken run from a live one
+        fcntl.flock(self._held, fcntl.LOCK_EX)
+
+    @classmethod
+    def begin(cls, runs: Path, table: str, parameters: Mapping[str, Any], *, secrets: Iterable[str] = (), **facts: Any) -> Run:
+        """A new folder with its first manifest.
+
+        `facts`, here and later, go into the manifest as they become known: plan_hash, server, database_user, result, …
+        """
+        hidden = frozenset([*secrets, *known_secrets(), *passwords(parameters)])
+        now = datetime.now(UTC)
+        plain = unicodedata.normalize("NFKD", table).encode("ascii", "ignore").decode()
+        plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", plain)[:60].strip("._-") or "table"
+        manifest = {
+            "run": "", "table": redact(table, hidden), "state": "running", "sealed": False,
+            "begun": now.isoformat(timespec="milliseconds"), "ended": "",
+            "parameters": redacted(json.loads(json.dumps(dict(parameters), default=str)), hidden),
+            "operator": _os_user(), "host": socket.gethostname(),
+            "plan_hash": "", "server": "", "database_user": "", "approved_by": "", "result": "",
+            "versions": {"python": platform.python_version()}
+            | {name: _version(name) for name in ("partition-runbook", *LIBRARIES)},
+            "git": {"runbook": _checkout(Path(__file__)), "working_folder": _checkout(Path.cwd())},
+            "steps": [], "files": {}, "previous": None, "broken_off": [],
+        }  # fmt: skip
+        runs.mkdir(parents=True, exist_ok=True)
+        with _alone(runs):
+            told = {entry["run"] for _, other, _ in manifests(runs) for entry in other["broken_off"]}
+            for folder, other, digest in manifests(runs):
+                if not other["sealed"] and folder.name not in told and not in_progress(folder):
+                    manifest["broken_off"].append({"run": folder.name, "manifest": digest})
+            for number in count(1):
+                folder = runs / (f"{now:%Y%m%dT%H%M%SZ}-{plain}" + (f"-{number}" if number > 1 else ""))
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    break
+            run = cls(folder, manifest | {"run": folder.name}, hidden)
+            run._write(facts)
+        return run
+
+    def start(self, notebook: str) -> Path:
+        """Notes that this notebook runs now; returns where its record belongs."""
+        self.manifest["steps"].append({"notebook": notebook, "state": "running", "begun": _now()})
+        self._write()
+        return self.folder / notebook
+
+    def add(self, executed: Executed, **facts: Any) -> None:
+        """The outcome of the notebook last started, with its HTML beside it."""
+        from runbook.pages import render_html
+
+        step = self.manifest["steps"][-1]
+        step |= {
+            "state": "completed" if executed.failed_cell is None else "failed",
+            "seconds": round(executed.seconds, 3), "failed_cell": executed.failed_cell,
+            "error_name": executed.error_name, "error": redact(executed.error, self.secrets),
+        }  # fmt: skip
+        self._hash(executed.notebook, render_html(executed.notebook))
+        self._write(facts)
+
+    def seal(self, **facts: Any) -> str:
+        """Ends the run, well or not, and chains it to the run sealed before; returns its manifest's sha256, the head."""
+        from runbook.pages import index
+
+        runs, steps = self.folder.parent, self.manifest["steps"]
+        good = steps and all(step["state"] == "completed" for step in steps)
+        self.manifest |= {"state": "completed" if good else "failed", "sealed": True}
+        self._hash(*_files(self.folder))
+        with _alone(runs):
+            self.manifest |= {"previous": _end(runs), "ended": _now()}
+            head = self._write(facts)
+            write_whole(runs / "HEAD", f"{head}  {self.folder.name}/manifest.json\n")
+            os.close(self._held)
+            index(runs)
+        return head
+
+    def _hash(self, *files: Path) -> None:
+        self.manifest["files"] |= {file.relative_to(self.folder).as_posix(): _sha256(file) for file in files}
+
+    def _write(self, facts: Mapping[str, Any] | None = None) -> str:
+        self.manifest |= redacted(facts or {}, self.secrets)
+        write_whole(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
+        return _sha256(self.folder / "manifest.json")
+
+
+def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
+    """A sentence for whatever was changed, removed, added or re-ordered under `runs`; empty when all is as recorded.
+
+    `heads` are the sha256 of manifests that someone else keeps (the ledger): they vouch for the last run too.
+    """
+    if not runs.is_dir():
+        return [f"{runs} does not exist."]
+    said: list[str] = []
+    found = list(manifests(runs, said))
+    for folder, manifest, _ in found:
+        said += _audit_files(folder, manifest)
+    digests = {manifest["run"]: digest for _, manifest, digest in found}
+    left = {manifest["run"]: manifest for _, manifest, _ in found if manifest["sealed"]}
+    entry, after = _end(runs), "HEAD"
+    if left and not entry:
+        said.append("HEAD, which names the last run, is missing or cannot be read.")
+        entry = _latest(left, digests)
+    while entry or left:  # from the last run back to the first, each named by the one sealed after it
+        if entry is None:
+            run = _latest(left, digests)["run"]
+            said.append(f"{run} is not in the chain that ends in HEAD: it was added, or runs were re-ordered.")
+            left.pop(run)
+            continue
+        said += _differs(entry, digests, after)
+        if entry["run"] not in left:  # a gap: go on with what lies before it
+            entry = _latest(left, digests) if left else None
+            continue
+        manifest = left.pop(entry["run"])
+        for broken in manifest["broken_off"]:
+            said += _differs(broken, digests, manifest["run"])
+        after, entry = manifest["run"], manifest["previous"]
+    known = set(digests.values())
+    return said + [f"No run here has the manifest {head}, which the ledger names." for head in heads if head not in known]
+
+
+def _latest(left: dict[str, dict[str, Any]], digests: dict[str, str]) -> dict[str, str]:
+    run = max(left, key=lambda name: str(left[name]["ended"]))
+    return {"run": run, "manifest": digests[run]}
+
+
+def _differs(entry: dict[str, str], digests: dict[str, str], after: str) -> list[str]:
+    if entry["run"] not in digests:
+        return [f"{entry['run']} is missing: it was removed, though {after} names it."]
+    if digests[entry["run"]] != entry["manifest"]:
+        return [f"{entry['run']}/manifest.json was changed: it is not the one that {after} names."]
+    return []
+
+
+def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    if manifest["run"] != folder.name:
+        yield f"{folder.name} holds the record of {manifest['run']}: it was renamed, or exchanged with another."
+    there = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
+    for name, digest in manifest["files"].items():
+        if name not in there:
+            yield f"{folder.name}/{name} was removed."
+        elif _sha256(there[name]) != digest:
+            yield f"{folder.name}/{name} was changed."
+    # A run that still works, or broke off, has one notebook that is not hashed yet.
+    last = manifest["steps"][-1:] if not manifest["sealed"] else []
+    stem = Path(last[0]["notebook"]).stem if last and last[0]["state"] == "running" else None
+    for name in there.keys() - manifest["files"].keys():
+        if stem is None or Path(name).name.removeprefix(".").split(".")[0] != stem:
+            yield f"{folder.name}/{name} was added."
+
+
+def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Each run's folder, manifest and the manifest's sha256; what is none of these is said."""
+    said = [] if said is None else said
+    for entry in sorted(runs.iterdir()):
+        try:
+            manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+            if not {"run", "sealed", "steps", "files", "previous", "broken_off", "ended"} <= manifest.keys():
+                raise ValueError
+            yield entry, manifest, _sha256(entry / "manifest.json")
+        except FileNotFoundError:
+            said.append(f"{entry.name} has no manifest.json: it was removed, or the folder was added.")
+        except NotADirectoryError:
+            if entry.name not in ("HEAD", "index.html"):
+                said.append(f"{entry.name} belongs to no run: it was added.")
+        except (ValueError, AttributeError):
+            said.append(f"{entry.name}/manifest.json was changed: it cannot be read.")
+
+
+def in_progress(folder: Path) -> bool:
+    """Whether the process that makes this run's record still lives, on this machine."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(held)
+    return False
+
+
+def _end(runs: Path) -> dict[str, str] | None:
+    """The run that was sealed last, as HEAD names it: its line is what `sha256sum -c` reads."""
+    head = (runs / "HEAD").read_text(encoding="utf-8") if (runs / "HEAD").is_file() else ""
+    match = re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n", head)
+    return {"run": match[2], "manifest": match[1]} if match else None
+
+
+@contextlib.contextmanager
+def _alone(runs: Path) -> Iterator[None]:
+    held = os.open(runs, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / "manifest.json")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _os_user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return str(os.getuid())
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _checkout(path: Path) -> dict[str, Any]:
+    """The revision that `path` is at, and whether its tracked files are unchanged; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        folder = path if path.is_dir() else path.parent
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        return subprocess.run(
+            ["git", "-C", folder, *words], env=environment, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+
+    try:
+        if path.is_file():  # an installed package may lie in someone else's checkout
+            git("ls-files", "--error-unmatch", path.name)
+        revision = git("rev-parse", "HEAD").strip()
+        return {"revision": revision, "clean": not git("status", "--porcelain", "--untracked-files=no")}
+    except (OSError, subprocess.SubprocessError):
+        return {"revision": "", "clean": None}

@@ -1,0 +1,313 @@
+"""Executes a notebook and writes down what really happened, failures too: the Papermill engine `runbook`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpec, NoSuchKernel
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+
+from runbook.archive import write_whole
+from runbook.redaction import known_secrets, passwords, redact, redacted_notebook
+
+# Papermill looks RecordEngine up while it is itself being imported by the lines below, before the class can
+# exist. For that moment it gets None; the last line of this module registers the class.
+__getattr__ = {"RecordEngine": None}.get
+
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import LocalHandler, papermill_io
+from papermill.log import logger
+
+del __getattr__
+
+IPC_PATH_BYTES = 100  # a socket's path has 107; the kernel adds "-5"
+OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\r\n])")  # what a terminal would have shown only for a moment
+LAST_WORDS_S = 3.0  # how long an interrupted kernel may still say where it stopped
+
+
+class Terminated(SystemExit):
+    """The process was told to end; its code is the shell's, 128 and the signal's number."""
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What became of one notebook; `error` is the exception's own sentence, empty when all went well."""
+
+    notebook: Path
+    seconds: float
+    failed_cell: int | None
+    error: str
+    error_name: str
+
+
+def execute(
+    source: Path,
+    target: Path,
+    parameters: dict[str, object],
+    *,
+    on_output: Callable[[str], None] | None = None,
+    secrets: Iterable[str] = (),
+    cwd: Path | None = None,
+    timeout_s: int | None = None,
+) -> Executed:
+    """Runs `source` in a fresh kernel of this interpreter and leaves its record in `target`, whatever happens.
+
+    What stops a cell is returned, be it an interrupt or a SIGTERM; before the first cell and after the last these
+    are raised (KeyboardInterrupt, Terminated). `on_output` gets standard output as it comes, without secrets.
+    """
+    from papermill.execute import execute_notebook  # not above: Papermill may be importing this module
+
+    hidden = frozenset([*secrets, *passwords(parameters)])
+    begun = time.monotonic()
+    was_silent, logger.disabled = logger.disabled, True  # what it would say is in the record
+    try:
+        execute_notebook(
+            str(source.absolute()).replace("{", "{{").replace("}", "}}"),  # Papermill formats paths
+            str(target.absolute()).replace("{", "{{").replace("}", "}}"),
+            parameters,
+            engine_name="runbook",
+            progress_bar=False,
+            cwd=cwd,
+            on_output=on_output,
+            secrets=hidden,
+            execution_timeout=timeout_s,
+        )
+    except (PapermillExecutionError, KeyboardInterrupt, Terminated):
+        if _said(target).get("state") != "failed":  # interrupted before the first cell, or after the last
+            raise
+    finally:
+        logger.disabled = was_silent
+    said = _said(target)
+    return Executed(target, time.monotonic() - begun, said.get("cell"), said.get("error", ""), said.get("error_name", ""))
+
+
+def _said(record: Path) -> dict[str, Any]:
+    if not record.is_file():
+        return {}
+    return dict(json.loads(record.read_text(encoding="utf-8"))["metadata"].get("runbook", {}))
+
+
+class RecordEngine(NBClientEngine):  # type: ignore[misc]
+    """Papermill's engine, with a record that names the cell that failed and leaves later ones pending."""
+
+    @classmethod
+    def execute_notebook(cls, nb: NotebookNode, kernel_name: str, output_path: str | None = None, **options: Any) -> Any:
+        options["secrets"] = frozenset([*options.get("secrets", ()), *known_secrets(), *passwords(nb.metadata)])
+        if output_path:  # Papermill writes once more after the engine: that too goes through the handler
+            papermill_io.register(output_path, _Record(papermill_io.get_handler(output_path), options["secrets"]))
+        nb.metadata["runbook"] = {"state": "running"}
+        nb.metadata.setdefault("language_info", {"name": "python", "pygments_lexer": "ipython3"})
+        with _ended_by_signals():
+            return super().execute_notebook(nb, kernel_name, output_path=output_path, **options)
+
+    @classmethod
+    def execute_managed_notebook(
+        cls,
+        nb_man: Any,
+        kernel_name: str,
+        start_timeout: int = 60,
+        execution_timeout: int | None = None,
+        on_output: Callable[[str], None] | None = None,
+        secrets: frozenset[str] = frozenset(),
+        **options: Any,
+    ) -> None:
+        known = {name: options[name] for name in ("log_output", "stdout_file", "stderr_file") if name in options}
+        client = _Client(
+            nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout, log=logger,
+            iopub_timeout=60, **known,
+        )  # fmt: skip
+        client.on_output, client.secrets = on_output, secrets
+        try:
+            client.execute()
+        except Exception:
+            said, cell = nb_man.nb.metadata["runbook"], nb_man.nb.cells[client.at]
+            if said["state"] == "completed":  # the work was done; only the kernel would not go
+                return
+            trace = [redact(line, secrets) for out in cell.get("outputs", ()) for line in out.get("traceback", ())]
+            raise PapermillExecutionError(
+                client.at, cell.get("execution_count"), cell.source, said["error_name"], said["error"], trace
+            ) from None
+
+
+class _Client(PapermillNotebookClient):  # type: ignore[misc]
+    on_output: Callable[[str], None] | None = None
+    secrets: frozenset[str] = frozenset()
+    at = 0  # the cell that runs, or would run first
+
+    def create_kernel_manager(self) -> AsyncKernelManager:
+        self.km = _Kernel(kernel_name=self.kernel_name, connection_file=str(self.room / "k.json"))
+        if len(os.fsencode(self.room)) < IPC_PATH_BYTES:
+            self.km.transport, self.km.ip = "ipc", str(self.room / "k")
+        return self.km
+
+    def execute(self) -> None:
+        """Runs all cells; raises what stopped them, after the record says so."""
+        self.reset_execution_trackers()
+        code = [index for index, cell in enumerate(self.nb.cells) if cell.cell_type == "code"]
+        self.at = code[0] if code else 0
+        self.room = Path(tempfile.mkdtemp(prefix="rb-"))
+        # The operator's own MPLBACKEND and IPython start-up files would change what the record shows.
+        own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "IPYTHONDIR": str(self.room)}
+        own["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+        try:
+            log = self.room.joinpath("log").open("wb")
+            with log, self.setup_kernel(env=os.environ | own, stdout=log, stderr=log):
+                self.papermill_execute_cells()
+                self.set_widgets_metadata()
+                self.nb.metadata["runbook"] = {"state": "completed"}
+        except BaseException as error:
+            self.blame(error)
+            raise
+        finally:
+            shutil.rmtree(self.room, ignore_errors=True)
+
+    def papermill_execute_cells(self) -> None:
+        for index, cell in enumerate(self.nb.cells):
+            self.at = index
+            try:
+                self.nb_man.cell_start(cell, self.at)
+                self.execute_cell(cell, self.at)
+            except BaseException as error:
+                self.blame(error)
+                if not isinstance(error, CellExecutionError | DeadKernelError):
+                    self._hear_last_words(cell)
+                raise
+            self.nb_man.cell_complete(cell, cell_index=self.at)
+
+    def blame(self, error: BaseException) -> None:
+        """Writes down that the present cell failed, and why; the first to say so is believed."""
+        if self.nb.metadata["runbook"]["state"] != "running" or not self.nb.cells:
+            return
+        cell, (name, sentence) = self.nb.cells[self.at], self._reason(error)
+        if cell.cell_type == "code" and not isinstance(error, CellExecutionError):  # the kernel could not say it
+            shown = {"ename": name, "evalue": sentence, "traceback": [f"{name}: {sentence}"]}
+            cell.outputs.append(NotebookNode(output_type="error", **shown))  # type: ignore[no-untyped-call]
+        sentence = redact(sentence, self.secrets)
+        said = {"state": "failed", "cell": self.at, "error_name": name, "error": sentence}
+        self.nb.metadata["runbook"] = {**said, "cell_id": cell.get("id", "")}
+        self.nb_man.cell_exception(cell, cell_index=self.at)
+        self.nb_man.cell_complete(cell, cell_index=self.at)
+
+    def _reason(self, error: BaseException) -> tuple[str, str]:
+        name = type(error).__name__
+        match error:
+            case CellExecutionError(ename="SystemExit"):
+                return "SystemExit", "The cell called sys.exit: a notebook ends with its last cell, or with an error."
+            case CellExecutionError():
+                return error.ename, error.evalue or error.ename
+            case CellTimeoutError():
+                return name, f"The cell ran into its limit of {self.timeout} seconds and was stopped."
+            case DeadKernelError():
+                process = getattr(getattr(self.km, "provisioner", None), "process", None)
+                code = process.poll() if process else None
+                how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+                return name, f"The kernel died while the cell ran ({how})."
+            case KeyboardInterrupt():
+                return name, "Interrupted (SIGINT) while the cell ran."
+            case Terminated():
+                return name, f"Told to end ({signal.Signals(int(error.code or 128) - 128).name}) while the cell ran."
+            case NoSuchKernel():
+                return name, f"There is no kernel named {error.name!r} here: the notebook's kernel is to be python3."
+        told = (self.room / "log").read_text(errors="replace").strip().splitlines()[-1:]
+        return name, ": ".join([str(error) or name, *told])
+
+    def _hear_last_words(self, cell: NotebookNode) -> None:
+        """Interrupts the kernel and lets it finish its output, so that the record says where it stopped."""
+
+        async def listen() -> None:
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            await self.km.interrupt_kernel()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*rest, return_exceptions=True), LAST_WORDS_S)
+
+        ours = cell.outputs[-1] if cell.get("outputs") else None
+        with suppress(Exception):
+            ensure_event_loop().run_until_complete(listen())
+        if ours in cell.get("outputs", []):  # the reason stands last
+            cell.outputs.remove(ours)
+            cell.outputs.append(ours)
+
+    def output(self, outs: list[NotebookNode], *message: Any) -> Any:
+        """Keeps of a line that overwrites itself (a progress bar) only what stands in the end."""
+        out = super().output(outs, *message)
+        if out is None or out.output_type != "stream":
+            return out
+        if out.name == "stdout" and self.on_output:
+            with suppress(BrokenPipeError):  # a terminal that was closed does not stop the work
+                self.on_output(redact(out.text, self.secrets))
+        recent = takewhile(lambda earlier: earlier.output_type == "stream", reversed(outs[:-1]))
+        before = next((earlier for earlier in recent if earlier.name == out.name), None)
+        if before:
+            outs.pop()
+            head, newline, line = before.text.rpartition("\n")
+            before.text = head + newline + OVERWRITTEN.sub("", line + out.text)
+        else:
+            out.text = OVERWRITTEN.sub("", out.text)
+        return out
+
+
+class _Kernel(AsyncKernelManager):
+    @property
+    def kernel_spec(self) -> KernelSpec | None:
+        """python3 is this interpreter, whichever kernels the user has installed under that name."""
+        if self.kernel_name == NATIVE_KERNEL_NAME:
+            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+        return super().kernel_spec
+
+
+class _Record(LocalHandler):  # type: ignore[misc]
+    """Papermill's way to one notebook: what is written is redacted, and replaces the file in one move."""
+
+    def __init__(self, usual: Any, secrets: frozenset[str]) -> None:
+        super().__init__()
+        self.usual, self.secrets, self.folder = usual, secrets, papermill_io.get_handler("local")._cwd or os.getcwd()
+
+    def write(self, buf: str, path: str) -> None:
+        text = redacted_notebook(buf, self.secrets)
+        if isinstance(self.usual, LocalHandler):
+            write_whole(Path(self.folder, path), text)
+        else:
+            self.usual.write(text, path)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP become an exception, so that the record is finished; a handler of the caller stays."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated(128 + number)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+papermill_engines.register("runbook", RecordEngine)

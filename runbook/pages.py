@@ -1,0 +1,122 @@
+"""The record as pages that open in ten years: no network, no script, pictures inside."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import nbformat
+
+from runbook.archive import in_progress, manifests, write_whole
+
+TEMPLATE = """{% extends "lab/index.html.j2" %}
+{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
+{% block html_head_css %}<style>
+ .jp-OutputArea-output, .jp-InputArea-editor { overflow-x: auto }
+ .jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere }
+ .jp-RenderedHTMLCommon img, .jp-RenderedImage img { max-width: 100%; height: auto }
+ .failed { margin: 1em; padding: 1em; border-left: 6px solid #b00020; background: #fdecee; font: 16px/1.5 sans-serif }
+ @media (max-width: 600px) { .jp-InputPrompt, .jp-OutputPrompt { display: none } .jp-Notebook { padding: 4px } }
+</style>{% endblock %}
+{% block body_header %}{{ super() }}{{ nb.metadata.get("failed_banner", "") }}{% endblock %}"""
+ELSEWHERE = "script, link, iframe, object, embed, base, form, meta[http-equiv]"
+FETCHING = ("src", "srcset", "poster", "background", "href", "xlink:href", "action", "data")
+FETCHED = re.compile(r"@import[^;]*;|url\((?!\s*['\"]?(?:data:|#))[^)]*\)", re.IGNORECASE)
+
+INDEX = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Runs</title><style>
+ body {{ font: 16px/1.5 sans-serif; margin: 1.5em; color: #1a1a1a }} table {{ border-collapse: collapse }}
+ th, td {{ text-align: left; vertical-align: top; padding: .4em .8em; border-bottom: 1px solid #ccc; overflow-wrap: anywhere }}
+ .failed, .broken {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
+ @media (max-width: 700px) {{
+  thead {{ display: none }} tr {{ display: block; border: 1px solid #999; margin: 0 0 1em; padding: .3em }}
+  td {{ display: block; border: 0; padding: .1em .4em }} td::before {{ content: attr(data-is) ": "; color: #555 }}
+ }}
+</style></head><body><h1>Runs</h1>
+<table><thead><tr>{head}</tr></thead><tbody>
+{rows}
+</tbody></table>
+<p>This page only repeats what the manifests say; <code>runbook audit</code> checks them.</p>
+</body></html>
+"""
+
+
+def render_html(notebook: Path) -> Path:
+    """Writes the notebook's page beside it: without scripts, requests or network, its pictures inside."""
+    from bs4 import BeautifulSoup  # these take half a second, which a status need not wait for
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, as_version=4)  # type: ignore[no-untyped-call]
+    said = content.metadata.get("runbook", {})
+    if said.get("state") == "failed":
+        content.metadata["failed_banner"] = (
+            f'<div class="failed">Failed: {html.escape(said["error"])} '
+            f'<a href="#cell-id={html.escape(said["cell_id"])}">Where it failed</a></div>'
+        )
+    exporter = HTMLExporter(  # type: ignore[no-untyped-call]
+        extra_loaders=[DictLoader({"record.html.j2": TEMPLATE})], template_file="record.html.j2"
+    )
+    page = BeautifulSoup(exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})[0], "html.parser")
+    for tag in page.select(ELSEWHERE):
+        tag.decompose()
+    for tag in page.find_all(True):
+        for name, value in list(tag.attrs.items()):
+            target = " ".join(value) if isinstance(value, list) else str(value).strip()
+            link = name == "href" and tag.name in ("a", "area")
+            if link and "://" not in target and not target.lower().startswith(("javascript:", "data:")):
+                tag[name] = re.sub(r"\.ipynb(?=$|[#?])", ".html", target)
+            elif name == "style":
+                tag[name] = FETCHED.sub("", target)
+            elif name.startswith("on") or (name in FETCHING and not link and not target.startswith(("data:", "#"))):
+                del tag[name]  # of a picture from elsewhere the description stays
+            elif link and "://" not in target:
+                del tag[name]
+    for style in page.find_all("style"):
+        style.string = FETCHED.sub("", style.string or "")
+    target_file = notebook.with_suffix(".html")
+    write_whole(target_file, str(page))
+    return target_file
+
+
+def index(runs: Path) -> Path:
+    """Writes runs/index.html: what each run did, who ran it, how long it took, how it ended; the newest first."""
+    names = ("Run", "Table", "Who", "Steps took", "Result", "First that failed", "Record")
+    found = sorted(manifests(runs), key=lambda run: str(run[1].get("begun", "")), reverse=True)
+    rows = [
+        "<tr>"
+        + "".join(f'<td data-is="{name}">{cell}</td>' for name, cell in zip(names, _cells(*run[:2]), strict=True))
+        + "</tr>"
+        for run in found
+    ]
+    page = runs / "index.html"
+    write_whole(page, INDEX.format(head="".join(f"<th>{name}</th>" for name in names), rows="\n".join(rows)))
+    return page
+
+
+def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    steps = manifest["steps"]
+    state = manifest.get("state", "") if manifest["sealed"] or in_progress(folder) else "broken off"
+    bad = next((step for step in steps if step["state"] != "completed"), None)
+    links = [(step["notebook"], str(Path(step["notebook"]).with_suffix(".html"))) for step in steps]
+    links = [link if (folder / link[1]).is_file() else (link[0], link[0]) for link in links]
+    who = [manifest.get(name, "") for name in ("operator", "database_user")]
+    failure = f"{bad['notebook']}: {bad.get('error', '')}" if bad and state != "running" else ""
+    plain = (
+        manifest.get("begun", "")[:19].replace("T", " ") + " UTC",
+        manifest.get("table", ""),
+        " as ".join(name for name in who if name) + f" on {manifest.get('host', '')}",
+        f"{sum(step.get('seconds', 0) for step in steps):,.1f} s",
+    )
+    files = [*links, *((n, n) for n in manifest["files"] if n == "certificate.html"), ("manifest", "manifest.json")]
+    return [
+        *map(html.escape, plain),
+        f'<span class="{state.split()[0]}">{html.escape(state)}</span> {html.escape(manifest.get("result", ""))}',
+        html.escape(failure.rstrip(": ")),
+        ", ".join(f'<a href="{quote(f"{folder.name}/{file}")}">{html.escape(text)}</a>' for text, file in files),
+    ]
