@@ -8,6 +8,7 @@ from runbook import backup, changes, cutover, foreign_keys, partition, restore
 from runbook.changes import Statements
 from runbook.ledger import Run
 from runbook.sheet import Sheet
+from runbook.statements import statement
 
 
 def whole(run: Run) -> Sheet:
@@ -17,6 +18,7 @@ def whole(run: Run) -> Sheet:
 
 def _statements(run: Run) -> Statements:
     yield sql.Composed([sql.SQL("\\set ON_ERROR_STOP on\n")])
+    yield statement("ledger.create")
     yield from backup.script(run)
     yield from partition.create(run)
     yield from changes.switch_on(run)

@@ -1,0 +1,47 @@
+"""`runbook sql`: one script, which ends on a quiet copy where the notebooks end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from click.testing import CliRunner
+
+from runbook import cli
+from tests.conftest import fresh
+from tests.servers import Server
+from tests.walk import CLINIC_FILE, FORWARD, client, dump, walk
+
+
+@pytest.fixture
+def copy(server: Server, clinic_template: str) -> Iterator[str]:
+    """A second copy of the clinic."""
+    yield from fresh(server, clinic_template)
+
+
+def printed(database: str, *options: str) -> str:
+    """What `runbook sql` prints for the clinic's file."""
+    shown = CliRunner().invoke(cli.main, ["sql", "-f", CLINIC_FILE, "--database", database, *options])
+    assert shown.exit_code == 0, shown.output
+    return shown.output
+
+
+@pytest.mark.parametrize("legacy", ["fill", "strict"])
+def test_the_script_ends_where_the_notebooks_end(clinic: str, copy: str, legacy: str) -> None:
+    script = printed(copy, "-p", "legacy_inserts", legacy)
+    client("psql", "--no-psqlrc", "--quiet", copy, text=script)
+    walk(clinic, *FORWARD[:-1], legacy_inserts=legacy)
+    assert dump(copy) == dump(clinic)
+
+
+def test_printing_the_script_changes_nothing(clinic: str) -> None:
+    before = dump(clinic)
+    printed(clinic)
+    assert dump(clinic) == before
+
+
+def test_no_script_is_printed_for_a_plan_with_blockers(clinic: str) -> None:
+    shown = CliRunner().invoke(cli.main, ["sql", "-f", CLINIC_FILE, "--database", clinic, "-p", "partitions", '{"a": ["user"]}'])
+    assert shown.exit_code == 1
+    assert "public.users has 51 rows whose role fits no partition: 'doctor' (50), 'admin' (1)." in shown.stderr
+    assert shown.stdout == ""

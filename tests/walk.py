@@ -1,0 +1,77 @@
+"""The notebooks' own code, cell by cell in this process: what a kernel would do, without the seconds that one takes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from runbook import embedded
+from runbook.statements import folder
+from tests.servers import wheel
+
+FORWARD = ("00_plan", "01_backup", "02_partition", "03_restore", "04_foreign_keys", "05_cutover", "06_verify")
+REPAIR = ("00_plan", "03_restore", "04_foreign_keys", "06_verify")
+EVERY = (*FORWARD, "90_rollback", "91_finish")
+CLINIC_FILE = str(folder("notebooks") / "clinic.yaml")
+CLINIC: dict[str, Any] = {
+    "table": "users",
+    "key": "role",
+    "partitions": {"users_patients": ["user"], "users_doctors": ["doctor"], "users_admins": ["admin"]},
+    "unique": "per_partition",
+    "backup": "users_backup",
+    "approved_by": "ann",
+}
+
+
+def notebook(name: str) -> Path:
+    """Where the notebook lies."""
+    return folder("notebooks") / f"{name}.ipynb"
+
+
+def cells(name: str) -> list[Any]:
+    """The notebook's cells."""
+    return list(nbformat.read(notebook(name), as_version=4).cells)
+
+
+def walk(database: str, *names: str, **parameters: Any) -> dict[str, Any]:
+    """Run these notebooks' code (all of the way forward, if none is named) with the clinic's parameters, or with others;
+    returns what the last one's cells assigned."""
+    given = {**CLINIC, "database": database} | parameters
+    space: dict[str, Any] = {}
+    for name in names or FORWARD:
+        space = {"__name__": name}
+        for number, cell in enumerate(cells(name)):
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{name}[{number}]", "exec"), space)
+                if "parameters" in cell.metadata.get("tags", []):
+                    space |= {key: value for key, value in given.items() if key in space}
+    return space
+
+
+def client(program: str, *arguments: str, text: str | None = None) -> str:
+    """What psql or pg_dump prints; raises CalledProcessError, with what it said, when it fails."""
+    command = [str(wheel(18) / "bin" / program), *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=embedded.environment(), check=False)
+    assert done.returncode == 0, f"{program} failed: {done.stderr}"
+    return done.stdout
+
+
+def dump(database: str, *options: str) -> str:
+    """The database as pg_dump writes it, but for the order of a table's rows and for the ledger's rows."""
+    lines: list[str] = []
+    rows: list[str] | None = None
+    for line in client("pg_dump", f"--dbname={database}", "--exclude-table-data=runbook.*", *options).splitlines():
+        if line.startswith(("\\restrict", "\\unrestrict")):  # a word that is new each time
+            continue
+        if rows is None:
+            lines.append(line)
+            rows = [] if line.startswith("COPY ") and line.endswith(" FROM stdin;") else None
+        elif line == "\\.":
+            lines += [*sorted(rows), line]
+            rows = None
+        else:
+            rows.append(line)
+    return "\n".join(lines)
