@@ -16,10 +16,12 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
 {% block html_head_css %}<style>
- .jp-OutputArea-output, .jp-InputArea-editor { overflow-x: auto }
- .jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere }
+ .jp-OutputArea-output { overflow-x: auto }
+ .jp-OutputArea-output pre, .jp-InputArea-editor .highlight pre {
+  white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal }
  .jp-RenderedHTMLCommon img, .jp-RenderedImage img { max-width: 100%; height: auto }
  .failed { margin: 1em; padding: 1em; border-left: 6px solid #b00020; background: #fdecee; font: 16px/1.5 sans-serif }
+ .failed a { color: #00459e; text-decoration: underline }
  @media (max-width: 600px) { .jp-InputPrompt, .jp-OutputPrompt { display: none } .jp-Notebook { padding: 4px } }
 </style>{% endblock %}
 {% block body_header %}{{ super() }}{{ nb.metadata.get("failed_banner", "") }}{% endblock %}"""
@@ -31,7 +33,7 @@ INDEX = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Runs</title><style>
  body {{ font: 16px/1.5 sans-serif; margin: 1.5em; color: #1a1a1a }} table {{ border-collapse: collapse }}
- th, td {{ text-align: left; vertical-align: top; padding: .4em .8em; border-bottom: 1px solid #ccc; overflow-wrap: anywhere }}
+ th, td {{ text-align: left; vertical-align: top; padding: .4em .8em; border-bottom: 1px solid #ccc; overflow-wrap: break-word }}
  .failed, .broken {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
  @media (max-width: 700px) {{
   thead {{ display: none }} tr {{ display: block; border: 1px solid #999; margin: 0 0 1em; padding: .3em }}
@@ -103,10 +105,11 @@ def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
     steps = manifest["steps"]
     state = manifest.get("state", "") if manifest["sealed"] or in_progress(folder) else "broken off"
     bad = next((step for step in steps if step["state"] != "completed"), None)
-    links = [(step["notebook"], str(Path(step["notebook"]).with_suffix(".html"))) for step in steps]
-    links = [link if (folder / link[1]).is_file() else (link[0], link[0]) for link in links]
+    pages = [(Path(step["notebook"]).with_suffix(".html").name, step["notebook"]) for step in steps]
+    links = [(Path(name).stem, page if (folder / page).is_file() else name) for page, name in pages]
     who = [manifest.get(name, "") for name in ("operator", "database_user")]
-    failure = f"{bad['notebook']}: {bad.get('error', '')}" if bad and state != "running" else ""
+    failure = f"{Path(bad['notebook']).stem}: {bad.get('error', '')}" if bad and state != "running" else ""
+    result = manifest.get("result", "") if state == "completed" else ""  # else the next column says it
     plain = (
         manifest.get("begun", "")[:19].replace("T", " ") + " UTC",
         manifest.get("table", ""),
@@ -116,7 +119,7 @@ def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
     files = [*links, *((n, n) for n in manifest["files"] if n == "certificate.html"), ("manifest", "manifest.json")]
     return [
         *map(html.escape, plain),
-        f'<span class="{state.split()[0]}">{html.escape(state)}</span> {html.escape(manifest.get("result", ""))}',
+        f'<span class="{state.split()[0]}">{html.escape(state)}</span> {html.escape(result.removeprefix(state))}',
         html.escape(failure.rstrip(": ")),
         ", ".join(f'<a href="{quote(f"{folder.name}/{file}")}">{html.escape(text)}</a>' for text, file in files),
     ]

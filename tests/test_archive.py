@@ -376,7 +376,7 @@ def test_the_index_lists_every_run_with_what_failed_first(tmp_path: Path) -> Non
     assert text.index(bad.folder.name) < text.index(good.folder.name)
     for piece in (
         "&lt;orders&gt;",
-        "03_restore.ipynb: orders has 3 rows &amp; more",
+        "03_restore: orders has 3 rows &amp; more",
         "as dba on",
         "2.5 s",
         "completed",
