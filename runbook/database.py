@@ -113,7 +113,7 @@ class Session:
         composed = statement(query, **names) if isinstance(query, str) else query
         at, started = datetime.now(UTC), time.perf_counter()
         cursor = self.connection.execute(composed)
-        label = query if isinstance(query, str) else " ".join(composed.as_string(self.connection).split())[:120]
+        label = query if isinstance(query, str) else _first_line(composed.as_string(self.connection))
         self.statements.append(Statement(at, label, time.perf_counter() - started, cursor.rowcount))
         return cursor
 
@@ -180,3 +180,8 @@ def target(database: str, users: int | None = None) -> Database:
             f"{found.name} runs PostgreSQL {version}: the runbook is tested on {OLDEST} to {NEWEST}, use one of these."
         )
     return found
+
+
+def _first_line(text: str) -> str:
+    """A statement as the record names it: without the comments over it, in one line."""
+    return " ".join(" ".join(line for line in text.splitlines() if not line.startswith("--")).split())[:120]

@@ -14,7 +14,7 @@ from runbook.errors import PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Reference, with_key
 from runbook.references import added, names
-from runbook.restore import SHORT_TAIL
+from runbook.restore import SHORT_TAIL, gaps, parallel, piece
 from runbook.sheet import Sheet
 from runbook.statements import statement, trusted
 
@@ -82,7 +82,6 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
             with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
                 for each in (*log_table(run, reference), *column(run, reference)):
                     session.run(each)
-                session.run("foreign_keys.log_minority", **own)
 
         locks.persist(run.database, session, patience, reference.table, attempt)
     return action.finish(
@@ -92,18 +91,38 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
 
 
 @recorded("foreign_keys", "fill")
-def fill(action: Action, batch_rows: int = 5000) -> Evidence:
-    """Correct the role of every row whose user is not of the most frequent one, in small batches that nobody waits for."""
-    run, session = action.run, action.session
-    total = sum(drain(run, session, reference, batch_rows) for reference in added(run))
+def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
+    """Correct the role of every row whose user is not of the most frequent one, range by range; nobody waits for it."""
+    run, session, total = action.run, action.session, 0
     for reference in added(run):
+        total += _fill_ranges(run, session, reference, workers)
+        total += drain(run, session, reference, batch_rows)
+        if session.value("foreign_keys.wrong", **names(run, reference)):
+            session.run("foreign_keys.log_wrong", **names(run, reference))
+            total += drain(run, session, reference, batch_rows)
         if not reference.not_null:
             with session.transaction(lock_timeout="5s"):
                 session.run(_validate(run, reference))
-    return action.finish(
-        f"{total:,} rows of referencing tables were given another role than {run.plan.frequent_value!r}.",
-        total,
-    )
+    return action.finish(f"{total:,} rows of referencing tables were given another role than {run.plan.frequent_value!r}.", total)
+
+
+def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int) -> int:
+    own = names(run, reference)
+    size = session.row("foreign_keys.blocks", **own)
+    progress = pace.Progress(f"{reference.table}: blocks", size["blocks"])
+    filled: list[int] = []
+
+    def one(worker: Session, blocks: tuple[int, int]) -> None:
+        first, last = (f"({block},0)" for block in blocks)
+        with worker.transaction(lock_timeout="5s", runbook__correcting="on", synchronous_commit="off"):
+            filled.append(worker.run("foreign_keys.fill_range", **own, first=first, last=last).rowcount)
+        progress.add(blocks[1] - blocks[0])
+
+    try:
+        parallel(run, workers, list(gaps([], size["blocks"], piece(size["blocks"], size["block_size"], 32, workers))), one)
+    finally:
+        progress.close()
+    return sum(filled)
 
 
 def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 5000) -> int:

@@ -60,6 +60,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         ),
         "columns_and_role": identifiers((*columns, reference.role_column)),
         "n_columns": listed("n", columns),
+        "w_columns": listed("w", columns),
         "k_columns": listed("k", keys),
         "s_referenced": listed("s", referenced),
         "r_is_s": equal("r", columns, "s", referenced),

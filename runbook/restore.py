@@ -71,7 +71,7 @@ def copy(
         _start_again_if_rewritten(run, session)
         size = session.row("restore.blocks", **run.names)
         done = [(row["first_block"], row["last_block"]) for row in session.rows("restore.copied", **run.names)]
-        pending = list(gaps(done, size["blocks"], max(1, range_mib * 1024 * 1024 // size["block_size"])))
+        pending = list(gaps(done, size["blocks"], piece(size["blocks"], size["block_size"], range_mib, workers)))
         brakes = pace.Brakes(max_replica_lag_s, max_active_sessions)
         progress = pace.Progress(
             "copied",
@@ -109,6 +109,11 @@ def _start_again_if_rewritten(run: Run, session: Session) -> None:
             session.run("ledger.remember_filenode", filenode=filenode, **run.names)
 
 
+def piece(blocks: int, block_size: int, range_mib: int, workers: int) -> int:
+    """Blocks a range: at most `range_mib`, and so few that every worker has several to do."""
+    return max(64, min(range_mib * 1024 * 1024 // block_size, blocks // (workers * 4) + 1))
+
+
 def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
     """What is left of blocks [0, `blocks`) when the ranges in `done` are copied, in pieces of at most `step` blocks."""
     position = 0
@@ -121,7 +126,7 @@ def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
 def _copy_range(run: Run, session: Session, each: Range, brakes: pace.Brakes, progress: pace.Progress) -> None:
     brakes.wait(session)
     first, last = (sql.Literal(f"({block},0)") for block in each)
-    with session.transaction(lock_timeout="30s"):
+    with session.transaction(lock_timeout="30s", synchronous_commit="off"):
         changes.hold(run, session)
         rows = session.run("restore.copy_range", **run.names, first=first, last=last).rowcount
         session.run(
@@ -282,7 +287,7 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
 
 
 def _build(session: Session, statements: list[sql.Composed]) -> None:
-    with session.transaction(lock_timeout="30s"):
+    with session.transaction(lock_timeout="30s", synchronous_commit="off"):
         for each in statements:
             session.run(each)
 

@@ -41,9 +41,18 @@ ALTER TABLE {reference} ADD CONSTRAINT {check_name} CHECK ({present} IS NULL OR 
 -- SHARE UPDATE EXCLUSIVE: readers and writers go on.
 ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
 
--- name: log_minority
--- The column begins with the most frequent value; only rows that refer to others have to be corrected.
-INSERT INTO {reference_log} SELECT {s_referenced} FROM {source} s WHERE s.{key} IS DISTINCT FROM {frequent}
+-- name: blocks
+SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_size')::bigint AS blocks, current_setting('block_size')::int AS block_size
+
+-- name: fill_range
+-- The column begins with the most frequent value; only rows that refer to others are touched, each block once. READ
+-- COMMITTED, and rows that somebody holds are skipped: the application neither waits nor gets a deadlock. The check
+-- that follows finds the skipped ones.
+WITH target AS (
+  SELECT w.ctid AS place, v.{key} AS value FROM {reference} w JOIN {source} v ON {w_is_v}
+   WHERE w.ctid >= {first}::tid AND w.ctid < {last}::tid AND v.{key} IS DISTINCT FROM {frequent}
+     AND w.{role_column} IS DISTINCT FROM v.{key} FOR NO KEY UPDATE OF w SKIP LOCKED)
+UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid = target.place
 
 -- name: fill_all
 UPDATE {reference} r SET {role_column} = s.{key} FROM {source} s WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key}
@@ -88,8 +97,14 @@ INSERT INTO {reference_log} SELECT {s_referenced} FROM {source} s JOIN (SELECT D
  WHERE NOT EXISTS (SELECT FROM {shadow} d WHERE {d_is_k} AND d.{key} IS NOT DISTINCT FROM s.{key})
 
 -- name: wrong
-SELECT count(*) FROM {reference} w JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
-   AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
+-- Rows whose role is not their row's; the old foreign key is still in force, so whoever is not among the minority is of
+-- the most frequent value, and only the minority has to be hashed.
+SELECT count(*) FROM {reference} w LEFT JOIN (SELECT * FROM {source} s WHERE s.{key} IS DISTINCT FROM {frequent}) v ON {w_is_v}
+ WHERE w.{role_column} IS DISTINCT FROM coalesce(v.{key}, {frequent}) AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
+
+-- name: log_wrong
+INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN {source} v ON {w_is_v}
+ WHERE w.{role_column} IS DISTINCT FROM v.{key}
 
 -- name: drop_column
 ALTER TABLE {reference} DROP COLUMN IF EXISTS {role_column}

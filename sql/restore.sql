@@ -60,10 +60,11 @@ ALTER TABLE {leaf} RESET (autovacuum_enabled, toast.autovacuum_enabled)
 ALTER TABLE {leaf} SET ({options})
 
 -- name: vacuum
--- The visibility map for index-only scans, and statistics; of the root too, which autovacuum never analyses.
-VACUUM (ANALYZE, INDEX_CLEANUP off, TRUNCATE off) {leaf}
+-- The visibility map, for index-only scans.
+VACUUM (INDEX_CLEANUP off, TRUNCATE off) {leaf}
 
 -- name: analyze_root
+-- The root, which autovacuum never analyses, and with it every partition.
 ANALYZE {shadow}
 
 -- name: homeless
