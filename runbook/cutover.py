@@ -287,7 +287,7 @@ def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
 
         locks.persist(run.database, session, patience, what, attempt)
         done.append(what)
-    return action.finish(f"{len(done)} foreign keys were validated: {', '.join(done) or 'there are none'}.", len(done))
+    return action.finish(f"{len(done)} foreign keys were validated: {', '.join(done) or 'there are none'}.")
 
 
 def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:

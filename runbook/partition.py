@@ -117,8 +117,8 @@ def start_log(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
 
 
 def tree(run: Run) -> pd.DataFrame:
-    """The shadow's partitions with their bounds, as the catalog has them."""
-    return run.frame("partition.staged", shadow_text=_text(run, "shadow"))
+    """The partitions with their bounds, as the catalog has them: the shadow's, or after the cut-over the table's."""
+    return run.frame("partition.staged", shadow_text=_text(run, "source" if run.finished("cutover", "swap") else "shadow"))
 
 
 @recorded("partition", "check")

@@ -281,8 +281,7 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
     for each_ in finish_storage(run):
         session.run(each_)
     return action.finish(
-        f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed.",
-        len(pending),
+        f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed."
     )
 
 
