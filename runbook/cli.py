@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import pandas as pd
@@ -22,10 +22,12 @@ from tqdm import tqdm
 from runbook import __version__, archive, embedded, ledger, parameters
 from runbook.database import target
 from runbook.draft import draft
-from runbook.engine import Executed, execute
 from runbook.errors import BadInput, PlanBlocked, RunbookError
 from runbook.redaction import known_secrets, redact
 from runbook.statements import folder
+
+if TYPE_CHECKING:
+    from runbook.engine import Executed
 
 FORWARD = tuple(ledger.NOTEBOOKS[step] for step in ledger.STEPS)
 NAMES = {alias: name for name in FORWARD for alias in (name, name[:2], name[3:])}
@@ -162,6 +164,8 @@ def finish(file: Path | None, pairs: Any, database: str | None, out: Path) -> No
 
 def perform(names: tuple[str, ...], given: dict[str, Any], out: Path) -> None:
     """Execute notebooks into a new folder under `out`; the record is sealed whatever happens. Exits unless all went well."""
+    from runbook.engine import execute  # Jupyter's libraries take seconds to load, and only this needs them
+
     ours = folder("notebooks").resolve()
     if ours in (out.resolve(), *out.resolve().parents):
         raise BadInput(f"{out} lies inside the notebooks' own folder: choose another with --out.")

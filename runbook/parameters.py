@@ -140,7 +140,8 @@ def resolve(**given: Any) -> Parameters:
 def injected() -> dict[str, Any]:
     """What Papermill's injected cell assigned in this kernel: it refuses no name by itself.
 
-    Papermill opens that cell with the comment "# Parameters"; elsewhere there is none, and nothing to check.
+    Papermill opens that cell with the comment "# Parameters"; elsewhere there is none, and nothing to check. The cell's
+    own text counts: `backup` may name the module by now.
     """
     try:
         from IPython import get_ipython
@@ -152,5 +153,9 @@ def injected() -> dict[str, Any]:
         if cell.startswith("# Parameters\n"):
             for node in ast.parse(cell).body:
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    given[node.targets[0].id] = shell.user_ns[node.targets[0].id]
+                    name = node.targets[0].id
+                    try:
+                        given[name] = ast.literal_eval(node.value)
+                    except ValueError:  # float("nan") and the like
+                        given[name] = shell.user_ns[name]
     return given

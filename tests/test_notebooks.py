@@ -1,0 +1,220 @@
+"""Every notebook, executed: in order, headless and by plain Papermill; twice; with parameters that cannot be meant."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psycopg
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from papermill.inspection import inspect_notebook
+
+from runbook import cli, embedded
+from runbook.parameters import Parameters
+from tests.conftest import fresh
+from tests.servers import Server
+from tests.walk import CLINIC_FILE, EVERY, FORWARD, cells, dump, notebook, walk
+
+
+def command(*arguments: str) -> Result:
+    """`runbook …` in this process."""
+    return CliRunner().invoke(cli.main, list(arguments))
+
+
+def papermill(name: str, out: Path, *options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`papermill NOTEBOOK OUT …` with Papermill's own engine, as a user would call it."""
+    words = [sys.executable, "-m", "papermill", str(notebook(name)), str(out), "--no-progress-bar", *options]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def query(database: str, text: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(database) as connection:
+        return connection.execute(text.encode()).fetchall()
+
+
+@pytest.fixture(scope="module")
+def migrated(
+    server: Server, clinic_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path, Result]]:
+    """A clinic that `runbook run` has migrated: database, the folder of records, what was printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    for database in fresh(server, clinic_template):
+        given = ["-f", CLINIC_FILE, "--database", database, "-p", "approved_by", "ann", "--out", str(runs)]
+        yield database, runs, command("run", *given)
+
+
+def test_all_notebooks_in_order_end_in_the_partitioned_clinic(migrated: tuple[str, Path, Result]) -> None:
+    database, _, result = migrated
+    assert result.exit_code == 0, result.output
+    assert query(database, "SELECT tableoid::regclass::text, count(*) FROM users GROUP BY 1 ORDER BY 2 DESC") == [
+        ("users_patients", 949),
+        ("users_doctors", 50),
+        ("users_admins", 1),
+    ]
+    assert query(database, "SELECT count(*) FROM users_backup") == [(1000,)]
+    keys = "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = %s AND conparentid = 0 AND convalidated"
+    assert query(database, keys.replace("%s", "'users_pkey'")) == [("PRIMARY KEY (id, role)",)]
+    assert query(database, keys.replace("%s", "'appointments_user_id_fkey'")) == [
+        ("FOREIGN KEY (user_id, user_role) REFERENCES users(id, role) ON UPDATE CASCADE ON DELETE CASCADE",)
+    ]
+    assert query(database, "SELECT count(*) FROM appointments a JOIN users u ON u.id = user_id WHERE role <> user_role") == [(0,)]
+
+
+def test_each_step_prints_a_line_and_the_last_line_is_the_records_head(migrated: tuple[str, Path, Result]) -> None:
+    database, runs, result = migrated
+    lines = result.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[: len(FORWARD)]] == [[name, "done"] for name in FORWARD]
+    assert "1,000 rows" in lines[1], "the backup's rows"
+    assert "1,000 rows" in lines[3], "the restored rows"
+    head = lines[-1].removeprefix("Head:   ")
+    assert (runs / "HEAD").read_text().startswith(head)
+    assert query(database, "SELECT head FROM runbook.record ORDER BY id DESC LIMIT 1") == [(head,)]
+    assert "Traceback" not in result.output
+
+
+def test_the_record_holds_every_executed_notebook_with_its_page(migrated: tuple[str, Path, Result]) -> None:
+    _, runs, _ = migrated
+    (folder,) = (entry for entry in runs.iterdir() if entry.is_dir())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [step["notebook"] for step in manifest["steps"]] == [f"{name}.ipynb" for name in FORWARD]
+    assert (manifest["state"], manifest["approved_by"], manifest["parameters"]["table"]) == ("completed", "ann", "users")
+    for name in FORWARD:
+        executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+        assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code"), name
+        assert (folder / f"{name}.html").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_running_it_again_does_nothing_and_says_so(migrated: tuple[str, Path, Result]) -> None:
+    database, runs, _ = migrated
+    before = dump(database)
+    again = command("run", "-f", CLINIC_FILE, "--database", database, "-p", "approved_by", "ann", "--out", str(runs))
+    assert again.exit_code == 0, again.output
+    assert [line.split()[1] for line in again.stdout.splitlines()[:6]] == ["already"] * 6
+    assert dump(database) == before
+    assert command("audit", str(runs), "--database", database).exit_code == 0
+
+
+UNTIL = [pytest.param(n, id=name, marks=[] if n == len(FORWARD) else pytest.mark.long) for n, name in enumerate(FORWARD, 1)]
+
+
+@pytest.mark.parametrize("until", UNTIL)
+def test_run_all_twice_is_harmless(clinic: str, until: int, capsys: pytest.CaptureFixture[str]) -> None:
+    walk(clinic, *FORWARD[:until])
+    before = dump(clinic)
+    walk(clinic, *FORWARD[:until])
+    assert dump(clinic) == before
+    if until > 1:
+        assert "Already done: the plan" in capsys.readouterr().out
+
+
+def test_each_notebook_can_be_run_again_after_the_end(clinic: str) -> None:
+    walk(clinic)
+    walk(clinic, "91_finish", unneeded_for_h=0)
+    before = dump(clinic)
+    for name in (*FORWARD, "91_finish"):
+        walk(clinic, name, unneeded_for_h=0)
+    assert dump(clinic) == before
+    assert query(clinic, "SELECT state FROM runbook.migration") == [("finished",)]
+
+
+@pytest.mark.parametrize("until", UNTIL)
+def test_rollback_leads_back_from_every_step(clinic: str, until: int) -> None:
+    before = dump(clinic, "--exclude-schema=runbook")
+    walk(clinic, *FORWARD[:until])
+    walk(clinic, "90_rollback")
+    assert dump(clinic, "--exclude-schema=runbook") == before
+
+
+@pytest.mark.parametrize("name", [pytest.param("90_rollback", marks=pytest.mark.long), "91_finish"])
+def test_rollback_and_finish_are_notebooks_too(clinic: str, tmp_path: Path, name: str) -> None:
+    walk(clinic)
+    verb = name.partition("_")[2]
+    result = command(verb, "-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert f"{name:<16} done" in result.stdout
+    state = "rolled back" if verb == "rollback" else "finished"
+    assert query(clinic, "SELECT state FROM runbook.migration") == [(state,)]
+
+
+def test_plain_papermill_runs_a_notebook_from_any_working_directory(clinic: str, tmp_path: Path) -> None:
+    walk(clinic, "00_plan")
+    done = papermill("01_backup", tmp_path / "out.ipynb", "-f", CLINIC_FILE, "-p", "database", clinic, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert query(clinic, "SELECT count(*) FROM users_backup") == [(1000,)]
+
+
+def test_plain_papermill_refuses_a_parameter_that_no_notebook_has(clinic: str, tmp_path: Path) -> None:
+    before = dump(clinic)
+    options = ["-f", CLINIC_FILE, "-p", "database", clinic, "-p", "partition", "users_patients"]
+    done = papermill("00_plan", tmp_path / "out.ipynb", *options, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "BadInput: partition is not a parameter of any notebook" in done.stderr
+    assert dump(clinic) == before
+
+
+def test_the_embedded_example_of_two_users_ends_two_nothing_nothing() -> None:
+    embedded.reset()
+    walk("embedded", users=2, approved_by="")
+    counts = (
+        "SELECT (SELECT count(*) FROM users_patients), (SELECT count(*) FROM users_doctors), (SELECT count(*) FROM users_admins)"
+    )
+    with psycopg.connect(embedded.start()) as connection:
+        assert connection.execute(counts).fetchone() == (2, 0, 0)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_papermill_sees_every_parameter(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        seen = inspect_notebook(str(notebook(name)))
+    assert caplog.text == ""
+    assert {"database", "table"} <= seen.keys() <= Parameters.model_fields.keys()
+    assert all(parameter["help"] for parameter in seen.values()), "each has a comment"
+    defaults = Parameters().model_dump()
+    source = {name: yaml.safe_load(str(each["default"]).replace("None", "null")) for name, each in seen.items()}
+    assert source == {name: defaults[name] for name in seen}, "the notebook's defaults are those that are checked"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_notebook_is_stored_without_outputs(name: str) -> None:
+    stored = nbformat.read(notebook(name), as_version=4)
+    nbformat.validate(stored)
+    assert stored.metadata.kernelspec.name == "python3"
+    assert "papermill" not in stored.metadata
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells(name) if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_notebook_says_what_it_does_locks_and_undoes(name: str) -> None:
+    first, second = cells(name)[:2]
+    assert first.cell_type == "markdown" and first.source.startswith(f"# {name[:2]} · ")
+    assert all(word in first.source for word in ("**Does**", "**Locks**", "**Undo**"))
+    assert "parameters" in second.metadata.tags
+    for cell in cells(name):
+        for target in re.findall(r"\]\(([^)]*)\)", cell.source if cell.cell_type == "markdown" else ""):
+            assert notebook("x").with_name(target).is_file(), f"{name} links to {target}"
+
+
+def test_no_notebook_holds_logic() -> None:
+    for name in EVERY:
+        for cell in cells(name):
+            if cell.cell_type == "code":
+                assert not any(
+                    line.startswith(("def ", "class ", "for ", "if ", "while ", "try")) for line in cell.source.split("\n")
+                )
+
+
+def test_no_run_leaves_anything_among_the_notebooks(migrated: tuple[str, Path, Result]) -> None:
+    assert {path.suffix for path in notebook("x").parent.iterdir()} <= {".ipynb", ".yaml"}
+    refused = command("run", "--out", str(notebook("x").parent / "runs"))
+    assert refused.exit_code == 1
+    assert "lies inside the notebooks' own folder" in refused.stderr
