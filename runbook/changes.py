@@ -11,9 +11,11 @@ from runbook import references
 from runbook.database import Session
 from runbook.errors import PlanOutdated, RunbookError
 from runbook.ledger import Run
+from runbook.locks import NotYet, Patience
 from runbook.statements import statement
 
 Statements = Iterator[sql.Composed]
+SHORT_TAIL = 1000  # log entries
 
 
 class Rewritten(RunbookError):
@@ -101,6 +103,26 @@ def replay(run: Run, session: Session, way: Way = FORWARD) -> tuple[int, str]:
     with session.transaction("REPEATABLE READ"):
         hold(run, session, way)
         return apply(run, session, way), str(session.value("locks.horizon"))
+
+
+def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD) -> tuple[int, str]:
+    """Replay until the log's tail is short, or the patience at its end; returns how many entries that were, and the last
+    replay's transaction id. The log is vacuumed then: what is replayed under locks must not read what it held before."""
+    total = 0
+    while True:
+        keys, horizon = replay(run, session, way)
+        total += keys
+        if keys <= SHORT_TAIL or patience.spent():
+            session.run("changes.vacuum", **_names(run, way))
+            return total, horizon
+
+
+def apply_last(run: Run, session: Session, way: Way = FORWARD) -> int:
+    """The last replay, under locks that keep everybody else out; raises NotYet when its tail is too long for that."""
+    hold(run, session, way)
+    if (waiting := length(run, session, way)) > 3 * SHORT_TAIL:
+        raise NotYet(f"{waiting:,} changes that came since the last replay, more than can be replayed under the locks")
+    return apply(run, session, way)
 
 
 def apply(run: Run, session: Session, way: Way = FORWARD) -> int:

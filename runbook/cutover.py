@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from psycopg import errors, sql
+from psycopg import sql
 
-from runbook import changes, foreign_keys, locks, references
+from runbook import changes, foreign_keys, locks, references, restore
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit
-from runbook.restore import SHORT_TAIL, refuse_homeless
+from runbook.restore import refuse_homeless
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement, trusted
 
@@ -34,17 +33,25 @@ class Swap:
         return self.sentence
 
 
-def lock_set(run: Run, attempt: int = 0) -> list[sql.Composable]:
-    """The tables that a swap locks: views, tables that the source references, source, referencing tables.
+def lock_set(run: Run, session: Session | None = None) -> tuple[list[sql.Composable], list[sql.Composable]]:
+    """What a swap locks: tables that the source references, source, referencing tables; and the views.
 
-    One fixed order can starve against an application that takes them in the other, so odd attempts reverse it.
-    """
+    With a session: those that still stand; a referencing table may have been dropped since."""
     plan = run.plan
-    first = [sql.Identifier(*view) for view in plan.view_tables]
     tables: list[sql.Composable] = [sql.Identifier(*table) for table in plan.referenced_tables]
     tables += [plan.source, *(reference.identifier for reference in plan.references)]
-    unique = {each.as_string(None): each for each in (tables if attempt % 2 == 0 else tables[::-1])}
-    return [*first, *unique.values()]
+    unique = {each.as_string(None): each for each in tables}
+    views: list[sql.Composable] = [sql.Identifier(*view) for view in plan.view_tables]
+    if session is not None:
+        gone = {name for name in unique if session.value("cutover.gone", name=name)}
+        unique = {name: each for name, each in unique.items() if name not in gone}
+    return list(unique.values()), views
+
+
+def lock_statement(run: Run) -> sql.Composed:
+    """The lock that comes first, as the first attempt takes it."""
+    tables, views = lock_set(run)
+    return statement("locks.lock", tables=sql.SQL(", ").join([*views, *tables]), mode=sql.SQL("ACCESS EXCLUSIVE"))
 
 
 def swap_statements(run: Run) -> Statements:
@@ -77,7 +84,16 @@ def swap_statements(run: Run) -> Statements:
     yield from _carry(run)
     yield from foreign_keys.legacy(run)
     yield from foreign_keys.add_composite(run)
+    if refuses_moves(run):
+        yield statement("cutover.refuse_moves", **names)
     yield from changes.turn_round(run)
+
+
+def refuses_moves(run: Run) -> bool:
+    """Whether a row must not change its partition: on PostgreSQL 14 that is a delete, which its references' keys would act on."""
+    return run.plan.server_version == 14 and any(
+        f"ON DELETE {action}" in each.composite for each in run.plan.references for action in ("CASCADE", "SET NULL", "SET DEFAULT")
+    )
 
 
 def _carry(run: Run) -> Statements:
@@ -142,8 +158,7 @@ def positions(run: Run, *, retire: bool) -> Statements:
 
 def preview(run: Run) -> Sheet:
     """The very statements of the swap, with the lock that comes first."""
-    tables = sql.SQL(", ").join(lock_set(run))
-    return Sheet([statement("cutover.lock", tables=tables), *swap_statements(run)])
+    return Sheet([lock_statement(run), *swap_statements(run)])
 
 
 @recorded("cutover", "approval")
@@ -158,7 +173,7 @@ def require_approval(action: Action, approved_by: str = "") -> Evidence:
     return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
 
 
-def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120, tail: int = SHORT_TAIL) -> Swap:
+def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
     """Swap the names in one short transaction; until it commits the application sees its table as before.
 
     Nobody queues behind it longer than `lock_timeout_ms` an attempt. Raises LockNotGranted, naming who is in the way,
@@ -172,105 +187,66 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120, tail: int 
             raise ApprovalMissing(
                 f"The cut-over of {run.plan.full_name} has not been approved: run 05_cutover from its beginning."
             )
-        patience = locks.Patience(budget_s, lock_timeout_ms)
+        session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
         waits: list[tuple[float, float]] = []
-        begun = time.monotonic()
 
         def attempt() -> Swap:
-            _catch_up(run, action.session, patience)
-            at = time.monotonic()
+            _catch_up(run, session, patience)
+            clock, at = locks.Clock(), time.monotonic() - patience.started
+            tables, views = lock_set(run)
             try:
-                replayed, locked = _swap_once(run, action.session, patience, tail)
+                with locks.exclusive(session, patience, tables, views, clock=clock):
+                    replayed = _replay_last(run, session, patience)
+                    for each in swap_statements(run):
+                        session.run(each)
+                    session.run("ledger.remember_triggers", triggers=session.value("changes.logging_back", **run.names), **run.names)
+                    # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.
+                    _record(action, patience, replayed, 0.0, waits)
             finally:
-                waits.append((at - begun, time.monotonic() - at))
-            slowest = max((length for _, length in waits), default=0.0)
-            sentence = (
-                f"{run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us longer than"
-                f" {max(slowest, locked) * 1000:.0f} ms, in {len(waits)} attempt(s). The way back is open: 90_rollback replays what changes"
-                " from now on into the retired table and swaps back."
-            )
-            facts = {
-                "locked_s": locked,
-                "attempts": waits,
-                "replayed": replayed,
-                "blockers": [str(b) for b in patience.blockers.values()],
-            }
-            action.finish(sentence, replayed, **facts)
-            return Swap(sentence, locked, waits, replayed, facts)
+                waits.append((at, clock.queued))
+            return _record(action, patience, replayed, clock.locked, waits)
 
-        return _persist(run, action.session, patience, attempt)
+        with restore.from_the_copy(run):
+            return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
-def _persist(run: Run, session: Session, patience: locks.Patience, attempt: object) -> Swap:
-    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)  # type: ignore[arg-type]
+def _record(action: Action, patience: locks.Patience, replayed: int, locked: float, waits: list[tuple[float, float]]) -> Swap:
+    slowest = max((length for _, length in waits), default=0.0)
+    sentence = (
+        f"{action.run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us longer than"
+        f" {slowest * 1000:.0f} ms, in {len(waits)} attempt(s). The way back is open: 90_rollback replays what changes"
+        " from now on into the retired table and swaps back."
+    )
+    facts = {"locked_s": locked, "attempts": waits, "replayed": replayed, "blockers": [str(each) for each in patience.blockers.values()]}
+    action.finish(sentence, replayed, **facts)
+    return Swap(sentence, locked, waits, replayed, facts)
 
 
 def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     """Outside of the locks: replay until the tail is short, correct the references, wait for old snapshots."""
-    horizon = ""
-    while True:
-        keys, horizon = changes.replay(run, session)
-        for reference in references.added(run):
-            foreign_keys.drain(run, session, reference)
-        if keys <= SHORT_TAIL or patience.over:
-            break
+    _, horizon = changes.catch_up(run, session, patience)
+    for reference in references.added(run):
+        foreign_keys.drain(run, session, reference)
+        session.run("changes.vacuum", log=references.names(run, reference)["reference_log"])
     refuse_homeless(run, session)
     locks.wait_for_snapshots(session, horizon, patience)
 
 
-class TailTooLong(errors.LockNotAvailable):
-    """More changes came than can be replayed under the locks: let go, replay outside, try again."""
-
-
-@dataclass
-class Clock:
-    """For how long names were locked, in seconds."""
-
-    seconds: float = 0.0
-
-
-@contextmanager
-def locked(run: Run, session: Session, patience: locks.Patience) -> Iterator[Clock]:
-    """A READ COMMITTED transaction that holds ACCESS EXCLUSIVE on the lock set; nobody waits for it longer than the timeout.
-
-    synchronous_commit local: with remote_apply and a busy standby the locks were held for 30 s.
-    """
-    views = {sql.Identifier(*view).as_string(None) for view in run.plan.view_tables}
-    tables = lock_set(run, patience.attempts)
-    heaps = [each for each in tables if each.as_string(None) not in views]
-    eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
-    clock = Clock()
-    with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):
-        session.connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
-        session.run("cutover.evict", tables=sql.SQL(", ").join(heaps))
-        timeout = sql.Literal(f"{patience.lock_timeout_ms}ms")
-        session.connection.execute(sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(timeout))
-        session.run("cutover.lock", tables=sql.SQL(", ").join(tables))
-        begun = time.monotonic()
-        session.connection.execute("SET LOCAL statement_timeout = 0")
-        yield clock
-    clock.seconds = time.monotonic() - begun
-
-
-def _swap_once(run: Run, session: Session, patience: locks.Patience, tail: int) -> tuple[int, float]:
-    """One attempt: locks, last replay, swap, commit. Returns replayed changes and seconds for which names were locked."""
-    with locked(run, session, patience) as clock:
-        run.refuse_outdated(session)
-        changes.refuse_gaps(run, session)
-        if changes.length(run, session) > tail:
-            raise TailTooLong("the log's tail is too long")
-        changes.hold(run, session)
-        replayed = changes.apply(run, session)
-        foreign_keys.correct_last(run, session)
-        refuse_homeless(run, session)
-        if left := changes.length(run, session):
-            raise PromiseBroken(
-                f"{run.plan.full_name} has {left} rows whose {run.plan.key} is NULL, which no partition takes: fill them, then run"
-                " 05_cutover again."
-            )
-        for each in swap_statements(run):
-            session.run(each)
-    return replayed, clock.seconds
+def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:
+    """Under the locks: what is left in the logs; afterwards the shadow is what the source is."""
+    run.refuse_outdated(session)
+    changes.refuse_gaps(run, session)
+    replayed = changes.apply_last(run, session)
+    if replayed:
+        locks.refuse_late_snapshots(session, patience)
+    foreign_keys.correct_last(run, session)
+    refuse_homeless(run, session)
+    if left := changes.length(run, session):
+        raise PromiseBroken(
+            f"{run.plan.full_name} has {left} rows whose {run.plan.key} is NULL, which no partition takes: fill them, then run"
+            " 05_cutover again."
+        )
+    return replayed
 
 
 @recorded("cutover", "validate")
@@ -314,7 +290,7 @@ def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
 def script(run: Run) -> Statements:
     """The whole step as one transaction for psql, then the validation."""
     yield rendered("BEGIN")
-    yield statement("cutover.lock", tables=sql.SQL(", ").join(lock_set(run)))
+    yield lock_statement(run)
     yield from swap_statements(run)
     yield rendered("COMMIT")
     for _, each in validations(run):

@@ -44,9 +44,9 @@ def script(run: Run) -> Statements:
             yield _validate(run, reference)
 
 
-def remove(run: Run) -> Statements:
-    """The inverse: triggers, check and column go."""
-    for reference in added(run):
+def remove(run: Run, references: list[Reference] | None = None) -> Statements:
+    """The inverse: triggers, check and column go (of `references` only, where they are named)."""
+    for reference in added(run) if references is None else references:
         yield statement("foreign_keys.switch_off", **names(run, reference))
         yield from remove_column(run, reference)
 
@@ -128,16 +128,19 @@ def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int)
 def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 5000) -> int:
     """Work the reference's log off until its tail is short; returns how many rows were corrected."""
     own, corrected, idle = names(run, reference), 0, 0
-    waiting = int(session.value("foreign_keys.log_length", **own))
+    backlog = waiting = int(session.value("foreign_keys.log_length", **own))
+    done = 0
     progress = pace.Progress(f"{reference.table}: keys", waiting)
     try:
-        while waiting > 0 and idle < 5:
+        # What comes meanwhile is another round's: under steady writes it would never end.
+        while waiting > 0 and idle < 5 and (done < backlog or waiting > SHORT_TAIL):
             with session.transaction(lock_timeout="5s", runbook__correcting="on"):
                 batch = sql.Literal(session.value("foreign_keys.batch", **own, size=batch_rows))
                 rows = session.run("foreign_keys.correct_batch", **own, batch=batch).rowcount
                 session.run("foreign_keys.return_skipped", **own, batch=batch)
                 taken = session.run("foreign_keys.close_batch", **own, batch=batch).rowcount
             corrected += rows
+            done += taken
             left = int(session.value("foreign_keys.log_length", **own))
             idle = idle + 1 if left >= waiting or left <= SHORT_TAIL and rows == 0 else 0
             progress.add(taken)

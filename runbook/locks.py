@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psycopg
 from psycopg import sql
 
 from runbook.database import Database, Session
-from runbook.errors import LockNotGranted
+from runbook.errors import LockNotGranted, ServerUnavailable
+from runbook.statements import statement, trusted
 
 Result = TypeVar("Result")
 # What PostgreSQL says when a lock was not had: lock_timeout, statement_timeout over several locks, deadlock.
@@ -40,6 +41,10 @@ class Blocker:
         return f"pid {self.pid} ({self.user or 'user not visible'}, {self.application or 'no application name'}, {self.state}, {self.age_s} s): {what}"
 
 
+class NotYet(psycopg.errors.LockNotAvailable):
+    """The locks were had, and something else was in the way: let go and try again. Its text says what."""
+
+
 @dataclass
 class Patience:
     """How long to try for, in seconds; each attempt waits `lock_timeout_ms` at most. Remembers who was in the way."""
@@ -48,11 +53,12 @@ class Patience:
     lock_timeout_ms: int = 300
     attempts: int = 0
     blockers: dict[int, Blocker] = field(default_factory=dict)
+    seen_last: dict[int, int] = field(default_factory=dict)  # pid: the last attempt that it was in the way of
     started: float = field(default_factory=time.monotonic)
 
-    @property
-    def over(self) -> bool:
-        return time.monotonic() - self.started > self.budget_s
+    def spent(self, share: float = 1.0) -> bool:
+        """Whether the budget, or a share of it, is over."""
+        return time.monotonic() - self.started > self.budget_s * share
 
     def note(self, blockers: Sequence[Blocker]) -> None:
         """Say once of each that it is in the way, in the notebook as in the terminal."""
@@ -60,43 +66,47 @@ class Patience:
             if blocker.pid not in self.blockers:
                 print(f"waiting for {blocker}", flush=True)
             self.blockers[blocker.pid] = blocker
+            self.seen_last[blocker.pid] = self.attempts
 
-    def refusal(self, what: str) -> LockNotGranted:
-        named = "; ".join(str(blocker) for blocker in self.blockers.values()) or "sessions that came and went"
+    def refusal(self, what: str, error: Exception) -> LockNotGranted:
+        last = max(self.seen_last.values(), default=0)
+        named = "; ".join(str(self.blockers[pid]) for pid, attempt in self.seen_last.items() if attempt == last)
+        cause = str(error) if isinstance(error, NotYet) else named or "sessions that came and went"
         return LockNotGranted(
-            f"{what} could not be locked within {self.budget_s:g} s and {self.attempts} attempts because of {named}."
+            f"{what} could not be locked within {self.budget_s:g} s and {self.attempts} attempts because of {cause}."
             " Nothing was changed: end that session or wait for it, then run this again."
         )
 
 
 def persist(database: Database, session: Session, patience: Patience, what: str, attempt: Callable[[], Result]) -> Result:
     """Run `attempt` (one transaction) until it gets its locks, with growing pauses; raises LockNotGranted, naming the blockers."""
-    while True:
-        patience.attempts += 1
-        try:
-            with watching(database, session, patience):
+    with watching(database, session, patience):
+        while True:
+            patience.attempts += 1
+            try:
                 return attempt()
-        except BUSY as error:
-            if patience.over:
-                raise patience.refusal(what) from error
-            time.sleep(min(2.0, 0.1 * 1.5**patience.attempts) * random.uniform(0.5, 1))
+            except BUSY as error:
+                if patience.spent():
+                    raise patience.refusal(what, error) from error
+                time.sleep(min(2.0, 0.1 * 1.5**patience.attempts) * random.uniform(0.5, 1))
 
 
 @contextmanager
 def watching(database: Database, session: Session, patience: Patience) -> Iterator[None]:
-    """While a statement waits, ask from a second connection who it waits for."""
+    """While statements wait, ask from a second connection who they wait for; it is opened when they have waited a little."""
     done = threading.Event()
     pid = sql.Literal(session.connection.info.backend_pid)
-    every = max(0.05, patience.lock_timeout_ms / 3000)
+    every = max(0.02, patience.lock_timeout_ms / 4000)
 
     def look() -> None:
-        try:
-            while not done.wait(every):
-                with database.session("watch") as other:
-                    while not done.wait(every):
-                        patience.note(_blockers(other.rows("locks.blockers", pid=pid)))
-        except Exception:
+        if done.wait(every):
             return
+        try:
+            with database.connect("watch") as other:
+                while not done.wait(every):
+                    patience.note([Blocker(**row) for row in other.execute(statement("locks.blockers", pid=pid))])
+        except (psycopg.Error, ServerUnavailable) as error:  # no connection to spare: go on unseeing, and say so
+            print(f"who is in the way cannot be seen: {' '.join(str(error).split())}", flush=True)
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -104,38 +114,80 @@ def watching(database: Database, session: Session, patience: Patience) -> Iterat
         yield
     finally:
         done.set()
-        watcher.join(timeout=1)
+        watcher.join(timeout=5)
 
 
-def _blockers(rows: list[dict[str, Any]]) -> list[Blocker]:
-    return [Blocker(**row) for row in rows]
+@dataclass
+class Clock:
+    """Seconds for which names were locked, and seconds from the request until they were free again: nobody waited longer."""
+
+    locked: float = 0.0
+    queued: float = 0.0
 
 
-def brief(database: Database, what: str, tables: Sequence[sql.Composable], budget_s: float, work: Callable[[Session], Result],
-          purpose: str, lock_timeout_ms: int = 300) -> Result:  # fmt: skip
-    """Run `work` in one short READ COMMITTED transaction whose every lock wait is bounded, retried while the budget lasts."""
-    patience = Patience(budget_s, lock_timeout_ms)
-    with database.session(purpose) as session:
+@contextmanager
+def exclusive(
+    session: Session,
+    patience: Patience,
+    tables: Sequence[sql.Composable],
+    views: Sequence[sql.Composable] = (),
+    mode: str = "ACCESS EXCLUSIVE",
+    clock: Clock | None = None,
+) -> Iterator[Clock]:
+    """A READ COMMITTED transaction that holds `mode` on all of `tables` and `views`, each
+    table's strongest lock at once; nobody queues behind it longer than the timeout, even for many tables.
 
-        def attempt() -> Result:
-            with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
-                return work(session)
-
-        return persist(database, session, patience, what, attempt)
+    First SHARE UPDATE EXCLUSIVE, for which no reader or writer waits: autovacuum yields to it after deadlock_timeout, and never
+    would within a shorter wait. synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s.
+    """
+    eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
+    # One fixed order can starve against an application that has the other; a view's lock takes its tables' along.
+    backwards = patience.attempts % 2 == 0
+    ordered = [*tables[::-1], *views] if backwards else [*views, *tables]
+    clock, asked, had = clock or Clock(), 0.0, 0.0
+    try:
+        with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):
+            session.connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            session.run("locks.evict", tables=sql.SQL(", ").join(tables))
+            # lock_timeout counts for each table; statement_timeout for all of them.
+            timeout = sql.Literal(f"{patience.lock_timeout_ms}ms")
+            session.connection.execute(sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(timeout))
+            asked = time.monotonic()
+            session.run("locks.lock", tables=sql.SQL(", ").join(ordered), mode=trusted(mode))
+            had = time.monotonic()
+            session.connection.execute("SET LOCAL statement_timeout = 0; SET LOCAL jit = off")
+            yield clock
+    finally:
+        clock.queued = time.monotonic() - asked if asked else 0.0
+        clock.locked = time.monotonic() - had if had else 0.0
 
 
 def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> None:
-    """Return once no session of this database has a snapshot older than transaction `horizon`.
+    """Return once no session of this database has a snapshot older than transaction `horizon`, which has just committed.
 
-    A REPEATABLE READ transaction from before the copy would see the new table empty after the swap. Raises
-    LockNotGranted, naming them, when the budget is over.
+    A REPEATABLE READ transaction from before the copy would see the new table empty after the swap. Of sessions whose snapshot
+    this role may not see, every transaction that is open now is waited for. Raises LockNotGranted, naming them, when the
+    budget is over.
     """
-    while old := _blockers(session.rows("locks.old_snapshots", horizon=horizon)):
-        patience.blockers = {}
-        patience.note(old)
-        if patience.over:
+    since = session.value("locks.now")
+    hidden = [row["transaction"] for row in session.rows("locks.hidden_transactions")]
+    while old := session.rows("locks.old_snapshots", horizon=horizon, since=str(since), hidden=hidden):
+        blockers = [Blocker(**row) for row in old]
+        patience.note(blockers)
+        if patience.spent():
             raise LockNotGranted(
                 f"A snapshot older than the copy is still in use after {patience.budget_s:g} s, and to it the new table would be empty:"
-                f" {'; '.join(map(str, old))}. Nothing was changed: end that session or wait for it, then run this again."
+                f" {'; '.join(map(str, blockers))}. Nothing was changed: end that session or wait for it, then run this again."
             )
         time.sleep(0.2)
+
+
+def refuse_late_snapshots(session: Session, patience: Patience) -> None:
+    """Under the locks, when rows had to be replayed: raises NotYet while a transaction lives that took its snapshot before, and
+    would miss these rows after the swap. For half of the budget: against an application that always has one, it would starve.
+    """
+    late = [] if patience.spent(0.5) else session.rows("locks.late_snapshots")
+    if late:
+        blockers = [Blocker(**row) for row in late]
+        patience.note(blockers)
+        raise NotYet(f"a snapshot that would not see the last rows: {'; '.join(map(str, blockers))}")

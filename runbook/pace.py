@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from runbook.database import Session
+from runbook.errors import RunbookError
 
 
 @dataclass
@@ -19,15 +19,17 @@ class Brakes:
 
     max_replica_lag_s: int
     max_active_sessions: int
+    stop: threading.Event = field(default_factory=threading.Event)
     paused: bool = field(default=False)
 
     def wait(self, session: Session) -> None:
-        """Return when there is room."""
+        """Return when there is room, or raise RunbookError when the step is stopped."""
         while reason := self._reason(session):
             if not self.paused:
                 print(f"paused: {reason}", flush=True)
             self.paused = True
-            time.sleep(0.5)
+            if self.stop.wait(0.5):
+                raise RunbookError("The copy was stopped while it paused.")
         if self.paused:
             print("goes on", flush=True)
             self.paused = False

@@ -6,15 +6,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pandas as pd
+import psycopg
 from psycopg import sql
+from psycopg.errors import QueryCanceled
 
 from runbook import changes, compare, pace
 from runbook.changes import Rewritten
 from runbook.database import Session
-from runbook.errors import NotEqual, PromiseBroken
+from runbook.errors import AlreadyRunning, NotEqual, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Index
 from runbook.sheet import Sheet
@@ -22,7 +25,7 @@ from runbook.statements import spelled, statement, trusted
 
 Statements = changes.Statements
 Range = tuple[int, int]
-SHORT_TAIL = 1000
+SHORT_TAIL = changes.SHORT_TAIL
 
 
 def script(run: Run) -> Statements:
@@ -72,7 +75,9 @@ def copy(
         size = session.row("restore.blocks", **run.names)
         done = [(row["first_block"], row["last_block"]) for row in session.rows("restore.copied", **run.names)]
         pending = list(gaps(done, size["blocks"], piece(size["blocks"], size["block_size"], range_mib, workers)))
-        brakes = pace.Brakes(max_replica_lag_s, max_active_sessions)
+        stop = threading.Event()
+        brakes = pace.Brakes(max_replica_lag_s, max_active_sessions, stop)
+        holder = session.connection.info.backend_pid
         progress = pace.Progress(
             "copied",
             run.plan.table.rows,
@@ -83,7 +88,8 @@ def copy(
                 run,
                 workers,
                 pending,
-                lambda session, each: _copy_range(run, session, each, brakes, progress),
+                lambda worker, each: _copy_range(run, worker, each, holder, brakes, progress),
+                stop,
             )
             break
         except Rewritten as again:
@@ -100,13 +106,27 @@ def copy(
 
 def _start_again_if_rewritten(run: Run, session: Session) -> None:
     with session.transaction(lock_timeout="30s"):
+        session.run("restore.wait_for_leftovers", **run.names)
         session.run("changes.hold", **{**run.names, "origin": run.names["source"]})
         filenode = session.value("catalog.filenode", oid=run.names["source_oid"])
         truncated = session.value("changes.truncated", **run.names)
         if truncated or filenode != session.row("ledger.remembered", **run.names)["filenode"]:
+            for each in drop_indexes(run):
+                session.run(each)
             session.run("restore.start_again", **run.names)
             session.run("changes.forget_truncation", **run.names)
             session.run("ledger.remember_filenode", filenode=filenode, **run.names)
+
+
+@contextmanager
+def from_the_copy(run: Run) -> Iterator[None]:
+    """When the source turns out to be rewritten or truncated, the steps that rest on the copy count as not done."""
+    try:
+        yield
+    except Rewritten as rewritten:
+        with run.database.session("ledger") as session:
+            session.run("ledger.undo", migration=run.migration, steps=["restore", "foreign_keys", "cutover"])
+        raise Rewritten(f"{rewritten} Nothing is lost: run 03_restore again, it begins anew with the copy.") from None
 
 
 def piece(blocks: int, block_size: int, range_mib: int, workers: int) -> int:
@@ -123,7 +143,7 @@ def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
         position = max(position, last)
 
 
-def _copy_range(run: Run, session: Session, each: Range, brakes: pace.Brakes, progress: pace.Progress) -> None:
+def _copy_range(run: Run, session: Session, each: Range, holder: int, brakes: pace.Brakes, progress: pace.Progress) -> None:
     brakes.wait(session)
     first, last = (sql.Literal(f"({block},0)") for block in each)
     with session.transaction(lock_timeout="30s", synchronous_commit="off"):
@@ -136,21 +156,30 @@ def _copy_range(run: Run, session: Session, each: Range, brakes: pace.Brakes, pr
             last_block=each[1],
             rows=rows,
         )
+        refuse_orphan(run, session, holder)
     progress.add(rows)
 
 
-def parallel(run: Run, workers: int, work: Sequence[Any], do: Callable[[Session, Any], None]) -> None:
-    """Do all of `work` with several sessions; the first error, or an interrupt, cancels what the others run."""
+def refuse_orphan(run: Run, session: Session, holder: int) -> None:
+    """Raises AlreadyRunning in a worker whose run has lost the table: another one may be doing the same by now."""
+    if all(row["pid"] != holder for row in session.rows("ledger.claimant", source_oid=run.plan.table.oid)):
+        raise AlreadyRunning(f"The connection that holds {run.plan.full_name} for this run was lost: run this step again.")
+
+
+def parallel(
+    run: Run, workers: int, work: Sequence[Any], do: Callable[[Session, Any], None], stop: threading.Event | None = None
+) -> None:
+    """Do all of `work` with several sessions; the first error, or an interrupt, cancels what the others run and sets `stop`."""
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for each in work:
         waiting.put(each)
     sessions: list[Session] = []
-    stop = threading.Event()
+    stopped = stop or threading.Event()
 
     def loop() -> None:
         with run.database.session("worker") as session:
             sessions.append(session)
-            while not stop.is_set():
+            while not stopped.is_set():
                 try:
                     each = waiting.get_nowait()
                 except queue.Empty:
@@ -162,14 +191,16 @@ def parallel(run: Run, workers: int, work: Sequence[Any], do: Callable[[Session,
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()
-            if any(future.done() and future.exception() for future in futures) or not all(future.done() for future in futures):
+            stopped.set()
+            while not all(future.done() for future in futures):  # again: one may have been between two statements
                 for session in sessions:
                     if not session.connection.closed:
-                        session.connection.cancel_safe(timeout=5)
-            wait(futures)
+                        with suppress(psycopg.Error):
+                            session.connection.cancel_safe(timeout=5)
+                wait(futures, timeout=0.5)
     errors = [error for future in futures if (error := future.exception())]
-    for error in sorted(errors, key=lambda error: not isinstance(error, Rewritten)):
+    # What was cancelled is not the cause; a rewritten source is, whatever else came of it.
+    for error in sorted(errors, key=lambda error: (isinstance(error, QueryCanceled), not isinstance(error, Rewritten))):
         raise error
 
 
@@ -177,7 +208,8 @@ def parallel(run: Run, workers: int, work: Sequence[Any], do: Callable[[Session,
 def settle(action: Action) -> Evidence:
     """Replay what changed while the ranges were copied, doubles included: the shadow equals the source afterwards."""
     run = action.run
-    keys = changes.settle(run, action.session)
+    with from_the_copy(run):
+        keys = changes.settle(run, action.session)
     return action.finish(f"{keys:,} changes made during the copy were settled.", keys)
 
 
@@ -262,22 +294,23 @@ def finish_storage(run: Run) -> Statements:
 def build_indexes(action: Action, workers: int = 2) -> Evidence:
     """Build the partitions' indexes in bulk, several at a time: nobody else uses the shadow, so no CONCURRENTLY."""
     run, session = action.run, action.session
-    built = {
-        (partition.name, row["name"])
-        for partition in run.plan.partitions
-        for row in session.rows(
-            "restore.built",
-            leaf_text=spelled((run.staging, partition.name)),
-        )
-    }
-    pending = [(leaf, each) for leaf, name, each in index_builds(run) if (leaf, name) not in built]
-    parallel(run, workers, [each[:1] for _, each in pending], _build)
+    with session.transaction(lock_timeout="30s"):
+        session.run("restore.wait_for_leftovers", **run.names)
+    built: dict[tuple[str, str], bool] = {}  # whether it is its constraint's already
+    for partition in run.plan.partitions:
+        for row in session.rows("restore.built", leaf_text=spelled((run.staging, partition.name))):
+            built[partition.name, row["name"]] = row["adopted"]
+    builds = list(index_builds(run))
+    pending = [each[:1] for leaf, name, each in builds if (leaf, name) not in built]
+    holder = session.connection.info.backend_pid
+    parallel(run, workers, pending, lambda worker, each: _build(run, worker, each, holder))
     with session.transaction(lock_timeout="5s"):
-        for _, each in pending:
-            for later in each[1:]:
+        for leaf, name, each in builds:
+            for later in each[1:] if not built.get((leaf, name)) else []:
                 session.run(later)
-        for each_ in adopt(run):
-            session.run(each_)
+        if not session.rows("restore.built", leaf_text=spelled(run.names["shadow"])):
+            for each_ in adopt(run):
+                session.run(each_)
     for each_ in finish_storage(run):
         session.run(each_)
     return action.finish(
@@ -285,10 +318,22 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
     )
 
 
-def _build(session: Session, statements: list[sql.Composed]) -> None:
+def _build(run: Run, session: Session, statements: list[sql.Composed], holder: int) -> None:
     with session.transaction(lock_timeout="30s", synchronous_commit="off"):
         for each in statements:
             session.run(each)
+        refuse_orphan(run, session, holder)
+
+
+def drop_indexes(run: Run) -> Statements:
+    """The inverse: a copy that begins again wants none."""
+    tables = [(run.names["shadow"], None), *((sql.Identifier(run.staging, each.name), each.name) for each in run.plan.partitions)]
+    for table, leaf in tables:
+        for index in run.plan.indexes:
+            name = index.leaf_names[leaf] if leaf else index.name
+            if index.constraint:
+                yield statement("restore.drop_constraint", table=table, constraint=(name,))
+            yield statement("restore.drop_index", index=(run.staging, name))
 
 
 @recorded("restore", "replay", again=True)
@@ -297,7 +342,8 @@ def replay(action: Action, rounds: int = 20) -> Evidence:
     run, session = action.run, action.session
     total = 0
     for _ in range(rounds):
-        keys, _horizon = changes.replay(run, session)
+        with from_the_copy(run):
+            keys, _horizon = changes.replay(run, session)
         total += keys
         if keys <= SHORT_TAIL:
             break
@@ -311,7 +357,8 @@ def replay(action: Action, rounds: int = 20) -> Evidence:
 def compare_all(action: Action) -> Evidence:
     """Compare every row of source and shadow in one snapshot; raises NotEqual, naming partitions and keys."""
     run = action.run
-    seen = compare.exactly(run, action.session, changes.FORWARD)
+    with from_the_copy(run):
+        seen = compare.exactly(run, action.session, changes.FORWARD)
     return action.finish(seen.sentence, seen.rows, sums=seen.sums)
 
 

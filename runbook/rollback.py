@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from psycopg import errors, sql
@@ -9,11 +11,11 @@ from psycopg import errors, sql
 from runbook import changes, compare, cutover, foreign_keys, locks, partition
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.database import Session
-from runbook.errors import PromiseBroken
+from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
-from runbook.plan import fit
+from runbook.plan import Reference, fit
 from runbook.references import added
-from runbook.restore import SHORT_TAIL
+from runbook.references import names as reference_names
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement, trusted
 
@@ -24,12 +26,20 @@ def preview(run: Run) -> Sheet:
 
 
 def _swapped(run: Run) -> bool:
-    return run.finished("cutover", "swap") is not None and run.finished("rollback", "swap") is None
+    return run.finished("cutover", "swap") is not None
 
 
-def take_away(run: Run) -> Statements:
-    """Before the cut-over: role columns, log triggers, shadow and logs go; no row of the source was ever touched."""
-    yield from foreign_keys.remove(run)
+def _closed(run: Run, session: Session) -> str:
+    """A sentence when this migration was rolled back before. Raises OutOfOrder when it was finished."""
+    state = session.row("ledger.remembered", **run.names)["state"]
+    if state == "finished":
+        raise OutOfOrder(f"The migration of {run.plan.full_name} was finished: the original is gone, and with it the way back.")
+    return f"The migration of {run.plan.full_name} was rolled back already." if state == "rolled back" else ""
+
+
+def take_away(run: Run, references: list[Reference] | None = None) -> Statements:
+    """Before the cut-over: role columns (of `references`), log triggers, shadow and logs go; no row of the source was ever touched."""
+    yield from foreign_keys.remove(run, references)
     yield from partition.remove(run)
 
 
@@ -41,8 +51,8 @@ def unswap_statements(run: Run) -> Statements:
     yield from foreign_keys.without_legacy(run)
     for reference in added(run):
         yield from foreign_keys.remove_column(run, reference)
-    for table in (names["source"], *changes.leaves(run)):
-        yield statement("cutover.set_schema", table=table, to=names["staging"])
+    # With its partitions, wherever they are and whoever attached them; one that was detached since is nobody's but its owner's.
+    yield statement("cutover.set_schema", table=names["source"], to=names["staging"])
     yield from cutover.rename(run, retire=False)
     for column in plan.columns:
         if column.sequence and not column.identity:
@@ -54,81 +64,92 @@ def unswap_statements(run: Run) -> Statements:
         yield rendered(view.definition)
     yield from cutover.positions(run, retire=False)
     yield statement("rollback.drop_partitioned", **names)
+    if cutover.refuses_moves(run):
+        yield statement("cutover.allow_moves", **names)
     for each in plan.carried:
         if each.restore:
             yield rendered(each.restore)
     for check in plan.checks:
         if not check.validated:
-            yield cutover.add(plan.source, check.name, check.definition)
+            yield cutover.add(plan.source, check.name, check.definition, check.comment)
     for key in plan.outgoing:
         yield cutover.add(plan.source, key.name, key.definition.removesuffix(" NOT VALID") + " NOT VALID", key.comment)
     yield from foreign_keys.add_old(run)
 
 
-@recorded("rollback", "swap")
+@recorded("rollback", "swap", again=True)
 def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Replay what changed since the cut-over into the original, compare, and swap the names back in one short transaction.
 
     Nothing to do before the cut-over. Raises PromiseBroken, naming them, when rows have come that the original's
-    unique keys cannot take; LockNotGranted when the budget is over. No write made in either state is lost.
+    unique keys cannot take, or columns and dependent objects that it does not have; LockNotGranted when the budget is over.
+    No write made in either state is lost.
     """
     run, session = action.run, action.session
+    if closed := _closed(run, session):
+        return action.finish(closed, swapped=False)
     if not _swapped(run):
-        return action.finish(f"{run.plan.full_name} was not cut over; there is nothing to swap back.", swapped=False)
-    if {row["partition"] for row in _partitions(run, session)} != {each.name for each in run.plan.partitions}:
-        _resync(run, session)
-    total = _replay(run, session)
-    seen = compare.exactly(run, session, BACK)
-    patience = locks.Patience(budget_s, lock_timeout_ms)
+        return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=False)
+    refuse_losses(run, session)
+    patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
+    logging = session.row("ledger.remembered", **run.names)["triggers"]
+    total, seen = 0, None
 
     def attempt() -> Evidence:
-        _replay(run, session)
-        with cutover.locked(run, session, patience) as clock:
-            if changes.length(run, session, BACK) > SHORT_TAIL:
-                raise cutover.TailTooLong("the log's tail is too long")
-            _apply(run, session)
+        nonlocal total, logging, seen
+        now = session.value("changes.logging_back", **run.names)
+        if now != logging:  # triggers switched off, partitions attached, detached, truncated: what was not logged is looked for
+            _resync(run, session)
+            logging = now
+        keys, horizon = _replay(run, session, patience)
+        seen = seen or compare.exactly(run, session, BACK)
+        locks.wait_for_snapshots(session, horizon, patience)
+        tables, views = cutover.lock_set(run, session)
+        with locks.exclusive(session, patience, tables, views, clock=clock):
+            refuse_losses(run, session)
+            if session.value("changes.logging_back", **run.names) != logging:
+                raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them")
+            try:
+                last = changes.apply_last(run, session, BACK)
+            except Rewritten as rewritten:
+                raise locks.NotYet(str(rewritten)) from None
+            if last:
+                locks.refuse_late_snapshots(session, patience)
             for each in unswap_statements(run):
                 session.run(each)
+            total += keys + last
+            # The forward steps are undone with the same commit: the ledger never says that the table is still swapped.
+            session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             sentence = f"{run.plan.full_name} is the original table again; {total:,} changes since the cut-over went with it."
-            evidence = action.finish(sentence, total, swapped=True, compared=seen.rows)
-        evidence.facts["locked_s"] = clock.seconds
-        return evidence
+            return action.finish(sentence, total, swapped=True, compared=seen.rows)
 
-    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
-
-
-def _partitions(run: Run, session: Session) -> list[dict[str, str]]:
-    return session.rows("rollback.partitions_now", table_text=run.plan.source.as_string(None))
-
-
-def _resync(run: Run, session: Session) -> None:
-    either = sql.SQL(", ").join(
-        sql.SQL("coalesce({}, {})").format(sql.Identifier("s", name), sql.Identifier("d", name)) for name in run.plan.primary_key
+    try:
+        evidence = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    except errors.DependentObjectsStillExist as error:
+        raise PromiseBroken(
+            f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
+            f" {' '.join((error.diag.message_detail or str(error)).split())}. Drop them first, then run 90_rollback again."
+        ) from None
+    return action.finish(
+        f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.", total, **evidence.facts, locked_s=clock.locked
     )
-    with session.transaction("REPEATABLE READ"):
-        session.run("changes.hold", origin=run.names["source"])
-        session.run("rollback.resync", **run.names, either_pk=either)
 
 
-def _replay(run: Run, session: Session) -> int:
-    total = 0
+def _replay(run: Run, session: Session, patience: locks.Patience) -> tuple[int, str]:
     while True:
         try:
-            keys, _ = changes.replay(run, session, BACK)
+            with _whole(run, session):
+                return changes.catch_up(run, session, patience, BACK)
         except Rewritten:
             _resync(run, session)
-            continue
-        except errors.UniqueViolation as error:
-            raise PromiseBroken(_doubles(run, session, error)) from None
-        total += keys
-        if keys <= SHORT_TAIL:
-            return total
 
 
-def _apply(run: Run, session: Session) -> None:
-    if session.value("changes.truncated", **{**run.names, "log": run.names["back"]}):
-        raise cutover.TailTooLong("the table was truncated meanwhile")
-    changes.apply(run, session, BACK)
+@contextmanager
+def _whole(run: Run, session: Session) -> Iterator[None]:
+    try:
+        yield
+    except errors.UniqueViolation as error:
+        raise PromiseBroken(_doubles(run, session, error)) from None
 
 
 def _doubles(run: Run, session: Session, error: Exception) -> str:
@@ -144,32 +165,59 @@ def _doubles(run: Run, session: Session, error: Exception) -> str:
     )
 
 
-@recorded("rollback", "clean")
+def _resync(run: Run, session: Session) -> None:
+    """Every key that differs goes into the log, whatever was logged."""
+    either = sql.SQL(", ").join(
+        sql.SQL("coalesce({}, {})").format(sql.Identifier("s", name), sql.Identifier("d", name)) for name in run.plan.primary_key
+    )
+    with session.transaction("REPEATABLE READ"):
+        session.run("changes.hold", origin=run.names["source"])
+        session.run("rollback.resync", **run.names, either_pk=either)
+
+
+def refuse_losses(run: Run, session: Session) -> None:
+    """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has no place for them."""
+    now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
+    before = {column.name: column.type for column in run.plan.columns}
+    if differing := sorted({name for name, _ in now.items() ^ before.items()}):
+        raise PromiseBroken(
+            f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make {run.plan.retired}"
+            " the same or take the change back, then run 90_rollback again."
+        )
+
+
+@recorded("rollback", "clean", again=True)
 def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Take away what the migration made: role columns, triggers, shadow, logs; validate the old foreign keys again."""
     run, session = action.run, action.session
-    swapped = run.finished("rollback", "swap")
-    if swapped is None or _swapped(run):
+    if closed := _closed(run, session):
+        return action.finish(closed)
+    if _swapped(run):
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
     patience = locks.Patience(budget_s, lock_timeout_ms)
-    if swapped.facts.get("swapped"):
-        _validate(run, session, patience)
+    _validate(run, session, patience)
+    # A role column that this migration did not add is the application's own.
+    mine = [each for each in added(run) if session.value("foreign_keys.logged", **reference_names(run, each))]
+    retired = run.finished("rollback", "swap")
 
     def attempt() -> Evidence:
-        with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
-            if not swapped.facts.get("swapped"):
-                for each in take_away(run):
-                    session.run(each)
-            session.run("rollback.drop_staging", **run.names)
+        tables, _ = cutover.lock_set(run, session)
+        with locks.exclusive(session, patience, tables):
+            for each in take_away(run, [] if retired and retired.facts.get("swapped") else mine):
+                session.run(each)
+            session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             return action.finish(f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it.")
 
     return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
 def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
-    pending = [(each.identifier, each.name) for each in run.plan.references if not each.definition.endswith("NOT VALID")]
-    pending += [(run.plan.source, each.name) for each in run.plan.outgoing if each.validated]
-    for table, name in pending:
+    wanted = {(each.table, each.name): each.identifier for each in run.plan.references if not each.definition.endswith("NOT VALID")}
+    wanted |= {(run.plan.table.name, each.name): run.plan.source for each in run.plan.outgoing if each.validated}
+    for row in session.rows("cutover.validated", table_text=run.plan.source.as_string(None)):
+        table, name = wanted.get((row["name"], row["key"])), row["key"]
+        if row["validated"] or table is None:
+            continue
 
         def attempt(table: sql.Composable = table, name: str = name) -> None:
             with session.transaction(lock_timeout="3s"):
@@ -185,6 +233,8 @@ def check(action: Action, keep_backup: bool = False) -> Evidence:
     `keep_backup` renames it with the UTC time instead. The migration is closed in the ledger and can be started again.
     """
     run, session = action.run, action.session
+    if closed := _closed(run, session):
+        return action.finish(closed)
     with session.qualified():
         now = session.value("catalog.definition", oid=run.plan.table.oid)
     altered = "" if now == run.plan.fingerprint else " It was altered by others since the plan was made; those changes stay."

@@ -122,6 +122,10 @@ SELECT {s_columns} FROM {origin} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON
 -- A key whose row has no partition key yet stays in the log: the cut-over waits for it.
 DELETE FROM {log} k WHERE NOT EXISTS (SELECT FROM {origin} s WHERE {s_is_k} AND NOT ({s_placed}))
 
+-- name: vacuum
+-- An empty log that was long would still be read to its end, and be planned for as if it were long.
+VACUUM (ANALYZE, SKIP_LOCKED) {log}
+
 -- name: note_unplaced
 INSERT INTO {log} SELECT {s_pk} FROM {origin} s WHERE NOT ({s_placed})
 
@@ -129,3 +133,11 @@ INSERT INTO {log} SELECT {s_pk} FROM {origin} s WHERE NOT ({s_placed})
 -- The log's triggers as they are: a disabled one, or one made again (another xmin), means that changes went unseen.
 SELECT string_agg(tgname || ' ' || tgenabled::text || ' ' || xmin::text, ', ' ORDER BY tgname) AS states
   FROM pg_trigger WHERE tgrelid = {oid} AND NOT tgisinternal AND tgname LIKE 'runbook\_%'
+
+-- name: logging_back
+-- Of every partition: its file, and the log's triggers. What differs from what was remembered may have gone unlogged: triggers
+-- switched off for a while, a partition attached or detached, a TRUNCATE of one that came later.
+SELECT string_agg(concat_ws(' ', t.relid, pg_relation_filenode(t.relid), g.states), ', ' ORDER BY t.relid) AS states
+  FROM pg_partition_tree({source_text}::regclass) t
+  LEFT JOIN (SELECT tgrelid, string_agg(concat_ws(' ', tgname, tgenabled, xmin), ' ' ORDER BY tgname) AS states FROM pg_trigger
+              WHERE tgname IN ('runbook_log_back', 'runbook_log_truncate') GROUP BY tgrelid) g ON g.tgrelid = t.relid

@@ -1,15 +1,23 @@
 -- 05: the swap. All of it in one transaction that holds ACCESS EXCLUSIVE on the tables named in its LOCK.
 
--- name: evict
--- First a lock that no reader or writer waits for: autovacuum yields to a waiter after deadlock_timeout.
-LOCK TABLE {tables} IN SHARE UPDATE EXCLUSIVE MODE
-
--- name: lock
--- Each table's strongest lock at once: a weaker one first would be a deadlock with a session that read and then writes.
-LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE
+-- name: gone
+SELECT to_regclass({name}) IS NULL AS gone
 
 -- name: drop_key
 ALTER TABLE {table} DROP CONSTRAINT {constraint}
+
+-- name: refuse_moves
+-- PostgreSQL 14 moves a row to another partition by a delete, and ON DELETE CASCADE would take what references it along.
+CREATE FUNCTION {keep_function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  RAISE feature_not_supported USING MESSAGE = format('%I of %I cannot change on PostgreSQL 14: rows that reference it would be deleted',
+    TG_ARGV[0], TG_ARGV[1]), HINT = 'Upgrade to PostgreSQL 15, then drop this trigger.';
+END $$;
+CREATE TRIGGER runbook_keep_partition BEFORE UPDATE ON {source} FOR EACH ROW WHEN (OLD.{key} IS DISTINCT FROM NEW.{key})
+  EXECUTE FUNCTION {keep_function}({key_text}, {name_text})
+
+-- name: allow_moves
+DROP FUNCTION {keep_function}()
 
 -- name: rename_index
 ALTER INDEX {index} RENAME TO {to}
@@ -47,11 +55,6 @@ ALTER TABLE {table} REPLICA IDENTITY {identity}
 SELECT count(*) FROM {unplaced}
 
 -- name: validated
-SELECT k.conname AS key, k.conrelid::regclass::text AS table, k.convalidated AS validated, pg_get_constraintdef(k.oid) AS definition
+SELECT k.conname AS key, k.conrelid::regclass::text AS table, (SELECT relname FROM pg_class WHERE oid = k.conrelid) AS name, k.convalidated AS validated, pg_get_constraintdef(k.oid) AS definition
   FROM pg_constraint k WHERE k.contype = 'f' AND k.conparentid = 0 AND (k.confrelid = {table_text}::regclass OR k.conrelid = {table_text}::regclass)
  ORDER BY 2, 1
-
--- name: longest_wait
--- How long the sessions that wait for a lock have been waiting: what the application feels of an attempt.
-SELECT coalesce(max(extract(epoch FROM clock_timestamp() - l.waitstart)), 0)::float8 AS seconds
-  FROM pg_locks l WHERE NOT l.granted AND l.relation = ANY ({oids}::oid[]) AND l.pid <> {pid}

@@ -92,9 +92,10 @@ DELETE FROM {reference_log}
 SELECT count(*) FROM {reference_log}
 
 -- name: hand_over
--- Keys whose partition key changes with this replay: the rows that reference them have to follow.
+-- Keys of rows that are referenced with another partition key than theirs. Comparing them with the shadow is not enough:
+-- one that changed and changed back may have been corrected in between.
 INSERT INTO {reference_log} SELECT {s_referenced} FROM {source} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k}
- WHERE NOT EXISTS (SELECT FROM {shadow} d WHERE {d_is_k} AND d.{key} IS NOT DISTINCT FROM s.{key})
+ WHERE EXISTS (SELECT FROM {reference} r WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key})
 
 -- name: wrong
 -- Rows whose role is not their row's; the old foreign key is still in force, so whoever is not among the minority is of
@@ -107,16 +108,16 @@ INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN 
  WHERE w.{role_column} IS DISTINCT FROM v.{key}
 
 -- name: drop_column
-ALTER TABLE {reference} DROP COLUMN IF EXISTS {role_column}
+ALTER TABLE IF EXISTS {reference} DROP COLUMN IF EXISTS {role_column}
 
 -- name: drop_check
-ALTER TABLE {reference} DROP CONSTRAINT IF EXISTS {check_name}
+ALTER TABLE IF EXISTS {reference} DROP CONSTRAINT IF EXISTS {check_name}
 
 -- name: drop_key
-ALTER TABLE {reference} DROP CONSTRAINT {constraint}
+ALTER TABLE IF EXISTS {reference} DROP CONSTRAINT IF EXISTS {constraint}
 
 -- name: add_key
-ALTER TABLE {reference} ADD CONSTRAINT {constraint} {definition} NOT VALID
+ALTER TABLE IF EXISTS {reference} ADD CONSTRAINT {constraint} {definition} NOT VALID
 
 -- name: add_key_validated
 ALTER TABLE {reference} ADD CONSTRAINT {constraint} {definition}

@@ -116,7 +116,7 @@ UPDATE runbook.migration SET triggers = {triggers} WHERE id = {migration}
 UPDATE runbook.migration SET filenode = {filenode} WHERE id = {migration}
 
 -- name: remembered
-SELECT filenode, triggers FROM runbook.migration WHERE id = {migration}
+SELECT filenode, triggers, state FROM runbook.migration WHERE id = {migration}
 
 -- name: last_id
 SELECT max(id) FROM runbook.migration

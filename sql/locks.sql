@@ -3,30 +3,44 @@
 -- name: blockers
 -- Who stands before this backend in the queue of a lock. A prepared transaction blocks as pid 0.
 SELECT b.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
-       coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
+       coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, a.backend_type, '') AS state,
        coalesce(left(a.query, 80), '') AS query,
-       CASE WHEN b.pid = 0 THEN (SELECT string_agg(gid, ', ') FROM pg_prepared_xacts WHERE database = current_database()) END AS gid
-  FROM unnest(pg_blocking_pids({pid})) b(pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+       CASE WHEN b.pid = 0 THEN (
+         SELECT string_agg(DISTINCT p.gid, ', ') FROM pg_prepared_xacts p
+           JOIN pg_locks h ON h.pid IS NULL AND h.virtualtransaction = '-1/' || p.transaction::text
+           JOIN pg_locks w ON w.pid = {pid} AND NOT w.granted AND w.relation = h.relation AND w.database = h.database) END AS gid
+  FROM (SELECT DISTINCT unnest(pg_blocking_pids({pid})) AS pid) b LEFT JOIN pg_stat_activity a ON a.pid = b.pid
 
--- name: holders
--- Who holds or awaits a lock on one of these tables, when nobody could be asked while we waited.
-SELECT coalesce(l.pid, 0) AS pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
-       coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
-       coalesce(left(a.query, 80), '') AS query,
-       CASE WHEN l.pid IS NULL THEN (SELECT string_agg(gid, ', ') FROM pg_prepared_xacts WHERE database = current_database()) END AS gid
-  FROM (SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'relation' AND relation = ANY ({oids}::oid[]) AND granted) l
-  LEFT JOIN pg_stat_activity a ON a.pid = l.pid
- WHERE l.pid IS DISTINCT FROM pg_backend_pid()
+-- name: now
+SELECT clock_timestamp()::text
+
+-- name: hidden_transactions
+-- Of sessions whose state this role may not see: all that are open.
+SELECT l.virtualxid AS transaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+ WHERE l.locktype = 'virtualxid' AND l.pid <> pg_backend_pid() AND a.datname = current_database() AND a.backend_type IS NULL
 
 -- name: old_snapshots
--- Sessions whose snapshot is older than transaction {horizon}: to them the shadow is empty. Their own age tells;
--- a snapshot taken after the horizon has an xmin above it.
+-- Sessions whose snapshot is older than transaction {horizon}: to them the shadow is empty. One that began after {since} is
+-- newer, even when an older transaction still runs elsewhere and keeps its xmin low.
 SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
        coalesce(left(a.query, 80), '') AS query, NULL AS gid
   FROM pg_stat_activity a
- WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.backend_type = 'client backend'
-   AND a.backend_xmin IS NOT NULL AND age(a.backend_xmin) >= age({horizon}::text::xid) AND a.application_name NOT LIKE 'runbook%'
+ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook%'
+   AND (a.backend_type = 'client backend' AND a.backend_xmin IS NOT NULL AND age(a.backend_xmin) >= age({horizon}::text::xid)
+        AND a.xact_start <= {since}::timestamptz
+        OR EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.virtualxid = ANY ({hidden}::text[])))
+
+-- name: late_snapshots
+-- Transactions of several statements that hold a snapshot: REPEATABLE READ ones, or (their statement waits for this lock
+-- without having touched one of the tables before) now and then another.
+SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
+       coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
+       coalesce(left(a.query, 80), '') AS query, NULL AS gid
+  FROM pg_stat_activity a
+ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook%'
+   AND a.backend_type = 'client backend' AND a.backend_xmin IS NOT NULL
+   AND (a.state LIKE 'idle in transaction%' OR a.query_start - a.xact_start > interval '1 ms')
 
 -- name: horizon
 -- The id of this transaction; snapshots that do not see it are older.
@@ -39,5 +53,10 @@ SELECT p.pid FROM pg_stat_progress_vacuum p JOIN pg_stat_activity a USING (pid)
 -- name: deadlock_timeout
 SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'
 
+-- name: evict
+-- No reader or writer waits for this lock; autovacuum yields to it after deadlock_timeout.
+LOCK TABLE {tables} IN SHARE UPDATE EXCLUSIVE MODE
+
 -- name: lock
+-- Each table's strongest lock at once: a weaker one first would be a deadlock with a session that read and then writes.
 LOCK TABLE {tables} IN {mode} MODE

@@ -50,8 +50,19 @@ CREATE {unique} INDEX {index} ON {shadow} USING {tail}
 ALTER TABLE {shadow} ADD CONSTRAINT {index} PRIMARY KEY ({columns})
 
 -- name: built
-SELECT x.relname AS name FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
+SELECT x.relname AS name, EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = x.oid AND k.conrelid = i.indrelid) AS adopted
+  FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
  WHERE i.indrelid = {leaf_text}::regclass AND i.indisvalid
+
+-- name: drop_constraint
+ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {constraint}
+
+-- name: drop_index
+DROP INDEX IF EXISTS {index}
+
+-- name: wait_for_leftovers
+-- What the workers of a run that died still do on the shadow ends before this is granted.
+LOCK TABLE {shadow} IN SHARE ROW EXCLUSIVE MODE
 
 -- name: storage
 ALTER TABLE {leaf} RESET (autovacuum_enabled, toast.autovacuum_enabled)

@@ -6,10 +6,9 @@ DELETE FROM {back} k WHERE ({k_keys}) IS NULL;
 INSERT INTO {back} SELECT {either_pk} FROM {source} s FULL JOIN {retired} d ON {d_is_s}
  WHERE ({s_pk}) IS NULL OR ({d_pk}) IS NULL OR NOT {s_row}::record *= {d_row}::record
 
--- name: partitions_now
-SELECT c.relname AS partition, n.nspname AS schema
-  FROM pg_partition_tree({table_text}::regclass) t JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE t.level > 0 ORDER BY t.level, c.relname
+-- name: columns
+SELECT attname AS name, format_type(atttypid, atttypmod) AS type FROM pg_attribute
+ WHERE attrelid = {table_text}::regclass AND attnum > 0 AND NOT attisdropped
 
 -- name: doubles
 -- What was unique in the original and is not any more.
