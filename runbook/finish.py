@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runbook import changes, locks
+from runbook import changes, cutover, locks
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -61,7 +61,7 @@ def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, 
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:
-        with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+        with locks.exclusive(session, patience, cutover.lock_set(run, session)[0]):
             for each in statements(run, drop_backup):
                 session.run(each)
             session.run("ledger.set_state", state="finished", migration=run.migration)

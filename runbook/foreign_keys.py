@@ -79,7 +79,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
         patience = locks.Patience(budget_s, lock_timeout_ms)
 
         def attempt(reference: Reference = reference, own: dict[str, sql.Composable] = own) -> None:
-            with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+            with locks.exclusive(session, patience, [reference.identifier]):
                 for each in (*log_table(run, reference), *column(run, reference)):
                     session.run(each)
 

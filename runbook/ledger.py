@@ -159,10 +159,7 @@ class Run:
         sentence = str(error) if isinstance(error, RunbookError) else f"{type(error).__name__}: {error}"
         try:
             with self.database.session("ledger") as session:
-                session.run(
-                    "ledger.end_action", id=number, state="failed", sentence=sentence[:2000],
-                    rows=None, evidence=None,
-                )  # fmt: skip
+                session.run("ledger.fail_action", id=number, sentence=sentence[:2000])
         except Exception:
             return
 

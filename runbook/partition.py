@@ -106,7 +106,7 @@ def start_log(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:
-        with session.transaction(lock_timeout=f"{lock_timeout_ms}ms"):
+        with locks.exclusive(session, patience, [run.plan.source], mode="SHARE ROW EXCLUSIVE"):
             for each in changes.switch_on(run):
                 session.run(each)
             states = session.value("changes.trigger_states", oid=run.names["source_oid"])

@@ -69,6 +69,10 @@ INSERT INTO runbook.action (migration, step, action, operator) VALUES ({migratio
 UPDATE runbook.action SET state = {state}, finished_at = clock_timestamp(), sentence = {sentence}, rows = {rows}, evidence = {evidence}
  WHERE id = {id}
 
+-- name: fail_action
+-- Only where it is not done: a commit may have arrived although its answer did not.
+UPDATE runbook.action SET state = 'failed', finished_at = clock_timestamp(), sentence = {sentence} WHERE id = {id} AND state = 'started'
+
 -- name: finished_action
 SELECT a.sentence, a.rows, a.evidence, a.finished_at, a.operator FROM runbook.action a
  WHERE a.migration = {migration} AND a.step = {step} AND a.action = {action} AND a.state = 'done'

@@ -1,0 +1,192 @@
+"""The way back: from any step to what was before, byte for byte, and forward again."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from runbook import finish, rollback
+from runbook.errors import OutOfOrder, PromiseBroken
+from tests import migration
+from tests.walk import client
+
+APPOINTMENTS = "SELECT md5(string_agg(a::text, '|' ORDER BY id)) FROM appointments a"
+USERS = "SELECT md5(string_agg(u::text, '|' ORDER BY id)) FROM users u"
+# What an application's database has besides: a foreign key out of the table, a trigger with side effects, NOTIFY.
+SURROUNDINGS = """
+CREATE TABLE towns (id integer PRIMARY KEY, name text);
+INSERT INTO towns SELECT n, 'town ' || n FROM generate_series(1, 9) n;
+ALTER TABLE users ADD COLUMN town integer REFERENCES towns DEFAULT 1;
+CREATE TABLE audit (at timestamptz DEFAULT clock_timestamp(), what text, who uuid);
+CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO audit (what, who) VALUES (TG_OP, coalesce(NEW.id, OLD.id));
+  NOTIFY users_changed;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER users_audit AFTER INSERT OR UPDATE OR DELETE ON users FOR EACH ROW EXECUTE FUNCTION audit();
+"""
+PAYLOAD = "(email, password, first_name, last_name, role)"
+
+
+def schema(url: str) -> str:
+    """The database's definition, without the ledger and without the words that pg_dump makes up."""
+    text = client("pg_dump", f"--dbname={url}", "--schema-only", "--exclude-schema=runbook*")
+    return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
+
+
+def state(url: str, sql) -> tuple[str, object, object]:
+    return schema(url), sql(USERS), sql(APPOINTMENTS)
+
+
+@pytest.mark.parametrize("last", ["backup", "shadow", "log", "copy", "index", "columns", "fill", "approval"])
+def test_before_the_cutover_every_trace_goes(clinic, sql, last):
+    before = state(clinic, sql)
+    run = migration.forward(clinic, last=last)
+    migration.back(run)
+    assert state(clinic, sql) == before
+    assert sql("SELECT nspname::text FROM pg_namespace WHERE nspname LIKE 'runbook%'") == [("runbook",)]
+
+
+def test_after_the_cutover_the_original_is_back_with_every_write(clinic, sql):
+    sql(SURROUNDINGS)
+    before = schema(clinic)
+    run = migration.forward(clinic)
+    assert sql("SELECT count(*) FROM audit") == [(0,)]
+    write_everywhere(sql)
+    rows, audited = sql(USERS.replace("u::text", "(u.id, u.email, u.role, u.first_name, u.town)::text")), sql("SELECT count(*) FROM audit")
+    appointments = sql("SELECT id, user_id, notes FROM appointments ORDER BY id")
+    migration.back(run)
+    assert schema(clinic) == before
+    assert sql(USERS.replace("u::text", "(u.id, u.email, u.role, u.first_name, u.town)::text")) == rows
+    assert sql("SELECT count(*) FROM audit") == audited
+    assert sql("SELECT id, user_id, notes FROM appointments ORDER BY id") == appointments
+    assert sql("SELECT bool_and(convalidated) FROM pg_constraint WHERE contype = 'f'") == [(True,)]
+
+
+def write_everywhere(sql) -> None:
+    """Every way in which an application writes to a partitioned table."""
+    version = int(sql("SHOW server_version_num")[0][0]) // 10000
+    sql(f"INSERT INTO users {PAYLOAD} VALUES ('new@x', 'p', 'N', 'N', 'admin'), ('newer@x', 'p', 'N', 'N', 'user')")
+    sql(f"INSERT INTO users_doctors {PAYLOAD} VALUES ('leaf@x', 'p', 'N', 'N', 'doctor')")  # directly on a leaf
+    sql("UPDATE users_patients SET first_name = 'on a leaf' WHERE email LIKE '%sample11@%'")
+    sql("DELETE FROM users_patients WHERE email LIKE '%sample12@%'")
+    sql("DELETE FROM users WHERE email LIKE '%sample13@%'")
+    # An address that wanders from one user to another.
+    sql("UPDATE users SET email = 'parked' WHERE email LIKE '%sample21@%'; UPDATE users SET email = 'wandered@x' WHERE email LIKE '%sample22@%';"
+        " UPDATE users SET email = 'wandered-away@x' WHERE email = 'wandered@x'; UPDATE users SET email = 'wandered@x' WHERE email = 'parked'")  # fmt: skip
+    sql("INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, now() FROM users u, doctors d WHERE u.email = 'new@x' LIMIT 1")
+    sql("UPDATE users SET town = 2 WHERE email = 'leaf@x'")
+    if version >= 15:
+        sql("UPDATE users SET role = 'doctor' WHERE email LIKE '%sample31@%'")
+        sql("UPDATE users SET id = gen_random_uuid() WHERE email LIKE '%sample32@%'")
+        sql("MERGE INTO users u USING (VALUES ('new@x', 'doctor')) v (email, role) ON u.email = v.email WHEN MATCHED THEN UPDATE SET role = v.role")
+
+
+def test_a_partition_attached_since_comes_along(clinic, sql):
+    run = migration.forward(clinic)
+    sql("CREATE TABLE users_nurses (LIKE users INCLUDING DEFAULTS)")
+    sql(f"INSERT INTO users_nurses {PAYLOAD} VALUES ('nurse@x', 'p', 'N', 'N', 'nurse')")
+    sql("ALTER TABLE users ATTACH PARTITION users_nurses FOR VALUES IN ('nurse')")
+    sql(f"INSERT INTO users {PAYLOAD} VALUES ('nurse2@x', 'p', 'N', 'N', 'nurse')")
+    migration.back(run)
+    assert sql("SELECT email FROM users WHERE role = 'nurse' ORDER BY 1") == [("nurse2@x",), ("nurse@x",)]
+
+
+def test_a_partition_detached_since_stays_its_owners(clinic, sql):
+    run = migration.forward(clinic)
+    sql("DELETE FROM appointments WHERE user_role = 'admin'")
+    sql("ALTER TABLE users DETACH PARTITION users_admins")
+    migration.back(run)
+    assert sql("SELECT count(*) FROM users_admins") == [(1,)]
+    assert sql("SELECT count(*) FROM users WHERE role = 'admin'") == [(0,)]
+
+
+@pytest.mark.parametrize(("truncated", "left"), [("users", 1), ("users_doctors", 951)])
+def test_a_truncate_after_the_cutover_is_followed(clinic, sql, truncated, left):
+    run = migration.forward(clinic)
+    sql(f"TRUNCATE {truncated} CASCADE")
+    sql(f"INSERT INTO users {PAYLOAD} VALUES ('after@x', 'p', 'N', 'N', 'doctor')")
+    migration.back(run)
+    assert sql("SELECT count(*), count(*) FILTER (WHERE email = 'after@x') FROM users") == [(left, 1)]
+
+
+def test_writes_while_the_log_was_switched_off_are_found(clinic, sql):
+    run = migration.forward(clinic)
+    sql("ALTER TABLE users DISABLE TRIGGER USER")
+    sql("UPDATE users SET first_name = 'unlogged' WHERE email LIKE '%sample41@%'")
+    sql("ALTER TABLE users ENABLE TRIGGER USER")
+    migration.back(run)
+    assert sql("SELECT count(*) FROM users WHERE first_name = 'unlogged'") == [(1,)]
+
+
+def test_rows_that_the_original_cannot_take_are_named(clinic, sql):
+    run = migration.forward(clinic)
+    sql(f"INSERT INTO users {PAYLOAD} VALUES ('double@x', 'p', 'N', 'N', 'doctor'), ('double@x', 'p', 'N', 'N', 'admin')")
+    with pytest.raises(PromiseBroken, match="double@x"):
+        rollback.swap_back(run)
+    assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("p",)]
+    sql("DELETE FROM users WHERE email = 'double@x' AND role = 'admin'")
+    migration.back(run)
+    assert sql("SELECT role FROM users WHERE email = 'double@x'") == [("doctor",)]
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        ("ALTER TABLE users ADD COLUMN nickname text", "nickname"),
+        ("CREATE VIEW admins AS SELECT * FROM users WHERE role = 'admin'", "admins"),
+        ("CREATE TABLE visits (u uuid, r varchar(50), FOREIGN KEY (u, r) REFERENCES users (id, role))", "visits"),
+    ],
+)
+def test_what_was_made_since_is_never_dropped_silently(clinic, sql, made, named):
+    run = migration.forward(clinic)
+    sql(made)
+    with pytest.raises(PromiseBroken, match=named):
+        rollback.swap_back(run)
+    assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("p",)]
+
+
+def test_there_and_back_and_there_again_and_the_end(clinic, sql):
+    before = state(clinic, sql)
+    for _ in range(2):
+        run = migration.forward(clinic)
+        migration.back(run)
+        migration.back(run)  # once more harms nothing
+        assert state(clinic, sql) == before
+    run = migration.forward(clinic)
+    with pytest.raises(OutOfOrder):
+        finish.require(run, "a test")
+    sql("INSERT INTO runbook.action (migration, step, action, state, operator, finished_at) VALUES (%s, 'verify', 'check', 'done', 'a test', now())",
+        [run.migration])  # fmt: skip
+    migration.walk(run, migration.END)
+    assert sql("SELECT to_regclass('users_retired')") == [(None,)]
+    assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'runbook%'") == [(0,)] or server_is_14(sql)
+    with pytest.raises(OutOfOrder, match="finished"):
+        rollback.swap_back(run)
+    assert sql("SELECT count(*) FROM users") == [(1000,)]
+
+
+def server_is_14(sql) -> bool:
+    return sql("SHOW server_version_num")[0][0].startswith("14")
+
+
+def test_the_backup_can_be_kept_under_another_name(clinic, sql):
+    run = migration.forward(clinic)
+    migration.walk(run, migration.BACK, last="clean")
+    rollback.check(run, keep_backup=True)
+    kept = sql(r"SELECT relname::text FROM pg_class WHERE relname ~ '^users_backup_\d{8}T\d{6}Z$'")
+    assert len(kept) == 1
+    migration.forward(clinic)
+
+
+def test_identities_go_on_in_both_directions(database, sql):
+    sql("CREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, kind text NOT NULL, body text);"
+        " INSERT INTO notes (kind, body) SELECT CASE WHEN n % 3 = 0 THEN 'a' ELSE 'b' END, n::text FROM generate_series(1, 100) n")  # fmt: skip
+    run = migration.plan(database, "notes", "kind")
+    migration.walk(run, migration.FORWARD)
+    assert sql("INSERT INTO notes (kind) VALUES ('a'), ('b') RETURNING id") == [(101,), (102,)]
+    migration.back(run)
+    assert sql("INSERT INTO notes (kind) VALUES ('a') RETURNING id") == [(103,)]
+    with pytest.raises(psycopg.errors.GeneratedAlways):
+        sql("INSERT INTO notes (id, kind) VALUES (1, 'a')")
