@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("ipykernel", "matplotlib", "nbclient", "nbconvert", "numpy", "pandas", "papermill", "psycopg", "pydantic",
              "sqlalchemy")  # fmt: skip
+STATEMENTS = ".statements.jsonl"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -87,31 +88,53 @@ class Run:
         return run
 
     def start(self, notebook: str) -> Path:
-        """Notes that this notebook runs now; returns where its record belongs."""
-        self.manifest["steps"].append({"notebook": notebook, "state": "running", "begun": _now()})
+        """Notes that this notebook runs now (by hand: is about to be saved again); returns where its record belongs."""
+        step = self._step(notebook)
+        step |= {"notebook": notebook, "state": "running", "begun": step.get("begun", _now())}
+        for file in _of(notebook, self.folder):
+            self.manifest["files"].pop(file.name, None)
         self._write()
         return self.folder / notebook
 
-    def add(self, executed: Executed, **facts: Any) -> None:
-        """The outcome of the notebook last started, with its HTML beside it."""
+    def add(self, executed: Executed, *, state: str = "", **facts: Any) -> None:
+        """The outcome of a notebook that was started, with its HTML and its statements beside it."""
         from runbook.pages import render_html
 
-        step = self.manifest["steps"][-1]
-        step |= {
-            "state": "completed" if executed.failed_cell is None else "failed",
+        self._step(executed.notebook.name).update({
+            "state": state or ("completed" if executed.failed_cell is None else "failed"),
             "seconds": round(executed.seconds, 3), "failed_cell": executed.failed_cell,
             "error_name": executed.error_name, "error": redact(executed.error, self.secrets),
-        }  # fmt: skip
-        self._hash(executed.notebook, render_html(executed.notebook))
+        })  # fmt: skip
+        render_html(executed.notebook)
+        files = _of(executed.notebook.name, self.folder)
+        if self.manifest.get("by_hand"):  # the kernel lives on, and with it its statements
+            files = [file for file in files if not file.name.endswith(STATEMENTS)]
+        self._hash(*files)
         self._write(facts)
+
+    def keep(self, *files: Path) -> None:
+        """Notes files that are in the folder, or are there anew."""
+        self._hash(*files)
+        self._write()
+
+    def _step(self, notebook: str) -> dict[str, Any]:
+        steps: list[dict[str, Any]] = self.manifest["steps"]
+        if not (found := next((step for step in steps if step["notebook"] == notebook), None)):
+            steps.append(found := {})
+        return found
 
     def seal(self, **facts: Any) -> str:
         """Ends the run, well or not, and chains it to the run sealed before; returns its manifest's sha256, the head."""
-        from runbook.pages import index
+        from runbook.pages import index, unlink_missing
 
-        runs, steps = self.folder.parent, self.manifest["steps"]
-        good = steps and all(step["state"] == "completed" for step in steps)
-        self.manifest |= {"state": "completed" if good else "failed", "sealed": True}
+        runs, states = self.folder.parent, {step["state"] for step in self.manifest["steps"]}
+        state = "failed"
+        if self.manifest.get("by_hand") and not {"failed", "running"} & states:
+            state = "unfinished"
+        if states == {"completed"}:
+            state = "completed"
+        self.manifest |= {"state": state, "sealed": True}
+        unlink_missing(self.folder)
         self._hash(*_files(self.folder))
         with _alone(runs):
             self.manifest |= {"previous": _end(runs), "ended": _now()}
@@ -122,7 +145,8 @@ class Run:
         return head
 
     def _hash(self, *files: Path) -> None:
-        self.manifest["files"] |= {file.relative_to(self.folder).as_posix(): _sha256(file) for file in files}
+        folder = self.folder.resolve()
+        self.manifest["files"] |= {file.resolve().relative_to(folder).as_posix(): _sha256(file) for file in files}
 
     def _write(self, facts: Mapping[str, Any] | None = None) -> str:
         self.manifest |= redacted(facts or {}, self.secrets)
@@ -187,12 +211,13 @@ def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
             yield f"{folder.name}/{name} was removed."
         elif _sha256(there[name]) != digest:
             yield f"{folder.name}/{name} was changed."
-    # A run that still works, or broke off, has one notebook that is not hashed yet.
-    last = manifest["steps"][-1:] if not manifest["sealed"] else []
-    stem = Path(last[0]["notebook"]).stem if last and last[0]["state"] == "running" else None
-    for name in there.keys() - manifest["files"].keys():
-        if stem is None or Path(name).name.removeprefix(".").split(".")[0] != stem:
-            yield f"{folder.name}/{name} was added."
+    # A run that still works, or broke off, has a notebook that is not hashed yet; by hand there may be several.
+    known = set(manifest["files"])
+    if not manifest["sealed"]:
+        known |= {file.name for step in manifest["steps"] if step["state"] == "running" for file in _of(step["notebook"], folder)}
+        known |= {name for name in there if name.endswith(STATEMENTS)}
+    for name in there.keys() - known:
+        yield f"{folder.name}/{name} was added."
 
 
 def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path, dict[str, Any], str]]:
@@ -240,6 +265,11 @@ def _alone(runs: Path) -> Iterator[None]:
         yield
     finally:
         os.close(held)
+
+
+def _of(notebook: str, folder: Path) -> list[Path]:
+    """What belongs to one notebook: itself, its page, its statements, and what is being written of them."""
+    return [file for file in folder.iterdir() if file.name.removeprefix(".").split(".")[0] == Path(notebook).stem]
 
 
 def _files(folder: Path) -> list[Path]:

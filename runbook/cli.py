@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,11 +163,8 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path) -> None:
     """Execute notebooks into a new folder under `out`; the record is sealed whatever happens. Exits unless all went well."""
     from runbook.engine import execute  # Jupyter's libraries take seconds to load, and only this needs them
 
-    ours = folder("notebooks").resolve()
-    if ours in (out.resolve(), *out.resolve().parents):
-        raise BadInput(f"{out} lies inside the notebooks' own folder: choose another with --out.")
     table, where = str(given["table"]), str(given.get("database", "embedded"))
-    record = archive.Run.begin(out, table, given, approved_by=str(given.get("approved_by", "")))
+    record = _begin(out, given)
     lines: list[dict[str, Any]] = []
     stopped = error_name = ""
     bar = tqdm(total=len(names), unit="step", disable=not sys.stderr.isatty(), leave=False)
@@ -203,6 +197,14 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path) -> None:
     click.echo(f"Head:   {head}")
     if stopped:
         sys.exit(EXIT_CODES.get(error_name, 1))
+
+
+def _begin(out: Path, given: dict[str, Any], **facts: Any) -> archive.Run:
+    """A new record under `out`."""
+    ours = folder("notebooks").resolve()
+    if ours in (out.resolve(), *out.resolve().parents):
+        raise BadInput(f"{out} lies inside the notebooks' own folder: choose another with --out.")
+    return archive.Run.begin(out, str(given["table"]), given, approved_by=str(given.get("approved_by", "")), **facts)
 
 
 def _own(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -292,22 +294,22 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
 @options(users=True, out=True)
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path, no_browser: bool) -> None:
-    """Open the notebooks in JupyterLab, in a new folder under --out, with the parameters filled in."""
-    from papermill.iorw import load_notebook_node, write_ipynb
-    from papermill.parameterize import parameterize_notebook
+    """Work through the notebooks in JupyterLab: what is run and saved there leaves the same record.
+
+    A new folder under --out gets a copy of the notebooks, with the parameters filled in; Ctrl-C ends the run and seals it.
+    """
+    from runbook import desk  # JupyterLab's libraries take seconds to load, and only this needs them
 
     given = gather(file, pairs, database, users)
-    desk = out / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-lab"
-    shutil.copytree(folder("notebooks"), desk)
-    if file or pairs or database or users is not None:
-        for path in desk.glob("*.ipynb"):
-            write_ipynb(parameterize_notebook(load_notebook_node(str(path)), _own(path.stem, given)), str(path))
-    click.echo(f"The notebooks are in {desk}.")
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={desk.resolve()}"]
-    command.append("--LabApp.default_url=/lab/tree/00_plan.ipynb")
-    if os.name == "posix" and os.geteuid() == 0:
-        command.append("--allow-root")
-    os.execv(sys.executable, [*command, *(["--no-browser"] if no_browser else [])])
+    record = _begin(out, given, by_hand=True)
+    head = ""
+    try:
+        desk.lay(record, lambda name: _own(name, given if file or pairs or database or users is not None else {}))
+        click.echo(f"The notebooks are in {record.folder}.")
+        desk.serve(record, browser=not no_browser)
+    finally:
+        head = _seal(record, str(given.get("database", "embedded")), str(given["table"]), "worked through by hand")
+        click.echo(f"\nRecord: {record.folder}\nHead:   {head}")
 
 
 @main.command()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,6 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from runbook import embedded
 from runbook.errors import BadInput, ServerUnavailable
+from runbook.redaction import known_secrets, redact
 from runbook.statements import Value, statement
 
 OLDEST, NEWEST = 14, 18
@@ -26,12 +31,26 @@ OLDEST, NEWEST = 14, 18
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement as it ran; part of the record."""
+    """One statement as it ran; part of the record. `error` is its SQLSTATE where it failed, else empty."""
 
     at: datetime
     name: str
     seconds: float
     rows: int
+    error: str = ""
+
+    def write_down(self) -> None:
+        """Adds it to the record of the notebook that this kernel runs, if it runs one: what failed later is there, too."""
+        folder, notebook = os.environ.get("RUNBOOK_RECORD"), os.environ.get("JPY_SESSION_NAME")
+        if folder and notebook:
+            line = redact(json.dumps({**vars(self), "at": self.at.isoformat()}, ensure_ascii=False), _secrets())
+            with suppress(OSError), Path(folder, f"{Path(notebook).stem}.statements.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+@cache
+def _secrets() -> frozenset[str]:
+    return frozenset(known_secrets())
 
 
 @dataclass
@@ -85,8 +104,11 @@ class Database:
     def frame(self, query: str | sql.Composed, /, **names: Value) -> pd.DataFrame:
         """The rows of a named statement as a DataFrame."""
         composed = statement(query, **names) if isinstance(query, str) else query
-        with self.engine().connect() as connection:
-            return pd.read_sql(composed.as_string(connection.connection.driver_connection), connection)
+        label = query if isinstance(query, str) else _first_line(composed.as_string(None))
+        with self.engine().connect() as connection, noted(self.statements, label) as rows:
+            frame = pd.read_sql(composed.as_string(connection.connection.driver_connection), connection)
+            rows.append(len(frame))
+        return frame
 
     @contextmanager
     def session(self, purpose: str = "") -> Iterator[Session]:
@@ -111,10 +133,9 @@ class Session:
     def run(self, query: str | sql.Composed, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
         """Run `group.name`, or a composed statement; the cursor has its rows."""
         composed = statement(query, **names) if isinstance(query, str) else query
-        at, started = datetime.now(UTC), time.perf_counter()
-        cursor = self.connection.execute(composed)
-        label = query if isinstance(query, str) else _first_line(composed.as_string(self.connection))
-        self.statements.append(Statement(at, label, time.perf_counter() - started, cursor.rowcount))
+        with noted(self.statements, query if isinstance(query, str) else _first_line(composed.as_string(None))) as rows:
+            cursor = self.connection.execute(composed)
+            rows.append(cursor.rowcount)
         return cursor
 
     def rows(self, query: str | sql.Composed, /, **names: Value) -> list[dict[str, Any]]:
@@ -151,6 +172,20 @@ class Session:
                     sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(*name.split("__")), sql.Literal(str(setting)))
                 )
             yield
+
+
+@contextmanager
+def noted(statements: list[Statement], name: str) -> Iterator[list[int]]:
+    """Notes the statement that runs inside, also when it fails; whoever runs it appends its number of rows."""
+    at, started, rows, error = datetime.now(UTC), time.perf_counter(), list[int](), ""
+    try:
+        yield rows
+    except BaseException as failed:
+        error = getattr(failed, "sqlstate", None) or type(failed).__name__
+        raise
+    finally:
+        statements.append(Statement(at, name, time.perf_counter() - started, rows[0] if rows else -1, error))
+        statements[-1].write_down()
 
 
 def target(database: str, users: int | None = None) -> Database:

@@ -11,12 +11,12 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
@@ -138,6 +138,9 @@ class RecordEngine(NBClientEngine):  # type: ignore[misc]
             iopub_timeout=60, **known,
         )  # fmt: skip
         client.on_output, client.secrets = on_output, secrets
+        if nb_man.output_path and Path(nb_man.output_path).with_name("manifest.json").is_file():
+            written = Path(nb_man.output_path).absolute()
+            client.told = {"RUNBOOK_RECORD": str(written.parent), "JPY_SESSION_NAME": written.name}
         try:
             client.execute()
         except Exception:
@@ -153,6 +156,7 @@ class RecordEngine(NBClientEngine):  # type: ignore[misc]
 class _Client(PapermillNotebookClient):  # type: ignore[misc]
     on_output: Callable[[str], None] | None = None
     secrets: frozenset[str] = frozenset()
+    told: Mapping[str, str] = MappingProxyType({})  # where the kernel's statements are written down
     at = 0  # the cell that runs, or would run first
 
     def create_kernel_manager(self) -> AsyncKernelManager:
@@ -172,7 +176,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         own["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
         try:
             log = self.room.joinpath("log").open("wb")
-            with log, self.setup_kernel(env=os.environ | own, stdout=log, stderr=log):
+            with log, self.setup_kernel(env={**os.environ, **own, **self.told}, stdout=log, stderr=log):
                 self.papermill_execute_cells()
                 self.set_widgets_metadata()
                 self.nb.metadata["runbook"] = {"state": "completed"}
@@ -261,9 +265,9 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         if before:
             outs.pop()
             head, newline, line = before.text.rpartition("\n")
-            before.text = head + newline + OVERWRITTEN.sub("", line + out.text)
+            before.text = head + newline + shown(line + out.text)
         else:
-            out.text = OVERWRITTEN.sub("", out.text)
+            out.text = shown(out.text)
         return out
 
 
@@ -271,9 +275,17 @@ class _Kernel(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec | None:
         """python3 is this interpreter, whichever kernels the user has installed under that name."""
-        if self.kernel_name == NATIVE_KERNEL_NAME:
-            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
-        return super().kernel_spec
+        return interpreter(self.kernel_name) or super().kernel_spec
+
+
+def interpreter(kernel_name: str) -> KernelSpec | None:
+    """The kernel python3 in this interpreter; None for any other."""
+    return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict()) if kernel_name == NATIVE_KERNEL_NAME else None
+
+
+def shown(text: str) -> str:
+    """Of lines that overwrite themselves (progress bars) only what a terminal shows in the end."""
+    return OVERWRITTEN.sub("", text)
 
 
 class _Record(LocalHandler):  # type: ignore[misc]

@@ -34,7 +34,7 @@ INDEX = """<!DOCTYPE html>
 <title>Runs</title><style>
  body {{ font: 16px/1.5 sans-serif; margin: 1.5em; color: #1a1a1a }} table {{ border-collapse: collapse }}
  th, td {{ text-align: left; vertical-align: top; padding: .4em .8em; border-bottom: 1px solid #ccc; overflow-wrap: break-word }}
- .failed, .broken {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
+ .failed, .broken, .unfinished {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
  @media (max-width: 700px) {{
   thead {{ display: none }} tr {{ display: block; border: 1px solid #999; margin: 0 0 1em; padding: .3em }}
   td {{ display: block; border: 0; padding: .1em .4em }} td::before {{ content: attr(data-is) ": "; color: #555 }}
@@ -86,6 +86,16 @@ def render_html(notebook: Path) -> Path:
     return target_file
 
 
+def unlink_missing(folder: Path) -> None:
+    """Of links to notebooks that this run did not come to only the words are left."""
+    for page in folder.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for name in set(re.findall(r'<a href="([\w.-]+\.html)"', text)):
+            if not (folder / name).is_file():
+                text = text.replace(f'<a href="{name}"', "<a")
+        write_whole(page, text)
+
+
 def index(runs: Path) -> Path:
     """Writes runs/index.html: what each run did, who ran it, how long it took, how it ended; the newest first."""
     names = ("Run", "Table", "Who", "Steps took", "Result", "First that failed", "Record")
@@ -107,13 +117,14 @@ def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
     bad = next((step for step in steps if step["state"] != "completed"), None)
     pages = [(Path(step["notebook"]).with_suffix(".html").name, step["notebook"]) for step in steps]
     links = [(Path(name).stem, page if (folder / page).is_file() else name) for page, name in pages]
+    by_hand = " by hand" if manifest.get("by_hand") else ""
     who = [manifest.get(name, "") for name in ("operator", "database_user")]
     failure = f"{Path(bad['notebook']).stem}: {bad.get('error', '')}" if bad and state != "running" else ""
     result = manifest.get("result", "") if state == "completed" else ""  # else the next column says it
     plain = (
         manifest.get("begun", "")[:19].replace("T", " ") + " UTC",
         manifest.get("table", ""),
-        " as ".join(name for name in who if name) + f" on {manifest.get('host', '')}",
+        " as ".join(name for name in who if name) + f" on {manifest.get('host', '')}{by_hand}",
         f"{sum(step.get('seconds', 0) for step in steps):,.1f} s",
     )
     files = [*links, *((n, n) for n in manifest["files"] if n == "certificate.html"), ("manifest", "manifest.json")]

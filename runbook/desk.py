@@ -1,0 +1,143 @@
+"""The desk: JupyterLab on a run's own copy of the notebooks; every save is redacted first, and kept as a record after."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyterlab.labapp import LabApp
+from papermill.iorw import load_notebook_node, write_ipynb
+from papermill.parameterize import parameterize_notebook
+from tornado.web import HTTPError
+from traitlets.config import Config
+
+from runbook.archive import Run
+from runbook.engine import Executed, interpreter, shown
+from runbook.redaction import redacted
+from runbook.statements import folder
+
+SETTINGS = {
+    # What happened in a cell is in the record once it is saved, with the cell's times.
+    "@jupyterlab/docmanager-extension:plugin": {"autosaveInterval": 10},
+    "@jupyterlab/notebook-extension:tracker": {"recordTiming": True},
+    # Nothing is fetched from elsewhere.
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+class Interpreter(KernelSpecManager):
+    """python3 is this interpreter, whichever kernels the user has installed under that name."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        return interpreter(kernel_name) or super().get_kernel_spec(kernel_name)
+
+
+def lay(record: Run, own: Callable[[str], Mapping[str, Any]]) -> None:
+    """Copies the notebooks into the run's folder, each with its own parameters filled in."""
+    for path in sorted(folder("notebooks").glob("*.ipynb")):
+        notebook, given = load_notebook_node(str(path)), redacted(own(path.stem), record.secrets)
+        write_ipynb(parameterize_notebook(notebook, given) if given else notebook, str(record.folder / path.name))
+    record.keep(*record.folder.glob("*.ipynb"))
+
+
+def serve(record: Run, *, browser: bool = True) -> None:
+    """JupyterLab on the run's folder until it is told to end (Ctrl-C twice, SIGTERM, SIGHUP, or its own menu)."""
+    with tempfile.TemporaryDirectory(prefix="runbook-lab-") as beside:
+        settings = Path(beside, "labconfig", "default_setting_overrides.json")
+        settings.parent.mkdir()
+        settings.write_text(json.dumps(SETTINGS))
+        path = [beside, *filter(None, [os.environ.get("JUPYTER_CONFIG_PATH")])]
+        os.environ |= {"JUPYTER_CONFIG_PATH": os.pathsep.join(path), "RUNBOOK_RECORD": str(record.folder.resolve())}
+        os.environ |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        options = {
+            "ServerApp.root_dir": record.folder.resolve(),
+            "MappingKernelManager.root_dir": Path.cwd(),  # a kernel works where `runbook run` would
+            "ServerApp.contents_manager_class": "jupyter_server.services.contents.largefilemanager.AsyncLargeFileManager",
+            "FileCheckpoints.checkpoint_dir": f"{beside}/checkpoints",
+            "LabApp.workspaces_dir": f"{beside}/workspaces",
+            "LabApp.default_url": "/lab/tree/00_plan.ipynb",
+            "ServerApp.open_browser": browser,
+            "ServerApp.allow_root": os.name == "posix" and os.geteuid() == 0,
+        }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        app = LabApp.initialize_server(argv=words, config=Config(ServerApp={"kernel_spec_manager_class": Interpreter}))
+        _watch(app, record)
+        if hasattr(signal, "SIGHUP"):  # a terminal that is closed ends the run; it does not break it off
+            signal.signal(signal.SIGHUP, lambda *_: app.stop(from_signal=True))
+        app.start()
+
+
+def _watch(app: Any, record: Run) -> None:
+    """Nothing reaches the folder but through these two hooks: whatever is saved is without secrets, and in the manifest."""
+
+    def before(model: dict[str, Any], path: str, **_: Any) -> None:
+        try:
+            if model["type"] == "notebook":
+                name = path.strip("/")
+                model["content"] = redacted(_settled(model["content"]), record.secrets)
+                said = outcome(model["content"])[1]
+                model["content"]["metadata"]["runbook"] = redacted(said, record.secrets)
+                if said and "/" not in name:
+                    record.start(name)
+            elif model.get("format") == "text":
+                model["content"] = redacted(model["content"], record.secrets)
+        except Exception as error:  # Jupyter would log any other, and save what was not redacted
+            raise HTTPError(500, f"{path} is not saved, because its secrets could not be taken out: {error!r}.") from error
+
+    def after(os_path: str, model: dict[str, Any], **_: Any) -> None:
+        path = Path(os_path)
+        if path.is_dir():
+            return None
+        if model["type"] != "notebook" or path.parent != record.folder.resolve():
+            return record.keep(path)
+        seconds, said = outcome(json.loads(path.read_text(encoding="utf-8")))
+        if not said:  # opened, and nothing was run in it
+            return record.keep(path)
+        done = Executed(path, seconds, said.get("cell"), said.get("error", ""), said.get("error_name", ""))
+        return record.add(done, state=said["state"])
+
+    app.contents_manager.register_pre_save_hook(before)
+    app.contents_manager.register_post_save_hook(after)
+
+
+def outcome(content: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """How long a notebook's cells took, and what became of it in the engine's words; nothing when no cell was run.
+
+    Failed is one that shows an error, completed one whose every code cell ran after the cell above it.
+    """
+    cells = [(at, cell) for at, cell in enumerate(content["cells"]) if cell["cell_type"] == "code"]
+    code = [(at, cell) for at, cell in cells if "".join(cell["source"]).strip()]
+    seconds, counts = sum(_seconds(cell) for _, cell in code), [cell["execution_count"] or 0 for _, cell in code]
+    for at, cell in code:
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                said = {"cell": at, "error_name": output["ename"], "error": output["evalue"] or output["ename"]}
+                return seconds, {"state": "failed", **said, "cell_id": cell.get("id", "")}
+    if not any(counts):
+        return seconds, {}
+    return seconds, {"state": "completed" if all(counts) and counts == sorted(counts) else "unfinished"}
+
+
+def _seconds(cell: dict[str, Any]) -> float:
+    times = cell["metadata"].get("execution", {})
+    with suppress(KeyError, ValueError):
+        begun, ended = times["iopub.execute_input"], times["shell.execute_reply"]
+        return (datetime.fromisoformat(ended) - datetime.fromisoformat(begun)).total_seconds()
+    return 0.0
+
+
+def _settled(content: dict[str, Any]) -> dict[str, Any]:
+    """Of lines that overwrite themselves (progress bars) only what stands in the end."""
+    for cell in content["cells"]:
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "stream":
+                output["text"] = shown("".join(output["text"]))
+    return content
