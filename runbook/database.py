@@ -81,7 +81,7 @@ class Database:
             reason = " ".join(str(error).split())
             raise ServerUnavailable(f"{self.name} cannot be reached: {reason}") from None
         connection.execute(
-            "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0;"
+            "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
             " SET idle_in_transaction_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
             " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -232,8 +233,14 @@ def _what_changed(session: Session, plan: Plan) -> str:
 
 
 def _claim(session: Session, plan: Plan) -> None:
-    if session.value("ledger.claim", source_oid=plan.table.oid - (plan.table.oid >> 31 << 32)):
-        return
+    # The server notices within a second or so that a client is gone, and only then lets go of its lock.
+    end = time.monotonic() + 3
+    while True:
+        if session.value("ledger.claim", source_oid=plan.table.oid - (plan.table.oid >> 31 << 32)):
+            return
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
     holder = session.run("ledger.claimant", source_oid=plan.table.oid).fetchone() or {}
     raise AlreadyRunning(
         f"{plan.full_name} is being migrated by another run: {holder.get('application', 'a session')} of {holder.get('user')}"

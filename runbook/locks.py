@@ -88,7 +88,7 @@ def persist(database: Database, session: Session, patience: Patience, what: str,
             except BUSY as error:
                 if patience.spent():
                     raise patience.refusal(what, error) from error
-                time.sleep(min(2.0, 0.1 * 1.5**patience.attempts) * random.uniform(0.5, 1))
+                time.sleep(min(1.0, 0.1 * 1.5**patience.attempts) * random.uniform(0.5, 1))
 
 
 @contextmanager

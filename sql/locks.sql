@@ -7,7 +7,8 @@ SELECT b.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, ''
        coalesce(left(a.query, 80), '') AS query,
        CASE WHEN b.pid = 0 THEN (
          SELECT string_agg(DISTINCT p.gid, ', ') FROM pg_prepared_xacts p
-           JOIN pg_locks h ON h.pid IS NULL AND h.virtualtransaction = '-1/' || p.transaction::text
+           JOIN pg_locks x ON x.pid IS NULL AND x.locktype = 'transactionid' AND x.transactionid = p.transaction
+           JOIN pg_locks h ON h.pid IS NULL AND h.virtualtransaction = x.virtualtransaction
            JOIN pg_locks w ON w.pid = {pid} AND NOT w.granted AND w.relation = h.relation AND w.database = h.database) END AS gid
   FROM (SELECT DISTINCT unnest(pg_blocking_pids({pid})) AS pid) b LEFT JOIN pg_stat_activity a ON a.pid = b.pid
 
@@ -32,15 +33,16 @@ SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, ''
         OR EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.virtualxid = ANY ({hidden}::text[])))
 
 -- name: late_snapshots
--- Transactions of several statements that hold a snapshot: REPEATABLE READ ones, or (their statement waits for this lock
--- without having touched one of the tables before) now and then another.
+-- Transactions that hold a snapshot from an earlier statement: REPEATABLE READ ones. One whose statement waits for this lock
+-- looks alike when it has touched another table before, so that now and then it is taken for one.
 SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
        coalesce(left(a.query, 80), '') AS query, NULL AS gid
   FROM pg_stat_activity a
  WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook%'
    AND a.backend_type = 'client backend' AND a.backend_xmin IS NOT NULL
-   AND (a.state LIKE 'idle in transaction%' OR a.query_start - a.xact_start > interval '1 ms')
+   AND (a.state LIKE 'idle in transaction%' OR a.query_start - a.xact_start > interval '1 ms'
+        AND EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.locktype = 'relation' AND l.granted))
 
 -- name: horizon
 -- The id of this transaction; snapshots that do not see it are older.

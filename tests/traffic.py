@@ -372,7 +372,7 @@ class Writer:
             with self.connection.transaction():
                 if repeatable:
                     self.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                    self.execute("SELECT 1")
+                    self.execute("SELECT count(*) FROM doctors")
                     time.sleep(self.random.uniform(0, 0.02))
                 seen = self.seen()
         except errors.Error as error:

@@ -1,0 +1,372 @@
+"""Whatever dies, and whenever: the application goes on, the same step again finishes, nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from runbook import cutover, foreign_keys, partition, restore
+from runbook.changes import Rewritten
+from runbook.errors import AlreadyRunning, PlanOutdated, PromiseBroken, RunbookError
+from tests import migration, servers, traffic
+
+ROOT = Path(__file__).parent.parent
+STEPS = list(migration.FORWARD) + list(migration.BACK)
+# Where a step stops for a moment, so that it can be struck there: a lock that it needs, held by us.
+STRUCK = ["backup", "copy", "settle", "index", "replay", "columns", "fill", "swap", "validate", "swap back", "clean"]
+LOCKED = {
+    "copy": "LOCK TABLE {staging}.users_doctors IN SHARE MODE",
+    "settle": "LOCK TABLE {staging}.users_doctors IN SHARE MODE",
+    "index": "LOCK TABLE {staging}.users_admins IN SHARE UPDATE EXCLUSIVE MODE",
+    "replay": "LOCK TABLE {staging}.changes IN ACCESS EXCLUSIVE MODE",
+    "fill": "LOCK TABLE {staging}.references_1 IN ACCESS EXCLUSIVE MODE",
+    "backup": "LOCK TABLE runbook.action IN EXCLUSIVE MODE",
+}
+
+
+def step(name: str) -> migration.Action:
+    return {**migration.FORWARD, **migration.BACK}[name]
+
+
+def prepare(url: str, name: str) -> migration.Run:
+    """Everything before the named step."""
+    run = migration.plan(url)
+    for each in STEPS[: STEPS.index(name)]:
+        migration.walk(run, {each: step(each)})
+    return run
+
+
+def rest(run: migration.Run, name: str) -> None:
+    """The named step again, and everything after it."""
+    for each in STEPS[STEPS.index(name) :]:
+        migration.walk(run, {each: step(each)})
+
+
+class Child:
+    """One step in a process of its own, as a kernel runs it."""
+
+    def __init__(self, url: str, name: str) -> None:
+        code = (
+            "import runbook, sys; from tests import migration;"
+            f"run = runbook.open_last({url!r}, 'users');"
+            f"print('begins', flush=True); {{**migration.FORWARD, **migration.BACK}}[{name!r}](run)"
+        )
+        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().strip() == "begins", self.process.stderr and self.process.stderr.read()
+
+    def kill(self, how: int = signal.SIGKILL) -> str:
+        self.process.send_signal(how)
+        _, said = self.process.communicate(timeout=60)
+        return said
+
+
+class Holder:
+    """Holds a lock, so that the step stops in the middle; wait() returns when somebody waits for it."""
+
+    def __init__(self, url: str, statement: str) -> None:
+        self.connection = psycopg.connect(url, application_name="holder")
+        self.connection.execute(statement)  # type: ignore[arg-type]
+        self.url = url
+
+    def wait(self, within_s: float = 20) -> list[int]:
+        end = time.monotonic() + within_s
+        query = "SELECT pid FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid)) AND application_name LIKE 'runbook%%'"
+        with psycopg.connect(self.url, autocommit=True) as other:
+            while time.monotonic() < end:
+                if pids := [row[0] for row in other.execute(query, [self.connection.info.backend_pid])]:
+                    return pids
+                time.sleep(0.02)
+        raise AssertionError("nobody came to wait")
+
+    def release(self) -> None:
+        with suppress(psycopg.Error):
+            self.connection.rollback()
+        self.connection.close()
+
+
+def again(run: migration.Run, name: str, within_s: float = 15) -> None:
+    """The same step again: refused by name while the dead one's last statement still ends, then it goes through."""
+    end = time.monotonic() + within_s
+    while True:
+        try:
+            rest(run, name)
+            return
+        except AlreadyRunning:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+
+def assert_nothing_left(sql) -> None:
+    assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("r",)]
+    assert sql("SELECT to_regclass('users_backup'), to_regclass('users_retired')") == [(None, None)]
+
+
+@pytest.mark.parametrize("name", ["copy", "settle", "index", "replay", "fill"])
+def test_a_killed_kernel_costs_nothing(server, clinic, sql, name):
+    with traffic.pool(clinic, server.version, writers=1) as pool:
+        pool.go_on(10)
+        run = prepare(clinic, name)
+        holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
+        child = Child(clinic, name)
+        holder.wait()
+        child.kill()
+        holder.release()
+        pool.go_on(10)
+        again(run, name)
+    assert_nothing_left(sql)
+
+
+@pytest.mark.parametrize("name", ["copy", "index", "fill", "replay"])
+def test_a_terminated_backend_costs_nothing(server, clinic, sql, name):
+    with traffic.pool(clinic, server.version, writers=1) as pool:
+        pool.go_on(10)
+        run = prepare(clinic, name)
+        holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
+        failed: list[BaseException] = []
+        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
+        thread.start()
+        for pid in holder.wait():
+            sql("SELECT pg_terminate_backend(%s)", [pid])
+        holder.release()
+        thread.join(30)
+        assert failed, "the step went on without its backend"
+        assert isinstance(failed[0], RunbookError | psycopg.Error)
+        pool.go_on(10)
+        again(run, name)
+    assert_nothing_left(sql)
+
+
+def _caught(do, failed: list[BaseException]) -> None:
+    try:
+        do()
+    except BaseException as error:
+        failed.append(error)
+
+
+@pytest.mark.parametrize("name", ["copy", "index", "replay", "fill"])
+def test_an_interrupt_cancels_what_every_worker_runs(clinic, sql, name):
+    run = prepare(clinic, name)
+    holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
+    child = Child(clinic, name)
+    holder.wait()
+    assert "KeyboardInterrupt" in child.kill(signal.SIGINT)
+    assert sql("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND state = 'active'") == [(0,)]
+    holder.release()
+    again(run, name)
+    assert_nothing_left(sql)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*STRUCK, "validate", "swap back", "clean"])
+def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, name):
+    """kill -9 of a backend: the server ends every session and recovers. Struck at a random moment of the step."""
+    with traffic.pool(clinic, server.version, writers=2) as pool:
+        pool.go_on(20)
+        run = prepare(clinic, name)
+        failed: list[BaseException] = []
+        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
+        thread.start()
+        time.sleep(0.001 * (os.getpid() * 7 + len(name) * 13 % 97) % 0.15)
+        with suppress(psycopg.Error):
+            pid = sql("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'writer%' LIMIT 1")[0][0]
+            os.kill(pid, signal.SIGKILL)
+        thread.join(60)
+        pool.go_on(20)
+        again(run, name)
+    assert_nothing_left(sql)
+
+
+@pytest.mark.parametrize("name", ["copy", "swap", "swap back"])
+def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(server, clinic, sql, name):
+    with traffic.pool(clinic, server.version, writers=1) as pool:
+        pool.go_on(20)
+        run = prepare(clinic, name)
+        failed: list[BaseException] = []
+        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
+        thread.start()
+        time.sleep(0.02)
+        server.stop("immediate")
+        server.start()
+        thread.join(60)
+        pool.go_on(20)
+        again(run, name)
+    assert_nothing_left(sql)
+
+
+@pytest.mark.parametrize("name", ["swap", "swap back"])
+def test_the_ledger_and_the_swap_never_disagree(clinic, sql, name):
+    """The connection is lost at whatever moment of the step: the table and the ledger tell the same."""
+    run = prepare(clinic, name)
+    done = name == "swap back"
+    for delay in (0.0, 0.01, 0.03, 0.05, 0.08, 0.12):
+        failed: list[BaseException] = []
+        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
+        thread.start()
+        time.sleep(delay)
+        sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'runbook cutover%' OR application_name LIKE 'runbook rollback%'")
+        thread.join(30)
+        swapped = sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("p",)]
+        assert (run.finished("cutover", "swap") is not None) == swapped
+        if swapped != done:
+            break
+    again(run, name)
+    assert_nothing_left(sql)
+
+
+def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(clinic, sql):
+    run = prepare(clinic, "copy")
+    holder = Holder(clinic, LOCKED["copy"].format(staging=run.staging))
+    child = Child(clinic, "copy")
+    holder.wait()
+    with pytest.raises(AlreadyRunning, match="runbook restore.copy of postgres"):
+        restore.copy(run)
+    child.kill()
+    holder.release()
+    again(run, "copy")
+
+
+def test_a_crash_between_building_an_index_and_adopting_it_is_made_good(clinic, sql):
+    run = prepare(clinic, "index")
+    leaf, name, statements = next(iter(restore.index_builds(run)))
+    with run.database.session("a run that died") as session:
+        session.run(statements[0])
+    rest(run, "index")
+    assert_nothing_left(sql)
+
+
+@pytest.mark.parametrize("limited", ["temp_file_limit"])
+def test_a_full_disk_stops_the_step_and_not_the_application(server, database, sql, limited):
+    """A quota that needs no root: sorting for an index and hashing for a comparison take temporary files."""
+    from runbook import embedded
+
+    embedded.load_clinic(database, users=20_000)
+    name = sql("SELECT current_database()")[0][0]
+    run = prepare(database, "index")
+    sql(f'ALTER DATABASE "{name}" SET temp_file_limit = 0')
+    sql(f'ALTER DATABASE "{name}" SET maintenance_work_mem = \'1MB\'')
+    with pytest.raises((psycopg.errors.ConfigurationLimitExceeded, RunbookError)):
+        restore.build_indexes(run)
+    sql("UPDATE users SET first_name = 'goes on' WHERE email LIKE '%sample7@%'")
+    sql(f'ALTER DATABASE "{name}" RESET ALL')
+    rest(run, "index")
+    assert sql("SELECT count(*) FROM users WHERE first_name = 'goes on'") == [(1,)]
+    assert_nothing_left(sql)
+
+
+@pytest.mark.long
+def test_a_full_tablespace_stops_the_copy_and_not_the_application(server, clinic, sql):
+    if os.geteuid() != 0:
+        pytest.skip("PostgreSQL needs root here: only root may mount a small tmpfs")
+    folder = servers.temporary_folder()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=0777", "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"PostgreSQL needs a mount that is not allowed here: {mounted.stderr.strip()}")
+    try:
+        home = folder / "space"
+        home.mkdir()
+        servers.hand_over(folder)
+        space = f"small_{os.getpid()}"
+        sql(f"CREATE TABLESPACE {space} LOCATION '{home}'")
+        run = prepare(clinic, "copy")
+        for leaf in migration.PARTITIONS:
+            sql(f"ALTER TABLE {run.staging}.{leaf} SET TABLESPACE {space}")
+        filler = folder / "filler"
+        filler.write_bytes(b"x" * (7 << 20) + b"x" * (900 << 10))
+        with pytest.raises((psycopg.errors.DiskFull, RunbookError)):
+            restore.copy(run)
+        sql("UPDATE users SET first_name = 'goes on' WHERE email LIKE '%sample7@%'")
+        filler.unlink()
+        rest(run, "copy")
+        assert_nothing_left(sql)
+        sql(f"DROP TABLESPACE {space}")
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+# What somebody else does meanwhile
+
+
+def test_an_altered_source_is_found_before_the_swap(clinic, sql):
+    run = prepare(clinic, "swap")
+    sql("ALTER TABLE users ADD COLUMN nickname text")
+    with pytest.raises(PlanOutdated, match="column nickname added"):
+        cutover.swap(run)
+    assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("r",)]
+    migration.back(run)
+    migration.forward(clinic)
+
+
+@pytest.mark.parametrize("change", ["CREATE INDEX later ON users (phone)", "CREATE TABLE later (u uuid REFERENCES users)", "DROP TABLE appointments"])
+def test_what_somebody_else_makes_or_drops_is_found_and_named(clinic, sql, change):
+    run = prepare(clinic, "swap")
+    sql(change)
+    with pytest.raises(PlanOutdated, match="later|appointments"):
+        cutover.swap(run)
+    migration.back(run)
+    assert sql("SELECT count(*) FROM users") == [(1000,)]
+
+
+def test_triggers_that_were_off_for_a_while_are_noticed(clinic, sql):
+    run = prepare(clinic, "swap")
+    sql("ALTER TABLE users DISABLE TRIGGER ALL")
+    sql("UPDATE users SET first_name = 'unlogged' WHERE email LIKE '%sample7@%'")
+    sql("ALTER TABLE users ENABLE TRIGGER ALL")
+    with pytest.raises(PlanOutdated, match="went unseen"):
+        cutover.swap(run)
+    migration.back(run)
+    assert sql("SELECT count(*) FROM users WHERE first_name = 'unlogged'") == [(1,)]
+
+
+@pytest.mark.parametrize("name", ["copy", "settle", "index", "replay", "swap"])
+@pytest.mark.parametrize("change", ["VACUUM FULL users", "TRUNCATE users CASCADE"])
+def test_a_rewrite_sends_the_copy_back_to_its_beginning(clinic, sql, name, change):
+    run = prepare(clinic, name)
+    if name == "copy":  # a part of it is there already
+        sql(f"INSERT INTO runbook.copied_range VALUES ({run.migration}, 0, 1, 0)")
+    sql(change)
+    sql("INSERT INTO users (email, password, first_name, last_name, role) VALUES ('after@x', 'p', 'A', 'A', 'doctor')")
+    rows = sql("SELECT count(*) FROM users")
+    if name not in ("copy", "index"):
+        with pytest.raises(Rewritten, match="03_restore again"):
+            migration.walk(run, {name: step(name)})
+    if name == "index":
+        migration.walk(run, {name: step(name)})
+        with pytest.raises(Rewritten, match="03_restore again"):
+            restore.replay(run)
+    migration.walk(run, migration.FORWARD, first="copy")
+    assert sql("SELECT count(*) FROM users") == rows
+    assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("p",)]
+
+
+def test_an_unknown_key_disturbs_nobody_and_stops_the_cutover(clinic, sql):
+    run = prepare(clinic, "swap")
+    sql("UPDATE users SET role = 'nurse' WHERE email LIKE '%sample7@%'")
+    with pytest.raises(PromiseBroken, match=r"'nurse' \(1\)"):
+        cutover.swap(run)
+    assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("r",)]
+    sql("UPDATE users SET role = 'user' WHERE role = 'nurse'")
+    rest(run, "swap")
+    assert_nothing_left(sql)
+
+
+def test_a_role_that_changed_and_changed_back_is_followed_by_its_appointments(clinic, sql):
+    """Corrected in between, from what was then the truth: only a comparison with the rows themselves finds it."""
+    run = prepare(clinic, "swap")
+    sql("UPDATE users SET role = 'doctor' WHERE email LIKE '%sample7@%'")
+    sql("UPDATE appointments SET notes = 'touched' WHERE user_id = (SELECT id FROM users WHERE email LIKE '%sample7@%')")
+    with run.database.session("a correction") as session:
+        for reference in foreign_keys.added(run):
+            foreign_keys.drain(run, session, reference)
+    sql("UPDATE users SET role = 'user' WHERE email LIKE '%sample7@%'")
+    migration.walk(run, migration.FORWARD, first="swap")
+    assert sql("SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role") == [(0,)]

@@ -1,0 +1,272 @@
+"""Every wait is bounded, whoever is in the way is named, and nobody queues behind us for long."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psycopg
+import pytest
+
+from runbook import cutover, partition
+from runbook.errors import LockNotGranted
+from tests import migration, servers, traffic
+
+STILL_PLAIN = ("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass", [("r",)])
+
+
+def ready(url: str) -> migration.Run:
+    """Everything before the swap."""
+    return migration.forward(url, last="approval")
+
+
+@contextmanager
+def transaction(url: str, *statements: str, name: str = "a clerk") -> Iterator[psycopg.Connection]:
+    """A session that has run these and sits there."""
+    with psycopg.connect(url, application_name=name) as connection:
+        for each in statements:
+            connection.execute(each)  # type: ignore[arg-type]
+        yield connection
+        connection.rollback()
+
+
+def assert_as_before(sql) -> None:
+    assert sql(STILL_PLAIN[0]) == STILL_PLAIN[1]
+    assert sql("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = 'users'::regclass") == [(0,)]
+
+
+def test_an_idle_transaction_makes_the_cutover_give_up_and_is_named(clinic, sql, capsys):
+    run = ready(clinic)
+    with transaction(clinic, "SELECT count(*) FROM users") as clerk:
+        pid = clerk.info.backend_pid
+        with pytest.raises(LockNotGranted, match=rf"within 2 s.*pid {pid} \(postgres, a clerk, idle in transaction.*SELECT count.*Nothing was changed"):
+            cutover.swap(run, lock_timeout_ms=100, budget_s=2)
+        assert_as_before(sql)
+    assert f"waiting for pid {pid}" in capsys.readouterr().out
+    assert cutover.swap(run).locked_s < 5
+
+
+def test_what_blocks_the_log_is_named_too(clinic, sql):
+    run = migration.forward(clinic, last="shadow")
+    with (
+        transaction(clinic, "UPDATE users SET phone = phone WHERE role = 'admin'") as clerk,
+        pytest.raises(LockNotGranted, match=f"pid {clerk.info.backend_pid} .postgres, a clerk"),
+    ):
+        partition.start_log(run, lock_timeout_ms=100, budget_s=1)
+    assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'runbook%'") == [(0,)]
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_snapshot_older_than_the_copy_is_waited_for_and_named(clinic, sql, isolation):
+    with transaction(clinic, f"SET TRANSACTION ISOLATION LEVEL {isolation}", "SELECT 1") as reader:
+        run = ready(clinic)
+        with pytest.raises(LockNotGranted, match=f"snapshot older than the copy.*pid {reader.info.backend_pid} .postgres, a clerk"):
+            cutover.swap(run, budget_s=1)
+        assert_as_before(sql)
+        assert reader.execute("SELECT count(*) FROM users").fetchone() == (1000,)
+    cutover.swap(run)
+
+
+def test_a_snapshot_that_would_miss_the_last_rows_is_waited_for(clinic, sql):
+    """Younger than the last replay, older than the swap: to it, rows that are replayed under the locks would be missing."""
+    run = ready(clinic)
+    with run.database.session("a replay") as session:
+        from runbook import locks
+
+        patience = locks.Patience(1)
+        sql("UPDATE users SET first_name = 'late' WHERE role = 'admin'")
+        with transaction(clinic, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "SELECT 1"), session.transaction():
+            with pytest.raises(locks.NotYet, match="a clerk"):
+                locks.refuse_late_snapshots(session, patience)
+        with session.transaction():
+            locks.refuse_late_snapshots(session, patience)
+
+
+def test_an_old_writer_elsewhere_does_not_hold_everybody_up(clinic, sql):
+    """It keeps the xmin of every new snapshot low; these are not old for that."""
+    sql("CREATE TABLE elsewhere (n integer)")
+    with transaction(clinic, "INSERT INTO elsewhere VALUES (1)", name="a batch job"):
+        run = ready(clinic)
+        with traffic.pool(clinic, 18, writers=2) as pool:
+            pool.go_on(10)
+            assert cutover.swap(run, budget_s=20).locked_s < 5
+
+
+def test_a_prepared_transaction_is_waited_for_and_named(clinic, sql):
+    run = ready(clinic)
+    with psycopg.connect(clinic, autocommit=True) as other:
+        other.execute("BEGIN; UPDATE users SET phone = phone WHERE role = 'admin'; PREPARE TRANSACTION 'order 17'")
+        other.execute("BEGIN; CREATE TABLE unrelated (n int); PREPARE TRANSACTION 'another matter'")
+        try:
+            with pytest.raises(LockNotGranted, match=r"the prepared transaction order 17\."):
+                cutover.swap(run, lock_timeout_ms=100, budget_s=1)
+            assert_as_before(sql)
+        finally:
+            other.execute("ROLLBACK PREPARED 'order 17'")
+            other.execute("ROLLBACK PREPARED 'another matter'")
+    cutover.swap(run)
+
+
+def test_a_running_autovacuum_is_got_past(clinic, sql):
+    run = ready(clinic)
+    sql("UPDATE users SET phone = phone")
+    sql("ALTER TABLE users SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0)")
+    run = run.__class__(run.database, run.migration, run.plan)
+    with vacuum_that_takes_long(clinic, sql) as pid:
+        swapped = cutover.swap(run, budget_s=30)
+        assert swapped.locked_s < 5
+        assert sql("SELECT count(*) FROM pg_stat_progress_vacuum WHERE pid = %s AND relid = 'users_retired'::regclass", [pid]) == [(0,)]
+
+
+@contextmanager
+def vacuum_that_takes_long(url: str, sql) -> Iterator[int]:
+    """A real autovacuum worker, slowed down, on users."""
+    name = sql("SELECT current_database()")[0][0]
+    settings = {"autovacuum_naptime": "1s", "autovacuum_vacuum_cost_delay": "100ms", "autovacuum_vacuum_cost_limit": "1"}
+    with psycopg.connect(url, dbname="postgres", autocommit=True) as admin:
+        for setting, value in settings.items():
+            admin.execute(f"ALTER SYSTEM SET {setting} = '{value}'")
+        admin.execute("SELECT pg_reload_conf()")
+        try:
+            end = time.monotonic() + 60
+            query = (
+                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = %s AND query LIKE '%%public.users%%'"
+            )
+            while not (found := admin.execute(query, [name]).fetchone()):
+                assert time.monotonic() < end, "autovacuum does not come"
+                time.sleep(0.05)
+            yield found[0]
+        finally:
+            for setting in settings:
+                admin.execute(f"ALTER SYSTEM RESET {setting}")
+            admin.execute("SELECT pg_reload_conf()")
+
+
+ORDERS = {
+    "users first": ("UPDATE users SET phone = phone WHERE id = {user}", "UPDATE appointments SET notes = notes WHERE id = {visit}"),
+    "appointments first": ("UPDATE appointments SET notes = notes WHERE id = {visit}", "UPDATE users SET phone = phone WHERE id = {user}"),
+    "read, then write": ("SELECT count(*) FROM active_users WHERE id = {user}", "UPDATE users SET phone = phone WHERE id = {user}"),
+}
+
+
+@pytest.mark.parametrize("orders", [["users first"] * 2, ["appointments first"] * 2, list(ORDERS)])
+def test_an_application_starves_nobody_whatever_it_touches_first(clinic, sql, orders):
+    run = ready(clinic)
+    stop, waits, failures = threading.Event(), [], []
+
+    def work(order: str, number: int) -> None:
+        with psycopg.connect(clinic, autocommit=True) as connection:
+            row = connection.execute("SELECT user_id, id FROM appointments ORDER BY id OFFSET %s LIMIT 1", [number * 7]).fetchone()
+            assert row is not None
+            while not stop.wait(random.uniform(0, 0.1)):
+                try:
+                    with connection.transaction():
+                        for each in ORDERS[order]:
+                            begun = time.monotonic()
+                            connection.execute(each.format(user=f"'{row[0]}'", visit=f"'{row[1]}'"))  # type: ignore[arg-type]
+                            waits.append(time.monotonic() - begun)
+                            time.sleep(0.02)  # it thinks
+                except psycopg.Error as error:
+                    failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(order, number)) for number, order in enumerate(orders)]
+    for thread in threads:
+        thread.start()
+    try:
+        swapped = cutover.swap(run, lock_timeout_ms=300, budget_s=60)
+        time.sleep(0.2)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert not [error for error in failures if error.sqlstate != "40001"]
+    # Relative to what is promised: the timeout, the swap itself, and a machine with little to spare.
+    assert max(waits) < 0.3 + 3 * swapped.locked_s + 1.0
+    assert "no session waited" in swapped.sentence
+
+
+def test_nobody_queues_longer_than_the_timeout(clinic, sql):
+    """A reader that comes while an attempt waits for somebody else's transaction."""
+    run = ready(clinic)
+    longest = []
+
+    def read() -> None:
+        with psycopg.connect(clinic, autocommit=True) as connection:
+            while not stop.is_set():
+                begun = time.monotonic()
+                connection.execute("SELECT count(*) FROM users WHERE role = 'admin'")
+                longest.append(time.monotonic() - begun)
+                time.sleep(0.01)
+
+    stop = threading.Event()
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    with transaction(clinic, "SELECT count(*) FROM appointments", "SELECT count(*) FROM doctors"):
+        for reader in readers:
+            reader.start()
+        with suppress(LockNotGranted):
+            cutover.swap(run, lock_timeout_ms=200, budget_s=3)
+    stop.set()
+    for reader in readers:
+        reader.join(30)
+    assert max(longest) < 0.2 * 4, "the timeout bounds the whole of the lock, not each table"
+
+
+@pytest.mark.long
+def test_a_replica_that_lags_pauses_the_copy(tmp_path):
+    """A real streaming replica that replays late."""
+    import subprocess
+
+    from runbook import embedded, restore
+
+    folder = servers.temporary_folder()
+    with servers.start(18, settings={"max_wal_senders": "5"}) as primary:
+        with psycopg.connect(primary.conninfo(), autocommit=True) as connection:
+            connection.execute("CREATE DATABASE clinic")
+        embedded.load_clinic(primary.conninfo("clinic"), users=20_000)
+        copied = folder / "replica"
+        command = [primary.bin("pg_basebackup"), "-h", primary.sockets, "-p", str(primary.port), "-U", "postgres", "-D", copied, "-R", "-X", "stream"]
+        subprocess.run(command, check=True, **servers.service())
+        sockets = folder / "sockets"
+        sockets.mkdir()
+        servers.hand_over(folder)
+        with (copied / "postgresql.auto.conf").open("a") as file:
+            file.write(f"unix_socket_directories = '{sockets}'\nrecovery_min_apply_delay = '4s'\nhot_standby = on\nwal_receiver_status_interval = 1\n")
+        replica = servers.Server(18, primary.programs, copied, sockets, primary.port)
+        replica.start()
+        try:
+            run = migration.forward(primary.url("clinic"), last="partition check")
+            time.sleep(1)
+            import contextlib
+            import io
+
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                restore.copy(run, workers=1, range_mib=1, max_replica_lag_s=1)
+            assert "paused: a replica is" in said.getvalue()
+            assert "goes on" in said.getvalue()
+            migration.walk(run, migration.FORWARD, first="settle")
+        finally:
+            replica.stop("immediate")
+
+
+def test_many_active_sessions_pause_the_copy_and_it_says_so(clinic, sql, capsys):
+    from runbook import restore
+
+    run = migration.forward(clinic, last="partition check")
+    with psycopg.connect(clinic, autocommit=True, application_name="a report") as report:
+        thread = threading.Thread(target=lambda: report.execute("SELECT pg_sleep(1.5), 1 FROM generate_series(1, 1)"))
+        second = psycopg.connect(clinic, autocommit=True)
+        other = threading.Thread(target=lambda: second.execute("SELECT pg_sleep(1.5)"))
+        for each in (thread, other):
+            each.start()
+        time.sleep(0.2)
+        restore.copy(run, max_active_sessions=1)
+        for each in (thread, other):
+            each.join()
+        second.close()
+    out = capsys.readouterr().out
+    assert "paused: 2 sessions are active (limit 1)" in out
+    assert "goes on" in out
