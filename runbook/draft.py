@@ -116,8 +116,15 @@ def draft(**given: Any) -> Draft:
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
             if row is not None and row["state"] in ("open", "finished") and _under_way(session, row["id"]):
                 return _in_force(database, row, parameters)
-        with session.transaction("REPEATABLE READ"), session.qualified():
-            return Draft(database, _decide(session, found, parameters, database.name))
+        try:
+            with session.transaction("REPEATABLE READ"), session.qualified():
+                return Draft(database, _decide(session, found, parameters, database.name))
+        except psycopg.errors.InsufficientPrivilege as error:
+            me = session.connection.info.user
+            raise PlanBlocked(
+                f"{me} may not read all that the plan rests on ({error.diag.message_primary}): GRANT SELECT ON {schema}.{name} TO {me}; or,"
+                f" as every later step needs it, make {me} a member of the table's owner."
+            ) from None
 
 
 def _under_way(session: Session, migration: int) -> bool:

@@ -37,7 +37,8 @@ class Blocker:
     def __str__(self) -> str:
         if self.pid == 0:
             return f"the prepared transaction {self.gid}"
-        what = f'"{self.query}"' if self.query else "a query that cannot be seen without pg_read_all_stats"
+        hidden = self.query in ("", "<insufficient privilege>")
+        what = "a query that cannot be seen without pg_read_all_stats" if hidden else f'"{self.query}"'
         return f"pid {self.pid} ({self.user or 'user not visible'}, {self.application or 'no application name'}, {self.state}, {self.age_s} s): {what}"
 
 

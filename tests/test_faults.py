@@ -167,7 +167,7 @@ def test_an_interrupt_cancels_what_every_worker_runs(clinic, sql, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*STRUCK, "validate", "swap back", "clean"])
+@pytest.mark.parametrize("name", STRUCK)
 def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, name):
     """kill -9 of a backend: the server ends every session and recovers. Struck at a random moment of the step."""
     with traffic.pool(clinic, server.version, writers=2) as pool:

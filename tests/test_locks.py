@@ -227,7 +227,7 @@ def test_a_replica_that_lags_pauses_the_copy(tmp_path):
             connection.execute("CREATE DATABASE clinic")
         embedded.load_clinic(primary.conninfo("clinic"), users=20_000)
         copied = folder / "replica"
-        command = [primary.bin("pg_basebackup"), "-h", primary.sockets, "-p", str(primary.port), "-U", "postgres", "-D", copied, "-R", "-X", "stream"]
+        command = [primary.bin("pg_basebackup"), "-h", primary.sockets, "-p", str(primary.port), "-U", "postgres", "-D", copied, "-R", "-X", "stream", "-c", "fast"]
         subprocess.run(command, check=True, **servers.service())
         sockets = folder / "sockets"
         sockets.mkdir()

@@ -1,0 +1,153 @@
+"""Works as the table's owner and no more; nothing can be slipped in, and no password gets out."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+import runbook
+from runbook import embedded
+from runbook.errors import BadInput, PlanBlocked
+from tests import migration, servers
+
+OWNED = ("users", "appointments", "doctors", "active_users")
+SECRET = "it's a s3cret/with:every@thing"
+
+
+@pytest.fixture
+def owner(clinic, sql) -> str:
+    """The clinic's URL for a role that owns its tables and is nothing else."""
+    name = f"owner_{sql('SELECT current_database()')[0][0]}"
+    database = sql("SELECT current_database()")[0][0]
+    sql(f"CREATE ROLE {name} LOGIN; GRANT CREATE ON DATABASE {database} TO {name}; GRANT CREATE, USAGE ON SCHEMA public TO {name}")
+    for each in OWNED:
+        sql(f"ALTER TABLE {each} OWNER TO {name}")
+    yield clinic.replace("postgres@", f"{name}@")
+    sql(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+
+
+def test_the_owner_needs_no_superuser(owner, sql):
+    run = migration.forward(owner)
+    sql("INSERT INTO users (email, password, first_name, last_name, role) VALUES ('new@x', 'p', 'N', 'N', 'admin')")
+    assert sql("SELECT tableowner = %s FROM pg_tables WHERE tablename = 'users'", [owner.split("//")[1].split("@")[0]]) == [(True,)]
+    migration.back(run)
+    assert sql("SELECT count(*) FROM users") == [(1001,)]
+
+
+def test_a_snapshot_that_the_owner_may_not_see_is_waited_for_all_the_same(owner, clinic, sql):
+    from runbook import cutover
+    from runbook.errors import LockNotGranted
+
+    with psycopg.connect(clinic, application_name="hidden") as reader:
+        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT 1")
+        run = migration.forward(owner, last="approval")
+        with pytest.raises(LockNotGranted, match=f"pid {reader.info.backend_pid}.*pg_read_all_stats"):
+            cutover.swap(run, budget_s=1)
+    cutover.swap(run)
+
+
+@pytest.mark.parametrize(
+    ("taken", "way_out"),
+    [
+        ("REVOKE CREATE ON SCHEMA public FROM {me}", "GRANT CREATE ON SCHEMA public TO {me}"),
+        ("REVOKE CREATE ON DATABASE {database} FROM {me}", "GRANT CREATE ON DATABASE {database} TO {me}"),
+        ("ALTER TABLE appointments OWNER TO postgres", "GRANT postgres TO {me}"),
+        ("ALTER TABLE users OWNER TO postgres", "GRANT postgres TO {me}"),
+    ],
+)
+def test_a_missing_right_is_named_with_the_grant_that_gives_it(owner, sql, taken, way_out):
+    names = {"me": owner.split("//")[1].split("@")[0], "database": sql("SELECT current_database()")[0][0]}
+    sql(taken.format(**names))
+    sql("GRANT SELECT ON users, appointments TO {me}".format(**names))
+    with pytest.raises(PlanBlocked) as refused:
+        migration.plan(owner)
+    assert way_out.format(**names) in str(refused.value)
+    assert sql("SELECT to_regnamespace('runbook')") == [(None,)]
+
+
+def test_a_role_that_may_not_even_read_is_told_so(owner, sql):
+    me = owner.split("//")[1].split("@")[0]
+    sql("ALTER TABLE users OWNER TO postgres")
+    with pytest.raises(PlanBlocked, match=f"GRANT SELECT ON public.users TO {me}"):
+        migration.plan(owner)
+
+
+def test_the_applications_role_needs_nothing_new(clinic, sql):
+    run = migration.plan(clinic)
+    for name in (*migration.FORWARD, *list(migration.BACK)):
+        migration.walk(run, {name: {**migration.FORWARD, **migration.BACK}[name]})
+        sql("SET ROLE clinic_app; UPDATE users SET phone = 'by the app' WHERE role = 'admin';"
+            " INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, now() FROM users u, doctors d WHERE u.role = 'admin' LIMIT 1;"
+            " SELECT count(*) FROM active_users")  # fmt: skip
+    assert sql("SELECT DISTINCT phone FROM users WHERE role = 'admin'") == [("by the app",)]
+
+
+def test_trigger_functions_cannot_be_hijacked_through_the_search_path(clinic, sql):
+    """Operators, functions and tables of a writer's own, before everything else: the log's functions run as the owner."""
+    run = migration.forward(clinic)
+    sql("CREATE SCHEMA evil; GRANT ALL ON SCHEMA evil TO clinic_app")
+    sql(f"""
+        SET ROLE clinic_app;
+        CREATE TABLE evil.loot (who text);
+        CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE plpgsql AS
+          $$ BEGIN INSERT INTO evil.loot VALUES (current_user); RETURN pg_catalog.now(); END $$;
+        CREATE FUNCTION evil.equal(uuid, uuid) RETURNS boolean LANGUAGE plpgsql AS
+          $$ BEGIN INSERT INTO evil.loot VALUES (current_user); RETURN false; END $$;
+        CREATE OPERATOR evil.= (LEFTARG = uuid, RIGHTARG = uuid, FUNCTION = evil.equal);
+        CREATE TABLE evil.changes_back (k1 uuid);
+        SET search_path = evil, {run.staging}, pg_temp, public, pg_catalog;
+        CREATE TEMP TABLE users (id uuid, role varchar(50));
+        UPDATE public.users SET phone = 'hijack' WHERE role = 'admin';
+        INSERT INTO public.appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, pg_catalog.now()
+          FROM public.users u, public.doctors d WHERE u.role = 'admin' LIMIT 1
+    """)
+    assert sql("SELECT count(*) FROM evil.loot WHERE who <> 'clinic_app'") == [(0,)]
+    assert sql("SELECT count(*) FROM evil.changes_back") == [(0,)]
+    assert sql("SELECT user_role FROM appointments WHERE user_id = (SELECT id FROM users WHERE role = 'admin') ORDER BY created_at DESC LIMIT 1") == [
+        ("admin",)
+    ]
+    for row in sql(
+        f"SELECT proname::text, prosecdef, proconfig FROM pg_proc WHERE pronamespace = '{run.staging}'::regnamespace"
+    ):
+        assert row[1] and row[2] == ["search_path=pg_catalog, pg_temp"], row[0]
+
+
+def test_a_password_over_tls_is_in_no_output_ledger_or_record(tmp_path, monkeypatch, capfd):
+    with servers.start(18, ssl=True) as server:
+        with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+            connection.execute("CREATE ROLE clerk LOGIN SUPERUSER PASSWORD 'x'")
+            connection.execute(psycopg.sql.SQL("ALTER ROLE clerk PASSWORD {}").format(psycopg.sql.Literal(SECRET)))
+            connection.execute("CREATE DATABASE clinic")
+        embedded.load_clinic(server.conninfo("clinic"), users=200)
+        certificate = quote(str(server.certificate), safe="")
+        url = f"postgresql://clerk@localhost:{server.port}/clinic?sslmode=verify-full&sslrootcert={certificate}"
+        with pytest.raises(runbook.RunbookError) as refused:
+            monkeypatch.setenv("PGPASSWORD", "wrong " + SECRET)
+            migration.plan(url)
+        assert SECRET not in str(refused.value)
+        with pytest.raises(BadInput) as refused:
+            migration.plan(url.replace("clerk@", f"clerk:{quote(SECRET, safe='')}@"))
+        assert SECRET not in str(refused.value) and quote(SECRET, safe="") not in str(refused.value)
+        monkeypatch.setenv("PGPASSWORD", SECRET)
+        run = migration.plan(url)
+        for name, action in migration.FORWARD.items():
+            print(name, action(run))
+        print(run.statements(), run, run.database, run.overview().to_html(), [each.conninfo for each in [run.database]])
+        with psycopg.connect(server.conninfo("clinic")) as connection:
+            told = connection.execute(
+                "SELECT string_agg(t::text, ' ') FROM (SELECT m::text FROM runbook.migration m UNION ALL SELECT a::text FROM runbook.action a) t (t)"
+            ).fetchone()
+            encrypted = connection.execute("SELECT count(*) FROM pg_hba_file_rules WHERE auth_method = 'scram-sha-256'").fetchone()
+        assert encrypted is not None and encrypted[0] > 0
+        said = capfd.readouterr()
+        for secret in (SECRET, quote(SECRET, safe=""), SECRET.replace("'", "''")):
+            assert secret not in said.out + said.err
+            assert told is not None and secret not in told[0]
+            assert secret not in server.log.read_text()
+        assert "password" not in conninfo_to_dict(run.database.conninfo)
+        assert os.environ["PGPASSWORD"] == SECRET
