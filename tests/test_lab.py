@@ -1,0 +1,194 @@
+"""At the desk, in a real browser: what is run by hand, cell by cell, leaves the same record as a headless run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psycopg
+import pytest
+
+from runbook.archive import audit
+from runbook.desk import outcome
+from tests.browser import chromium
+from tests.walk import CLINIC_FILE, EVERY, FORWARD, notebook
+
+PATIENCE_MS = 120_000
+SCREENSHOTS = "screenshots"
+PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"  # the notebook that is on top
+
+
+@contextmanager
+def lab(runs: Path, *options: str) -> Iterator[tuple[str, Path, subprocess.Popen[str]]]:
+    """`runbook lab` as a user starts it: its address, the run's folder, the process; ended as Ctrl-C twice does."""
+    program = shutil.which("runbook", path=Path(sys.executable).parent) or "runbook"
+    words = [program, "lab", "--no-browser", "--out", str(runs), *options]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        assert process.stdout
+        said = ""
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"http://127\.0\.0\.1:\d+/lab\S*\?token=\S+", line):
+                break
+        else:
+            raise AssertionError(f"no address was printed:\n{said}")
+        (folder,) = (entry for entry in runs.iterdir() if entry.is_dir())
+        yield found[0], folder, process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def until(what: Callable[[], Any], seconds: float = PATIENCE_MS / 1000) -> Any:
+    """Waits for something that comes by itself."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, f"waited {seconds:g} s in vain"
+        time.sleep(0.2)
+    return found
+
+
+def menu(page: Any, *words: str) -> None:
+    page.locator(".lm-MenuBar-item", has_text=re.compile(f"^{words[0]}$")).click()
+    page.locator(".lm-Menu-item", has=page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{words[1]}"))).first.click()
+
+
+def step(folder: Path, name: str) -> dict[str, Any]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return next((each for each in manifest["steps"] if each["notebook"] == f"{name}.ipynb"), {"state": ""})
+
+
+def run_all(page: Any) -> None:
+    """By the menu; again where JupyterLab was not ready for it yet."""
+    kernel = page.locator("#jp-main-statusbar", has_text=re.compile(r"\| Idle"))
+    kernel.wait_for(timeout=PATIENCE_MS)
+    begun = page.locator(f"{PANEL} .jp-InputPrompt", has_text=re.compile(r"\[(\*|\d+)\]"))
+    before = begun.all_inner_texts()
+    for _ in range(10):
+        menu(page, "Run", "Run All Cells")
+        for _ in range(20):
+            if begun.all_inner_texts() != before:
+                return
+            page.wait_for_timeout(100)
+    raise AssertionError("the cells did not begin to run")
+
+
+def finished(page: Any) -> None:
+    """Waits until no cell waits or runs any more."""
+    page.locator("#jp-main-statusbar", has_text=re.compile(r"\| Idle")).wait_for(timeout=PATIENCE_MS)
+    until(lambda: not page.locator(f"{PANEL} .jp-InputPrompt", has_text="[*]").count())
+
+
+def follow(page: Any, name: str) -> None:
+    """Opens a notebook by the link in the one that is open."""
+    first = page.locator(f"{PANEL} .jp-Notebook .jp-Cell").first
+    first.scroll_into_view_if_needed()
+    page.locator(f'{PANEL} a[href*="{name}.ipynb"]').first.click()
+    page.locator(f'.lm-TabBar-tab.lm-mod-current[title*="{name}.ipynb"]').wait_for(timeout=PATIENCE_MS)
+
+
+@pytest.mark.browser
+def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_path: Path) -> None:
+    """Opens each by the link in the one before, runs it, sees what a person sees; interrupts one and goes on."""
+    runs, shots = tmp_path / "runs", tmp_path / SCREENSHOTS
+    seen: dict[str, set[str]] = {}
+    options = ["-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann"]
+    with lab(runs, *options) as (address, folder, _), chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        elsewhere: list[str] = []
+        page.on("request", lambda request: elsewhere.append(request.url))
+        page.goto(address)
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=PATIENCE_MS)
+        for name in FORWARD:
+            if name != FORWARD[0]:
+                follow(page, name)
+            if name == "03_restore":
+                interrupt_and_look(page, clinic, folder)
+            run_all(page)
+            until(lambda name=name: step(folder, name)["state"] == "completed")  # type: ignore[misc]
+            shots.mkdir(exist_ok=True)
+            page.screenshot(path=shots / f"{name}.png")
+            seen[name] = shown(page)
+        assert audit(runs) == [], "the record is true while the work goes on"
+    assert all("table" in seen[name] for name in FORWARD)
+    assert "chart" in seen["00_plan"] & seen["03_restore"]
+    assert [url for url in elsewhere if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))] == []
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["state"], manifest["sealed"], manifest["by_hand"]) == ("completed", True, True)
+    assert [each["notebook"] for each in manifest["steps"]] == [f"{name}.ipynb" for name in FORWARD]
+    assert all(each["seconds"] > 0 for each in manifest["steps"])
+    assert manifest["plan_hash"] and manifest["server"] and manifest["approved_by"] == "ann"
+    for name in FORWARD:
+        assert {f"{name}.ipynb", f"{name}.html", f"{name}.statements.jsonl"} <= manifest["files"].keys()
+    assert audit(runs) == []
+    with psycopg.connect(clinic) as connection:
+        (head,) = connection.execute("SELECT head FROM runbook.record").fetchone() or ("",)
+        assert audit(runs, [head]) == []
+    for name in EVERY:  # what is stored stays as it was
+        stored = nbformat.read(notebook(name), as_version=4)
+        assert not any(cell.outputs for cell in stored.cells if cell.cell_type == "code")
+
+
+def interrupt_and_look(page: Any, clinic: str, folder: Path) -> None:
+    """Somebody holds the table: 03 waits and says for whom; the engineer interrupts it; the record says so."""
+    with psycopg.connect(clinic, application_name="somebody else") as holder:
+        holder.execute("LOCK users IN ACCESS EXCLUSIVE MODE")
+        run_all(page)
+        until(lambda: waits(clinic))
+        page.locator(f'{PANEL} [data-command="notebook:interrupt-kernel"]').first.click()
+        until(lambda: step(folder, "03_restore")["state"] == "failed")
+    said = step(folder, "03_restore")
+    assert said["error_name"] == "KeyboardInterrupt"
+    until(lambda: not waits(clinic))  # the statement was cancelled too
+
+
+def waits(clinic: str) -> bool:
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND wait_event_type = 'Lock'"
+    with psycopg.connect(clinic) as connection:
+        return bool(connection.execute(query).fetchone() != (0,))
+
+
+def shown(page: Any) -> set[str]:
+    """What kinds of output the notebook shows, as one scrolls through it."""
+    panel = page.locator(PANEL)
+    found, kinds = set(), {"table": "table", "chart": 'img[src^="data:image/png"], svg', "text": ".jp-RenderedText"}
+    panel.locator(".jp-WindowedPanel-outer").hover()
+    for _ in range(40):
+        found |= {kind for kind, selector in kinds.items() if panel.locator(f".jp-OutputArea-output {selector}").count()}
+        page.mouse.wheel(0, 600)
+        page.wait_for_timeout(40)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("counts", "errors", "state"),
+    [
+        ([None, None, None], [], None),
+        ([1, 2, 3], [], "completed"),
+        ([1, 2, None], [], "unfinished"),
+        ([3, 1, 2], [], "unfinished"),
+        ([1, 2, 3], [1], "failed"),
+        ([1, 2, None], [1], "failed"),
+        ([1, 5, 9], [], "completed"),
+    ],
+)
+def test_what_was_done_by_hand_is_not_called_completed_before_it_is(counts: list[Any], errors: list[int], state: str | None) -> None:
+    bad = {"output_type": "error", "ename": "NotEqual", "evalue": "3 rows differ.", "traceback": []}
+    cells = [
+        {"cell_type": "code", "id": str(at), "metadata": {}, "source": "x", "execution_count": count, "outputs": [bad] if at in errors else []}
+        for at, count in enumerate(counts)
+    ]
+    assert outcome({"cells": cells})[1].get("state") == state
