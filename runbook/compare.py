@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from runbook import changes
@@ -37,10 +39,17 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
         changes.hold(run, session, way)
         snapshot = session.value("restore.export_snapshot")
         names = _names(run, session, way)
+        reading: list[Session] = []
         with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(_sums_beside, run, snapshot, names)
-            mine = _sums(session.rows("restore.sums_of_partitioned", **names))
-            beside = other.result()
+            other = pool.submit(_sums_beside, run, snapshot, names, reading)
+            try:
+                mine = _sums(session.rows("restore.sums_of_partitioned", **names))
+                beside = other.result()
+            except BaseException:  # an interrupt, above all: nobody waits for the other's sums any more
+                for each in reading:
+                    with suppress(psycopg.Error):
+                        each.connection.cancel_safe(timeout=5)
+                raise
         if mine == beside:
             rows = sum(count for count, _ in mine.values())
             waiting = changes.length(run, session, way)
@@ -58,8 +67,9 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
     )
 
 
-def _sums_beside(run: Run, snapshot: str, names: dict[str, sql.Composable]) -> Sums:
+def _sums_beside(run: Run, snapshot: str, names: dict[str, sql.Composable], reading: list[Session]) -> Sums:
     with run.database.session("compare") as session, session.transaction("REPEATABLE READ"):
+        reading.append(session)
         session.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
         return _sums(session.rows("restore.sums_of_plain", **names))
 

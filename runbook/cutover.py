@@ -202,6 +202,8 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
                     session.run("ledger.remember_triggers", triggers=session.value("changes.logging_back", **run.names), **run.names)
                     # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.
                     _record(action, patience, replayed, 0.0, waits)
+                    if replayed:  # again: one may have begun since the first look
+                        locks.refuse_late_snapshots(session, patience)
             finally:
                 waits.append((at, clock.queued))
             return _record(action, patience, replayed, clock.locked, waits)

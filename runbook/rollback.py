@@ -102,6 +102,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             _resync(run, session)
             logging = now
         keys, horizon = _replay(run, session, patience)
+        total += keys
         seen = seen or compare.exactly(run, session, BACK)
         locks.wait_for_snapshots(session, horizon, patience)
         tables, views = cutover.lock_set(run, session)
@@ -117,11 +118,13 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
                 locks.refuse_late_snapshots(session, patience)
             for each in unswap_statements(run):
                 session.run(each)
-            total += keys + last
             # The forward steps are undone with the same commit: the ledger never says that the table is still swapped.
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
-            sentence = f"{run.plan.full_name} is the original table again; {total:,} changes since the cut-over went with it."
-            return action.finish(sentence, total, swapped=True, compared=seen.rows)
+            sentence = f"{run.plan.full_name} is the original table again; {total + last:,} changes since the cut-over went with it."
+            evidence = action.finish(sentence, total + last, swapped=True, compared=seen.rows)
+            if last:  # again: one may have begun since the first look
+                locks.refuse_late_snapshots(session, patience)
+            return evidence
 
     try:
         evidence = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
@@ -131,7 +134,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             f" {' '.join((error.diag.message_detail or str(error)).split())}. Drop them first, then run 90_rollback again."
         ) from None
     return action.finish(
-        f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.", total, **evidence.facts, locked_s=clock.locked
+        f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.", evidence.rows, **evidence.facts, locked_s=clock.locked
     )
 
 

@@ -10,16 +10,24 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
-from runbook import cutover, foreign_keys, partition, restore
+from runbook import cutover, foreign_keys, restore
 from runbook.changes import Rewritten
 from runbook.errors import AlreadyRunning, PlanOutdated, PromiseBroken, RunbookError
 from tests import migration, servers, traffic
 
 ROOT = Path(__file__).parent.parent
+
+
+def long(*values: str) -> list[Any]:
+    """Parameters that are tried in the long run only."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
 STEPS = list(migration.FORWARD) + list(migration.BACK)
 # Where a step stops for a moment, so that it can be struck there: a lock that it needs, held by us.
 STRUCK = ["backup", "copy", "settle", "index", "replay", "columns", "fill", "swap", "validate", "swap back", "clean"]
@@ -60,7 +68,9 @@ class Child:
             f"run = runbook.open_last({url!r}, 'users');"
             f"print('begins', flush=True); {{**migration.FORWARD, **migration.BACK}}[{name!r}](run)"
         )
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert self.process.stdout is not None
         assert self.process.stdout.readline().strip() == "begins", self.process.stderr and self.process.stderr.read()
 
@@ -111,7 +121,7 @@ def assert_nothing_left(sql) -> None:
     assert sql("SELECT to_regclass('users_backup'), to_regclass('users_retired')") == [(None, None)]
 
 
-@pytest.mark.parametrize("name", ["copy", "settle", "index", "replay", "fill"])
+@pytest.mark.parametrize("name", ["copy", *long("settle", "index", "replay", "fill")])
 def test_a_killed_kernel_costs_nothing(server, clinic, sql, name):
     with traffic.pool(clinic, server.version, writers=1) as pool:
         pool.go_on(10)
@@ -126,15 +136,13 @@ def test_a_killed_kernel_costs_nothing(server, clinic, sql, name):
     assert_nothing_left(sql)
 
 
-@pytest.mark.parametrize("name", ["copy", "index", "fill", "replay"])
+@pytest.mark.parametrize("name", ["index", *long("copy", "fill", "replay")])
 def test_a_terminated_backend_costs_nothing(server, clinic, sql, name):
     with traffic.pool(clinic, server.version, writers=1) as pool:
         pool.go_on(10)
         run = prepare(clinic, name)
         holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
-        failed: list[BaseException] = []
-        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
-        thread.start()
+        thread, failed = struck(run, name)
         for pid in holder.wait():
             sql("SELECT pg_terminate_backend(%s)", [pid])
         holder.release()
@@ -146,14 +154,22 @@ def test_a_terminated_backend_costs_nothing(server, clinic, sql, name):
     assert_nothing_left(sql)
 
 
-def _caught(do, failed: list[BaseException]) -> None:
-    try:
-        do()
-    except BaseException as error:
-        failed.append(error)
+def struck(run: migration.Run, name: str) -> tuple[threading.Thread, list[BaseException]]:
+    """The step at work in a thread, to be struck; what it ended with."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            migration.walk(run, {name: step(name)})
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, failed
 
 
-@pytest.mark.parametrize("name", ["copy", "index", "replay", "fill"])
+@pytest.mark.parametrize("name", ["fill", *long("copy", "index", "replay")])
 def test_an_interrupt_cancels_what_every_worker_runs(clinic, sql, name):
     run = prepare(clinic, name)
     holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
@@ -173,9 +189,7 @@ def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, na
     with traffic.pool(clinic, server.version, writers=2) as pool:
         pool.go_on(20)
         run = prepare(clinic, name)
-        failed: list[BaseException] = []
-        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
-        thread.start()
+        thread, _ = struck(run, name)
         time.sleep(0.001 * (os.getpid() * 7 + len(name) * 13 % 97) % 0.15)
         with suppress(psycopg.Error):
             pid = sql("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'writer%' LIMIT 1")[0][0]
@@ -186,14 +200,12 @@ def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, na
     assert_nothing_left(sql)
 
 
-@pytest.mark.parametrize("name", ["copy", "swap", "swap back"])
+@pytest.mark.parametrize("name", ["swap", *long("copy", "swap back")])
 def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(server, clinic, sql, name):
     with traffic.pool(clinic, server.version, writers=1) as pool:
         pool.go_on(20)
         run = prepare(clinic, name)
-        failed: list[BaseException] = []
-        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
-        thread.start()
+        thread, _ = struck(run, name)
         time.sleep(0.02)
         server.stop("immediate")
         server.start()
@@ -203,17 +215,18 @@ def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(server, clini
     assert_nothing_left(sql)
 
 
-@pytest.mark.parametrize("name", ["swap", "swap back"])
+@pytest.mark.parametrize("name", ["swap", *long("swap back")])
 def test_the_ledger_and_the_swap_never_disagree(clinic, sql, name):
     """The connection is lost at whatever moment of the step: the table and the ledger tell the same."""
     run = prepare(clinic, name)
     done = name == "swap back"
     for delay in (0.0, 0.01, 0.03, 0.05, 0.08, 0.12):
-        failed: list[BaseException] = []
-        thread = threading.Thread(target=lambda: _caught(lambda: migration.walk(run, {name: step(name)}), failed))
-        thread.start()
+        thread, _ = struck(run, name)
         time.sleep(delay)
-        sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'runbook cutover%' OR application_name LIKE 'runbook rollback%'")
+        sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'runbook cutover%' OR "
+            "application_name LIKE 'runbook rollback%'"
+        )
         thread.join(30)
         swapped = sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("p",)]
         assert (run.finished("cutover", "swap") is not None) == swapped
@@ -228,7 +241,7 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(cli
     holder = Holder(clinic, LOCKED["copy"].format(staging=run.staging))
     child = Child(clinic, "copy")
     holder.wait()
-    with pytest.raises(AlreadyRunning, match="runbook restore.copy of postgres"):
+    with pytest.raises(AlreadyRunning, match=r"runbook restore\.copy of postgres"):
         restore.copy(run)
     child.kill()
     holder.release()
@@ -237,15 +250,15 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(cli
 
 def test_a_crash_between_building_an_index_and_adopting_it_is_made_good(clinic, sql):
     run = prepare(clinic, "index")
-    leaf, name, statements = next(iter(restore.index_builds(run)))
+    _, _, statements = next(iter(restore.index_builds(run)))
     with run.database.session("a run that died") as session:
         session.run(statements[0])
     rest(run, "index")
     assert_nothing_left(sql)
 
 
-@pytest.mark.parametrize("limited", ["temp_file_limit"])
-def test_a_full_disk_stops_the_step_and_not_the_application(server, database, sql, limited):
+@pytest.mark.long
+def test_a_full_disk_stops_the_step_and_not_the_application(database, sql):
     """A quota that needs no root: sorting for an index and hashing for a comparison take temporary files."""
     from runbook import embedded
 
@@ -253,7 +266,7 @@ def test_a_full_disk_stops_the_step_and_not_the_application(server, database, sq
     name = sql("SELECT current_database()")[0][0]
     run = prepare(database, "index")
     sql(f'ALTER DATABASE "{name}" SET temp_file_limit = 0')
-    sql(f'ALTER DATABASE "{name}" SET maintenance_work_mem = \'1MB\'')
+    sql(f"ALTER DATABASE \"{name}\" SET maintenance_work_mem = '1MB'")
     with pytest.raises((psycopg.errors.ConfigurationLimitExceeded, RunbookError)):
         restore.build_indexes(run)
     sql("UPDATE users SET first_name = 'goes on' WHERE email LIKE '%sample7@%'")
@@ -268,7 +281,9 @@ def test_a_full_tablespace_stops_the_copy_and_not_the_application(server, clinic
     if os.geteuid() != 0:
         pytest.skip("PostgreSQL needs root here: only root may mount a small tmpfs")
     folder = servers.temporary_folder()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=0777", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m,mode=0777", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"PostgreSQL needs a mount that is not allowed here: {mounted.stderr.strip()}")
     try:
@@ -306,11 +321,13 @@ def test_an_altered_source_is_found_before_the_swap(clinic, sql):
     migration.forward(clinic)
 
 
-@pytest.mark.parametrize("change", ["CREATE INDEX later ON users (phone)", "CREATE TABLE later (u uuid REFERENCES users)", "DROP TABLE appointments"])
+@pytest.mark.parametrize(
+    "change", ["CREATE INDEX later ON users (phone)", "CREATE TABLE later (u uuid REFERENCES users)", "DROP TABLE appointments"]
+)
 def test_what_somebody_else_makes_or_drops_is_found_and_named(clinic, sql, change):
     run = prepare(clinic, "swap")
     sql(change)
-    with pytest.raises(PlanOutdated, match="later|appointments"):
+    with pytest.raises(PlanOutdated, match=r"later|appointments"):
         cutover.swap(run)
     migration.back(run)
     assert sql("SELECT count(*) FROM users") == [(1000,)]
@@ -327,8 +344,8 @@ def test_triggers_that_were_off_for_a_while_are_noticed(clinic, sql):
     assert sql("SELECT count(*) FROM users WHERE first_name = 'unlogged'") == [(1,)]
 
 
-@pytest.mark.parametrize("name", ["copy", "settle", "index", "replay", "swap"])
-@pytest.mark.parametrize("change", ["VACUUM FULL users", "TRUNCATE users CASCADE"])
+@pytest.mark.parametrize("name", ["swap", *long("copy", "settle", "index", "replay")])
+@pytest.mark.parametrize("change", ["TRUNCATE users CASCADE", *long("VACUUM FULL users")])
 def test_a_rewrite_sends_the_copy_back_to_its_beginning(clinic, sql, name, change):
     run = prepare(clinic, name)
     if name == "copy":  # a part of it is there already

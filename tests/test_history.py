@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from contextlib import suppress
@@ -79,7 +80,9 @@ def histories(server: servers.Server) -> type[RuleBasedStateMachine]:
 
         @rule(identity=identities)
         def insert_into_a_leaf(self, identity: int) -> None:
-            if identity not in self.items and self.sql("SELECT relkind::text FROM pg_class WHERE oid = 'items'::regclass") == [("p",)]:
+            if identity not in self.items and self.sql("SELECT relkind::text FROM pg_class WHERE oid = 'items'::regclass") == [
+                ("p",)
+            ]:
                 body = f"leaf {next(self.serial)}"
                 self.sql("INSERT INTO items_a VALUES (%s, 'a', %s)", (identity, body))
                 self.items[identity] = ("a", body)
@@ -100,7 +103,8 @@ def histories(server: servers.Server) -> type[RuleBasedStateMachine]:
             if one in self.items and other in self.items and one != other:
                 (kind, mine), (its_kind, its) = self.items[one], self.items[other]
                 self.sql(
-                    f"BEGIN; UPDATE items SET body = 'parked' WHERE id = {one}; UPDATE items SET body = '{mine}' WHERE id = {other};"
+                    f"BEGIN; UPDATE items SET body = 'parked' WHERE id = {one}; UPDATE items SET body = '{mine}' WHERE id = "
+                    f"{other};"
                     f" UPDATE items SET body = '{its}' WHERE id = {one}; COMMIT"
                 )
                 self.items[one], self.items[other] = (kind, its), (its_kind, mine)
@@ -120,7 +124,11 @@ def histories(server: servers.Server) -> type[RuleBasedStateMachine]:
         def use(self, identity: int) -> None:
             if identity in self.items:
                 number = next(self.serial)
-                self.sql("INSERT INTO uses (id, item) VALUES (%s, %s)", (number, identity))
+                if self.over:  # old code has no help any more
+                    kind = self.items[identity][0]
+                    self.sql("INSERT INTO uses (id, item, item_kind) VALUES (%s, %s, %s)", (number, identity, kind))
+                else:
+                    self.sql("INSERT INTO uses (id, item) VALUES (%s, %s)", (number, identity))
                 self.uses[number] = identity
 
         # The operator
@@ -170,7 +178,8 @@ def histories(server: servers.Server) -> type[RuleBasedStateMachine]:
             thread.start()
             time.sleep(delay_ms / 1000)
             self.sql(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND datname = current_database()"
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND datname = "
+                "current_database()"
             )
             thread.join(60)
             assert not thread.is_alive()
@@ -210,7 +219,7 @@ def histories(server: servers.Server) -> type[RuleBasedStateMachine]:
 @pytest.mark.long
 def test_any_sequence_of_steps_writes_and_crashes_ends_where_it_should(server):
     chosen = settings(
-        max_examples=12, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate], print_blob=True,
+        max_examples=int(os.environ.get("EXAMPLES", "12")), stateful_step_count=40, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate], print_blob=True,
     )  # fmt: skip
     run_state_machine_as_test(histories(server), settings=chosen)

@@ -42,7 +42,10 @@ def test_an_idle_transaction_makes_the_cutover_give_up_and_is_named(clinic, sql,
     run = ready(clinic)
     with transaction(clinic, "SELECT count(*) FROM users") as clerk:
         pid = clerk.info.backend_pid
-        with pytest.raises(LockNotGranted, match=rf"within 2 s.*pid {pid} \(postgres, a clerk, idle in transaction.*SELECT count.*Nothing was changed"):
+        with pytest.raises(
+            LockNotGranted,
+            match=rf"within 2 s.*pid {pid} \(postgres, a clerk, idle in transaction.*SELECT count.*Nothing was changed",
+        ):
             cutover.swap(run, lock_timeout_ms=100, budget_s=2)
         assert_as_before(sql)
     assert f"waiting for pid {pid}" in capsys.readouterr().out
@@ -59,11 +62,13 @@ def test_what_blocks_the_log_is_named_too(clinic, sql):
     assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'runbook%'") == [(0,)]
 
 
-@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", pytest.param("SERIALIZABLE", marks=pytest.mark.long)])
 def test_a_snapshot_older_than_the_copy_is_waited_for_and_named(clinic, sql, isolation):
     with transaction(clinic, f"SET TRANSACTION ISOLATION LEVEL {isolation}", "SELECT 1") as reader:
         run = ready(clinic)
-        with pytest.raises(LockNotGranted, match=f"snapshot older than the copy.*pid {reader.info.backend_pid} .postgres, a clerk"):
+        with pytest.raises(
+            LockNotGranted, match=f"snapshot older than the copy.*pid {reader.info.backend_pid} .postgres, a clerk"
+        ):
             cutover.swap(run, budget_s=1)
         assert_as_before(sql)
         assert reader.execute("SELECT count(*) FROM users").fetchone() == (1000,)
@@ -78,13 +83,17 @@ def test_a_snapshot_that_would_miss_the_last_rows_is_waited_for(clinic, sql):
 
         patience = locks.Patience(1)
         sql("UPDATE users SET first_name = 'late' WHERE role = 'admin'")
-        with transaction(clinic, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "SELECT 1"), session.transaction():
-            with pytest.raises(locks.NotYet, match="a clerk"):
-                locks.refuse_late_snapshots(session, patience)
+        with (
+            transaction(clinic, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "SELECT 1"),
+            session.transaction(),
+            pytest.raises(locks.NotYet, match="a clerk"),
+        ):
+            locks.refuse_late_snapshots(session, patience)
         with session.transaction():
             locks.refuse_late_snapshots(session, patience)
 
 
+@pytest.mark.long
 def test_an_old_writer_elsewhere_does_not_hold_everybody_up(clinic, sql):
     """It keeps the xmin of every new snapshot low; these are not old for that."""
     sql("CREATE TABLE elsewhere (n integer)")
@@ -118,7 +127,9 @@ def test_a_running_autovacuum_is_got_past(clinic, sql):
     with vacuum_that_takes_long(clinic, sql) as pid:
         swapped = cutover.swap(run, budget_s=30)
         assert swapped.locked_s < 5
-        assert sql("SELECT count(*) FROM pg_stat_progress_vacuum WHERE pid = %s AND relid = 'users_retired'::regclass", [pid]) == [(0,)]
+        assert sql(
+            "SELECT count(*) FROM pg_stat_progress_vacuum WHERE pid = %s AND relid = 'users_retired'::regclass", [pid]
+        ) == [(0,)]
 
 
 @contextmanager
@@ -133,7 +144,8 @@ def vacuum_that_takes_long(url: str, sql) -> Iterator[int]:
         try:
             end = time.monotonic() + 60
             query = (
-                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = %s AND query LIKE '%%public.users%%'"
+                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = %s"
+                " AND query LIKE '%%public.users%%'"
             )
             while not (found := admin.execute(query, [name]).fetchone()):
                 assert time.monotonic() < end, "autovacuum does not come"
@@ -146,20 +158,33 @@ def vacuum_that_takes_long(url: str, sql) -> Iterator[int]:
 
 
 ORDERS = {
-    "users first": ("UPDATE users SET phone = phone WHERE id = {user}", "UPDATE appointments SET notes = notes WHERE id = {visit}"),
-    "appointments first": ("UPDATE appointments SET notes = notes WHERE id = {visit}", "UPDATE users SET phone = phone WHERE id = {user}"),
-    "read, then write": ("SELECT count(*) FROM active_users WHERE id = {user}", "UPDATE users SET phone = phone WHERE id = {user}"),
+    "users first": (
+        "UPDATE users SET phone = phone WHERE id = {user}",
+        "UPDATE appointments SET notes = notes WHERE id = {visit}",
+    ),
+    "appointments first": (
+        "UPDATE appointments SET notes = notes WHERE id = {visit}",
+        "UPDATE users SET phone = phone WHERE id = {user}",
+    ),
+    "read, then write": (
+        "SELECT count(*) FROM active_users WHERE id = {user}",
+        "UPDATE users SET phone = phone WHERE id = {user}",
+    ),
 }
 
 
-@pytest.mark.parametrize("orders", [["users first"] * 2, ["appointments first"] * 2, list(ORDERS)])
+@pytest.mark.parametrize(
+    "orders", [list(ORDERS), *(pytest.param([each] * 2, marks=pytest.mark.long) for each in list(ORDERS)[:2])]
+)
 def test_an_application_starves_nobody_whatever_it_touches_first(clinic, sql, orders):
     run = ready(clinic)
     stop, waits, failures = threading.Event(), [], []
 
     def work(order: str, number: int) -> None:
         with psycopg.connect(clinic, autocommit=True) as connection:
-            row = connection.execute("SELECT user_id, id FROM appointments ORDER BY id OFFSET %s LIMIT 1", [number * 7]).fetchone()
+            row = connection.execute(
+                "SELECT user_id, id FROM appointments ORDER BY id OFFSET %s LIMIT 1", [number * 7]
+            ).fetchone()
             assert row is not None
             while not stop.wait(random.uniform(0, 0.1)):
                 try:
@@ -227,13 +252,31 @@ def test_a_replica_that_lags_pauses_the_copy(tmp_path):
             connection.execute("CREATE DATABASE clinic")
         embedded.load_clinic(primary.conninfo("clinic"), users=20_000)
         copied = folder / "replica"
-        command = [primary.bin("pg_basebackup"), "-h", primary.sockets, "-p", str(primary.port), "-U", "postgres", "-D", copied, "-R", "-X", "stream", "-c", "fast"]
+        command = [
+            primary.bin("pg_basebackup"),
+            "-h",
+            primary.sockets,
+            "-p",
+            str(primary.port),
+            "-U",
+            "postgres",
+            "-D",
+            copied,
+            "-R",
+            "-X",
+            "stream",
+            "-c",
+            "fast",
+        ]
         subprocess.run(command, check=True, **servers.service())
         sockets = folder / "sockets"
         sockets.mkdir()
         servers.hand_over(folder)
         with (copied / "postgresql.auto.conf").open("a") as file:
-            file.write(f"unix_socket_directories = '{sockets}'\nrecovery_min_apply_delay = '4s'\nhot_standby = on\nwal_receiver_status_interval = 1\n")
+            file.write(
+                f"unix_socket_directories = '{sockets}'\nrecovery_min_apply_delay = '4s'\nhot_standby = "
+                f"on\nwal_receiver_status_interval = 1\n"
+            )
         replica = servers.Server(18, primary.programs, copied, sockets, primary.port)
         replica.start()
         try:
@@ -252,6 +295,7 @@ def test_a_replica_that_lags_pauses_the_copy(tmp_path):
             replica.stop("immediate")
 
 
+@pytest.mark.long
 def test_many_active_sessions_pause_the_copy_and_it_says_so(clinic, sql, capsys):
     from runbook import restore
 

@@ -23,7 +23,9 @@ def owner(clinic, sql) -> str:
     """The clinic's URL for a role that owns its tables and is nothing else."""
     name = f"owner_{sql('SELECT current_database()')[0][0]}"
     database = sql("SELECT current_database()")[0][0]
-    sql(f"CREATE ROLE {name} LOGIN; GRANT CREATE ON DATABASE {database} TO {name}; GRANT CREATE, USAGE ON SCHEMA public TO {name}")
+    sql(
+        f"CREATE ROLE {name} LOGIN; GRANT CREATE ON DATABASE {database} TO {name}; GRANT CREATE, USAGE ON SCHEMA public TO {name}"
+    )
     for each in OWNED:
         sql(f"ALTER TABLE {each} OWNER TO {name}")
     yield clinic.replace("postgres@", f"{name}@")
@@ -33,7 +35,9 @@ def owner(clinic, sql) -> str:
 def test_the_owner_needs_no_superuser(owner, sql):
     run = migration.forward(owner)
     sql("INSERT INTO users (email, password, first_name, last_name, role) VALUES ('new@x', 'p', 'N', 'N', 'admin')")
-    assert sql("SELECT tableowner = %s FROM pg_tables WHERE tablename = 'users'", [owner.split("//")[1].split("@")[0]]) == [(True,)]
+    assert sql("SELECT tableowner = %s FROM pg_tables WHERE tablename = 'users'", [owner.split("//")[1].split("@")[0]]) == [
+        (True,)
+    ]
     migration.back(run)
     assert sql("SELECT count(*) FROM users") == [(1001,)]
 
@@ -82,7 +86,8 @@ def test_the_applications_role_needs_nothing_new(clinic, sql):
     for name in (*migration.FORWARD, *list(migration.BACK)):
         migration.walk(run, {name: {**migration.FORWARD, **migration.BACK}[name]})
         sql("SET ROLE clinic_app; UPDATE users SET phone = 'by the app' WHERE role = 'admin';"
-            " INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, now() FROM users u, doctors d WHERE u.role = 'admin' LIMIT 1;"
+            " INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, now() FROM users u, doctors d WHERE "
+            "u.role = 'admin' LIMIT 1;"
             " SELECT count(*) FROM active_users")  # fmt: skip
     assert sql("SELECT DISTINCT phone FROM users WHERE role = 'admin'") == [("by the app",)]
 
@@ -108,15 +113,16 @@ def test_trigger_functions_cannot_be_hijacked_through_the_search_path(clinic, sq
     """)
     assert sql("SELECT count(*) FROM evil.loot WHERE who <> 'clinic_app'") == [(0,)]
     assert sql("SELECT count(*) FROM evil.changes_back") == [(0,)]
-    assert sql("SELECT user_role FROM appointments WHERE user_id = (SELECT id FROM users WHERE role = 'admin') ORDER BY created_at DESC LIMIT 1") == [
-        ("admin",)
-    ]
-    for row in sql(
-        f"SELECT proname::text, prosecdef, proconfig FROM pg_proc WHERE pronamespace = '{run.staging}'::regnamespace"
-    ):
+    assert sql(
+        "SELECT user_role FROM appointments WHERE user_id = (SELECT id FROM users WHERE role = 'admin') ORDER BY created_at "
+        "DESC LIMIT 1"
+    ) == [("admin",)]
+    for row in sql(f"SELECT proname::text, prosecdef, proconfig FROM pg_proc WHERE pronamespace = '{run.staging}'::regnamespace"):
         assert row[1] and row[2] == ["search_path=pg_catalog, pg_temp"], row[0]
 
 
+@pytest.mark.node
+@pytest.mark.long
 def test_a_password_over_tls_is_in_no_output_ledger_or_record(tmp_path, monkeypatch, capfd):
     with servers.start(18, ssl=True) as server:
         with psycopg.connect(server.conninfo(), autocommit=True) as connection:
@@ -140,9 +146,12 @@ def test_a_password_over_tls_is_in_no_output_ledger_or_record(tmp_path, monkeypa
         print(run.statements(), run, run.database, run.overview().to_html(), [each.conninfo for each in [run.database]])
         with psycopg.connect(server.conninfo("clinic")) as connection:
             told = connection.execute(
-                "SELECT string_agg(t::text, ' ') FROM (SELECT m::text FROM runbook.migration m UNION ALL SELECT a::text FROM runbook.action a) t (t)"
+                "SELECT string_agg(t::text, ' ') FROM (SELECT m::text FROM runbook.migration m UNION ALL SELECT a::text FROM "
+                "runbook.action a) t (t)"
             ).fetchone()
-            encrypted = connection.execute("SELECT count(*) FROM pg_hba_file_rules WHERE auth_method = 'scram-sha-256'").fetchone()
+            encrypted = connection.execute(
+                "SELECT count(*) FROM pg_hba_file_rules WHERE auth_method = 'scram-sha-256'"
+            ).fetchone()
         assert encrypted is not None and encrypted[0] > 0
         said = capfd.readouterr()
         for secret in (SECRET, quote(SECRET, safe=""), SECRET.replace("'", "''")):

@@ -39,7 +39,10 @@ def state(url: str, sql) -> tuple[str, object, object]:
     return schema(url), sql(USERS), sql(APPOINTMENTS)
 
 
-@pytest.mark.parametrize("last", ["backup", "shadow", "log", "copy", "index", "columns", "fill", "approval"])
+@pytest.mark.parametrize(
+    "last",
+    ["log", "fill", *(pytest.param(each, marks=pytest.mark.long) for each in ("backup", "shadow", "copy", "index", "columns"))],
+)
 def test_before_the_cutover_every_trace_goes(clinic, sql, last):
     before = state(clinic, sql)
     run = migration.forward(clinic, last=last)
@@ -54,7 +57,10 @@ def test_after_the_cutover_the_original_is_back_with_every_write(clinic, sql):
     run = migration.forward(clinic)
     assert sql("SELECT count(*) FROM audit") == [(0,)]
     write_everywhere(sql)
-    rows, audited = sql(USERS.replace("u::text", "(u.id, u.email, u.role, u.first_name, u.town)::text")), sql("SELECT count(*) FROM audit")
+    rows, audited = (
+        sql(USERS.replace("u::text", "(u.id, u.email, u.role, u.first_name, u.town)::text")),
+        sql("SELECT count(*) FROM audit"),
+    )
     appointments = sql("SELECT id, user_id, notes FROM appointments ORDER BY id")
     migration.back(run)
     assert schema(clinic) == before
@@ -73,14 +79,22 @@ def write_everywhere(sql) -> None:
     sql("DELETE FROM users_patients WHERE email LIKE '%sample12@%'")
     sql("DELETE FROM users WHERE email LIKE '%sample13@%'")
     # An address that wanders from one user to another.
-    sql("UPDATE users SET email = 'parked' WHERE email LIKE '%sample21@%'; UPDATE users SET email = 'wandered@x' WHERE email LIKE '%sample22@%';"
-        " UPDATE users SET email = 'wandered-away@x' WHERE email = 'wandered@x'; UPDATE users SET email = 'wandered@x' WHERE email = 'parked'")  # fmt: skip
-    sql("INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, now() FROM users u, doctors d WHERE u.email = 'new@x' LIMIT 1")
+    sql("UPDATE users SET email = 'parked' WHERE email LIKE '%sample21@%'; UPDATE users SET email = 'wandered@x' WHERE email "
+        "LIKE '%sample22@%';"
+        " UPDATE users SET email = 'wandered-away@x' WHERE email = 'wandered@x'; UPDATE users SET email = 'wandered@x' WHERE "
+        "email = 'parked'")  # fmt: skip
+    sql(
+        "INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, now() FROM users u, doctors d WHERE "
+        "u.email = 'new@x' LIMIT 1"
+    )
     sql("UPDATE users SET town = 2 WHERE email = 'leaf@x'")
     if version >= 15:
         sql("UPDATE users SET role = 'doctor' WHERE email LIKE '%sample31@%'")
         sql("UPDATE users SET id = gen_random_uuid() WHERE email LIKE '%sample32@%'")
-        sql("MERGE INTO users u USING (VALUES ('new@x', 'doctor')) v (email, role) ON u.email = v.email WHEN MATCHED THEN UPDATE SET role = v.role")
+        sql(
+            "MERGE INTO users u USING (VALUES ('new@x', 'doctor')) v (email, role) ON u.email = v.email WHEN MATCHED THEN "
+            "UPDATE SET role = v.role"
+        )
 
 
 def test_a_partition_attached_since_comes_along(clinic, sql):
@@ -93,6 +107,7 @@ def test_a_partition_attached_since_comes_along(clinic, sql):
     assert sql("SELECT email FROM users WHERE role = 'nurse' ORDER BY 1") == [("nurse2@x",), ("nurse@x",)]
 
 
+@pytest.mark.long
 def test_a_partition_detached_since_stays_its_owners(clinic, sql):
     run = migration.forward(clinic)
     sql("DELETE FROM appointments WHERE user_role = 'admin'")
@@ -102,7 +117,7 @@ def test_a_partition_detached_since_stays_its_owners(clinic, sql):
     assert sql("SELECT count(*) FROM users WHERE role = 'admin'") == [(0,)]
 
 
-@pytest.mark.parametrize(("truncated", "left"), [("users", 1), ("users_doctors", 951)])
+@pytest.mark.parametrize(("truncated", "left"), [("users_doctors", 951), pytest.param("users", 1, marks=pytest.mark.long)])
 def test_a_truncate_after_the_cutover_is_followed(clinic, sql, truncated, left):
     run = migration.forward(clinic)
     sql(f"TRUNCATE {truncated} CASCADE")
@@ -111,6 +126,7 @@ def test_a_truncate_after_the_cutover_is_followed(clinic, sql, truncated, left):
     assert sql("SELECT count(*), count(*) FILTER (WHERE email = 'after@x') FROM users") == [(left, 1)]
 
 
+@pytest.mark.long
 def test_writes_while_the_log_was_switched_off_are_found(clinic, sql):
     run = migration.forward(clinic)
     sql("ALTER TABLE users DISABLE TRIGGER USER")
@@ -157,7 +173,8 @@ def test_there_and_back_and_there_again_and_the_end(clinic, sql):
     run = migration.forward(clinic)
     with pytest.raises(OutOfOrder):
         finish.require(run, "a test")
-    sql("INSERT INTO runbook.action (migration, step, action, state, operator, finished_at) VALUES (%s, 'verify', 'check', 'done', 'a test', now())",
+    sql("INSERT INTO runbook.action (migration, step, action, state, operator, finished_at) VALUES (%s, 'verify', 'check', "
+        "'done', 'a test', now())",
         [run.migration])  # fmt: skip
     migration.walk(run, migration.END)
     assert sql("SELECT to_regclass('users_retired')") == [(None,)]
@@ -171,6 +188,7 @@ def server_is_14(sql) -> bool:
     return sql("SHOW server_version_num")[0][0].startswith("14")
 
 
+@pytest.mark.long
 def test_the_backup_can_be_kept_under_another_name(clinic, sql):
     run = migration.forward(clinic)
     migration.walk(run, migration.BACK, last="clean")
@@ -182,7 +200,8 @@ def test_the_backup_can_be_kept_under_another_name(clinic, sql):
 
 def test_identities_go_on_in_both_directions(database, sql):
     sql("CREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, kind text NOT NULL, body text);"
-        " INSERT INTO notes (kind, body) SELECT CASE WHEN n % 3 = 0 THEN 'a' ELSE 'b' END, n::text FROM generate_series(1, 100) n")  # fmt: skip
+        " INSERT INTO notes (kind, body) SELECT CASE WHEN n % 3 = 0 THEN 'a' ELSE 'b' END, n::text FROM generate_series(1, "
+        "100) n")  # fmt: skip
     run = migration.plan(database, "notes", "kind")
     migration.walk(run, migration.FORWARD)
     assert sql("INSERT INTO notes (kind) VALUES ('a'), ('b') RETURNING id") == [(101,), (102,)]

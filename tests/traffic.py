@@ -169,7 +169,9 @@ class Writer:
         if seen == after:
             return True
         if seen != self.model:
-            raise Lost(f"{self.name}: after a lost connection neither the state before nor the one after:{difference(self.model, seen)}")
+            raise Lost(
+                f"{self.name}: after a lost connection neither the state before nor the one after:{difference(self.model, seen)}"
+            )
         return False
 
     # What is written
@@ -190,7 +192,8 @@ class Writer:
         for _ in range(self.random.randint(1, 3)):
             email, role, first = self.fresh()
             row = self.execute(
-                "INSERT INTO users (email, password, first_name, last_name, role) VALUES (%s, 'x', %s, 'y', %s) RETURNING id", (email, first, role)
+                "INSERT INTO users (email, password, first_name, last_name, role) VALUES (%s, 'x', %s, 'y', %s) RETURNING id",
+                (email, first, role),
             ).fetchone()
             assert row is not None
             model.users[row[0]] = (email, role, first)
@@ -208,7 +211,11 @@ class Writer:
             raise Lost(f"{self.name}: {what} found {cursor.rowcount} rows instead of {rows}")
 
     def update(self, model: Model, column: str, identity: uuid.UUID, value: str) -> None:
-        self.expect(self.execute(f"UPDATE users SET {column} = %s WHERE id = %s", (value, identity)), 1, f"UPDATE of {column} of {identity}")
+        self.expect(
+            self.execute(f"UPDATE users SET {column} = %s WHERE id = %s", (value, identity)),
+            1,
+            f"UPDATE of {column} of {identity}",
+        )
         email, role, first = model.users[identity]
         model.users[identity] = (email, value, first) if column == "role" else (email, role, value)
 
@@ -259,13 +266,16 @@ class Writer:
 
     def merge(self, model: Model) -> None:
         known = self.some(model, 3)
-        rows = {each: (model.users[each][0], model.users[each][1], self.fresh()[2]) for each in known} | {uuid.uuid4(): self.fresh()}
+        rows = {each: (model.users[each][0], model.users[each][1], self.fresh()[2]) for each in known} | {
+            uuid.uuid4(): self.fresh()
+        }
         values = ", ".join(["(%s::uuid, %s::text, %s::text, %s::text)"] * len(rows))
         self.expect(
             self.execute(
                 f"MERGE INTO users u USING (VALUES {values}) v (id, email, role, first) ON u.id = v.id"
                 " WHEN MATCHED THEN UPDATE SET first_name = v.first"
-                " WHEN NOT MATCHED THEN INSERT (id, email, password, first_name, last_name, role) VALUES (v.id, v.email, 'x', v.first, 'y', v.role)",
+                " WHEN NOT MATCHED THEN INSERT (id, email, password, first_name, last_name, role) VALUES (v.id, v.email, 'x', "
+                "v.first, 'y', v.role)",
                 [value for identity, row in rows.items() for value in (identity, *row)],
             ),
             len(rows),
@@ -277,7 +287,10 @@ class Writer:
         """A MERGE whose only action moves rows: the one that statement triggers on a partitioned table do not see."""
         for each in self.some(model):
             role = self.random.choice(ROLES)
-            query = "MERGE INTO users u USING (VALUES (%s::uuid, %s::text)) v (id, role) ON u.id = v.id WHEN MATCHED THEN UPDATE SET role = v.role"
+            query = (
+                "MERGE INTO users u USING (VALUES (%s::uuid, %s::text)) v (id, role) ON u.id = v.id"
+                " WHEN MATCHED THEN UPDATE SET role = v.role"
+            )
             self.expect(self.execute(query, (each, role)), 1, "MERGE of a role")
             email, _, first = model.users[each]
             model.users[each] = (email, role, first)
@@ -302,7 +315,8 @@ class Writer:
             role = self.random.choice(ROLES)
             with self.connection.transaction():
                 self.expect(self.execute("DELETE FROM users WHERE id = %s", (each,)), 1, "DELETE")
-                self.execute("INSERT INTO users (id, email, password, first_name, last_name, role) VALUES (%s, %s, 'x', %s, 'y', %s)",
+                self.execute("INSERT INTO users (id, email, password, first_name, last_name, role) VALUES (%s, %s, 'x', %s, "
+                             "'y', %s)",
                              (each, email, first, role))  # fmt: skip
             model.remove(each)
             model.users[each] = (email, role, first)
@@ -311,13 +325,18 @@ class Writer:
         chosen = self.some(model, 20)
         if chosen:
             first = self.fresh()[2]
-            self.expect(self.execute("UPDATE users SET first_name = %s WHERE id = ANY(%s)", (first, chosen)), len(chosen), "UPDATE in bulk")
+            self.expect(
+                self.execute("UPDATE users SET first_name = %s WHERE id = ANY(%s)", (first, chosen)),
+                len(chosen),
+                "UPDATE in bulk",
+            )
             model.users |= {each: (*model.users[each][:2], first) for each in chosen}
 
     def cte(self, model: Model) -> None:
         email, role, first = self.fresh()
         query = (
-            "WITH made AS (INSERT INTO users (email, password, first_name, last_name, role) VALUES (%s, 'x', %s, 'y', %s) RETURNING id),"
+            "WITH made AS (INSERT INTO users (email, password, first_name, last_name, role) VALUES (%s, 'x', %s, 'y', %s) "
+            "RETURNING id),"
             " renamed AS (UPDATE users SET first_name = %s WHERE id = ANY(%s)) SELECT id FROM made"
         )
         others = self.some(model, 2)
@@ -329,7 +348,8 @@ class Writer:
     def appoint(self, model: Model) -> None:
         for each in self.some(model):
             row = self.execute(
-                "INSERT INTO appointments (user_id, doc_id, scheduled_at, notes) VALUES (%s, %s, now(), %s) RETURNING id", (each, self.doctor, self.name)
+                "INSERT INTO appointments (user_id, doc_id, scheduled_at, notes) VALUES (%s, %s, now(), %s) RETURNING id",
+                (each, self.doctor, self.name),
             ).fetchone()
             assert row is not None
             model.appointments[row[0]] = (each, self.name)
@@ -337,13 +357,19 @@ class Writer:
     def move_appointment(self, model: Model) -> None:
         if model.appointments and model.users:
             each, owner = self.random.choice(list(model.appointments)), self.some(model)[0]
-            self.expect(self.execute("UPDATE appointments SET user_id = %s WHERE id = %s", (owner, each)), 1, "UPDATE of an appointment's user")
+            self.expect(
+                self.execute("UPDATE appointments SET user_id = %s WHERE id = %s", (owner, each)),
+                1,
+                "UPDATE of an appointment's user",
+            )
             model.appointments[each] = (owner, model.appointments[each][1])
 
     def renote(self, model: Model) -> None:
         if model.appointments:
             each, notes = self.random.choice(list(model.appointments)), self.fresh()[2]
-            self.expect(self.execute("UPDATE appointments SET notes = %s WHERE id = %s", (notes, each)), 1, "UPDATE of an appointment")
+            self.expect(
+                self.execute("UPDATE appointments SET notes = %s WHERE id = %s", (notes, each)), 1, "UPDATE of an appointment"
+            )
             model.appointments[each] = (model.appointments[each][0], notes)
 
     def cancel(self, model: Model) -> None:
@@ -358,7 +384,8 @@ class Writer:
         pattern = f"{self.name}.%"
         rows = self.execute("SELECT id, email, role, first_name FROM users WHERE email LIKE %s", (pattern,)).fetchall()
         visits = self.execute(
-            "SELECT a.id, a.user_id, a.notes FROM appointments a JOIN users u ON u.id = a.user_id WHERE u.email LIKE %s", (pattern,)
+            "SELECT a.id, a.user_id, a.notes FROM appointments a JOIN users u ON u.id = a.user_id WHERE u.email LIKE %s",
+            (pattern,),
         ).fetchall()
         if len({row[0] for row in rows}) != len(rows):
             raise Lost(f"{self.name}: a user stands twice")
