@@ -124,3 +124,11 @@ SELECT filenode, triggers, state FROM runbook.migration WHERE id = {migration}
 
 -- name: last_id
 SELECT max(id) FROM runbook.migration
+
+-- name: whole
+-- A migration as the record keeps it: the plan, and every action with its evidence, failed ones too.
+SELECT jsonb_build_object(
+         'migration', to_jsonb(m),
+         'actions', coalesce((SELECT jsonb_agg(to_jsonb(a) - 'migration' ORDER BY a.id) FROM runbook.action a WHERE a.migration = m.id), '[]'),
+         'records', coalesce((SELECT jsonb_agg(to_jsonb(r) - 'migration' ORDER BY r.id) FROM runbook.record r WHERE r.migration = m.id), '[]'))
+  FROM runbook.migration m WHERE m.id = {migration}

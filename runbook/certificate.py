@@ -1,0 +1,135 @@
+"""The auditor's one page: each promise, the SQL that proved it, what was seen, who did it and who approved it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from html import escape
+from typing import Any
+from xml.etree import ElementTree
+
+from runbook import verify
+from runbook.archive import Run as Record
+from runbook.archive import write_whole
+from runbook.ledger import Run
+from runbook.redaction import redact, redacted
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+ body {{ font: 16px/1.5 sans-serif; margin: 1.5em auto; padding: 0 1em; max-width: 60em;
+  color: #1a1a1a; overflow-wrap: anywhere }}
+ h2 {{ margin: 2em 0 .5em }} h3 {{ margin: 1.6em 0 .3em; font-size: 1em }} p {{ margin: .2em 0 }}
+ table {{ border-collapse: collapse }} th, td {{ text-align: left; vertical-align: top; padding: .2em 1em .2em 0 }}
+ th {{ font-weight: normal; color: #555; overflow-wrap: normal }}
+ pre {{ background: #f4f4f4; padding: .6em .8em; margin: .4em 0; font-size: .8em; white-space: pre-wrap }}
+ summary {{ color: #00459e; cursor: pointer }} .pass {{ color: #00602b }} .fail {{ color: #9b0019 }} .not-tried {{ color: #555 }}
+ .pass, .fail, .not-tried {{ font-weight: bold }} @media print {{ pre {{ font-size: .6em }} }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{verdict}</p>
+<table>{facts}</table>
+<h2>What was promised</h2>
+<p>Each block below is one command: given to a shell, it asks the database again, without the runbook, and writes nothing.
+ Where the plan's own values are needed, it reads them from the ledger (schema <code>runbook</code>).</p>
+{promises}
+<h2>What was done</h2>
+<table>{actions}</table>
+<h2>What was known before</h2>
+<table>{findings}</table>
+<h2>The files of this record</h2>
+<p>With the sha256 of each. <code>manifest.json</code> lists this page too; the next run and the ledger name the manifest.</p>
+<table>{files}</table>
+</body></html>
+"""
+VERDICT = {"pass": "pass", "fail": "fail", "not tried": "not-tried"}
+
+
+def write(record: Record, run: Run) -> None:
+    """Puts the ledger's evidence into the record's folder, and, where 06 looked, the certificate, JUnit XML and Markdown.
+
+    To be called before the record is sealed, which makes the files part of it.
+    """
+    with run.database.session("certificate") as session:
+        whole = redacted(session.value("ledger.whole", migration=run.migration), record.secrets)
+    write_whole(record.folder / "evidence.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    approvals = [each["evidence"]["approved_by"] for each in whole["actions"] if (each["evidence"] or {}).get("approved_by")]
+    record.manifest["approved_by"] = approvals[-1] if approvals else record.manifest["approved_by"]
+    if not any(step["notebook"] == "06_verify.ipynb" for step in record.manifest["steps"]):
+        return
+    promises = [verify.Promise(**redacted(vars(each), record.secrets)) for each in verify.seen(run)]
+    counts = Counter(each.verdict for each in promises)
+    verdict = f"{counts['pass']} promises hold, {counts['fail']} are broken, {counts['not tried']} could not be tried."
+    write_whole(record.folder / "certificate.html", _page(record, run, whole, promises, verdict))
+    write_whole(record.folder / "promises.xml", _junit(run, promises, counts))
+    write_whole(record.folder / "promises.md", _markdown(run, promises, verdict))
+
+
+def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify.Promise], verdict: str) -> str:
+    said, plan, database = record.manifest, whole["migration"]["plan"], redact(run.database.name, record.secrets)
+    git = said["git"]["runbook"]
+    where = f"{git['revision']} ({'unchanged' if git['clean'] else 'changed'})" if git["revision"] else "an installed package"
+    facts = {
+        "Database": f"{database} ({said['server']})", "Table": f"{run.plan.full_name} by {run.plan.key}",
+        "Plan": whole["migration"]["plan_hash"], "Migration": f"{run.migration} ({run.state})",
+        "Operator": f"{said['operator']} on {said['host']}, as {said['database_user']}",
+        "Approved by": said["approved_by"] or "nobody", "Run": f"{said['run']}, begun {said['begun']}",
+        "Runbook": f"{said['versions']['partition-runbook'] or 'unknown'}, {where}, Python {said['versions']['python']}",
+    }  # fmt: skip
+    address = "" if run.database.name == "environment" else shlex.quote(redact(run.database.conninfo, record.secrets))
+    return PAGE.format(
+        title=escape(f"Certificate of {run.plan.full_name}, partitioned by {run.plan.key}"),
+        verdict=escape(verdict),
+        facts=_rows(facts.items()),
+        promises="\n".join(_section(number, each, address) for number, each in enumerate(promises, 1)),
+        actions=_rows((f"{each['step']}, {each['action']}", _told(each)) for each in whole["actions"]),
+        findings=_rows((f"{each['level']}: {each['object']}", each["sentence"]) for each in plan["findings"]),
+        files=_rows((name, digest) for name, digest in sorted(record.manifest["files"].items())),
+    )
+
+
+def _section(number: int, promise: verify.Promise, address: str) -> str:
+    head = f'<h3>{number}. {escape(promise.promise)}: <span class="{VERDICT[promise.verdict]}">{promise.verdict}</span></h3>'
+    head += f"<p>{escape(promise.seen)}</p>"
+    if not promise.sql:
+        return head
+    asked = promise.sql.strip()
+    if re.search(r"\$[12]\b", asked):  # a row, which was chosen when it was tried
+        return f"{head}<details><summary>Tried, and rolled back</summary><pre>{escape(asked)}</pre></details>"
+    options = "-c default_transaction_read_only=on"
+    if "runbook.migration" in asked:  # names are compared as the plan has them: qualified
+        options += " -c search_path=pg_catalog"
+    end = "" if "\n\\" in f"\n{asked}" else ";"
+    command = f"PGOPTIONS='{options}' psql -X -v ON_ERROR_STOP=1 {address} <<'SQL'\n{asked.rstrip(';')}{end}\nSQL"
+    return f"{head}<details><summary>Ask again</summary><pre>{escape(command)}</pre></details>"
+
+
+def _told(action: dict[str, Any]) -> str:
+    at = action["started_at"][:19].replace("T", " ")
+    return f"{at}, {action['operator']}: {action['sentence'] or ''} ({action['state']})"
+
+
+def _rows(pairs: Any) -> str:
+    return "\n".join(f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>" for name, value in pairs)
+
+
+def _junit(run: Run, promises: list[verify.Promise], counts: Counter[str]) -> str:
+    sums = {"tests": len(promises), "failures": counts["fail"], "errors": 0, "skipped": counts["not tried"]}
+    suite = ElementTree.Element("testsuite", {"name": run.plan.full_name, **{name: str(value) for name, value in sums.items()}})
+    for each in promises:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "06_verify", "name": each.promise})
+        if each.verdict != "pass":
+            found = ElementTree.SubElement(case, "failure" if each.verdict == "fail" else "skipped", {"message": each.seen})
+            found.text = each.sql
+        ElementTree.SubElement(case, "system-out").text = each.seen
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, "unicode", xml_declaration=True) + "\n"
+
+
+def _markdown(run: Run, promises: list[verify.Promise], verdict: str) -> str:
+    signs = {"pass": "✅", "fail": "❌", "not tried": "➖"}
+    cells = [[each.promise, each.seen, f"{signs[each.verdict]} {each.verdict}"] for each in promises]
+    lines = ["| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in cells]
+    return "\n".join([f"## {run.plan.full_name}", "", verdict, "", "| promise | seen | verdict |", "|---|---|---|", *lines, ""])

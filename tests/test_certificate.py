@@ -1,0 +1,124 @@
+"""The auditor's page says what was promised, what was seen and who did it, and its commands ask the database again."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from runbook import certificate, verify
+from runbook.archive import Run, audit
+from runbook.errors import PromiseBroken
+from runbook.ledger import Run as Migration
+from tests.conftest import fresh
+from tests.migration import forward
+from tests.servers import Server, wheel
+from tests.test_archive import executed
+
+Made = tuple[str, Migration, Path]
+
+
+def record(runs: Path, migration: Migration) -> Path:
+    """The record of a run of 06, sealed."""
+    made = Run.begin(runs, "users", {"table": "users"}, server="PostgreSQL", database_user="postgres")
+    made.add(executed(made.start("06_verify.ipynb")))
+    certificate.write(made, migration)
+    made.seal()
+    return made.folder
+
+
+@pytest.fixture(scope="module")
+def made(server: Server, clinic_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    for database in fresh(server, clinic_template):
+        migration = forward(database)
+        verify.check(migration)
+        yield database, migration, record(tmp_path_factory.mktemp("certificate") / "runs", migration)
+
+
+def test_the_certificate_names_every_promise_with_what_was_seen_who_and_by_which_plan(made: Made) -> None:
+    _, migration, folder = made
+    page = html.unescape((folder / "certificate.html").read_text())
+    promises = verify.seen(migration)
+    assert len(promises) > 20
+    for number, promise in enumerate(promises, 1):
+        assert f"{number}. {promise.promise}: " in page
+        assert promise.seen in page
+        assert promise.sql.strip().rstrip(";") in page
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = manifest["files"]["06_verify.ipynb"], manifest["files"]["06_verify.html"]
+    for told in (migration.plan.hash, "a test", manifest["operator"], "postgres", folder.name, *files):
+        assert told in page
+    assert manifest["approved_by"] == "a test"
+    assert f"{len(promises)} promises hold, 0 are broken, 0 could not be tried." in page
+    assert not re.search(r"<script|<link|https?://", page)
+
+
+def test_every_command_of_the_certificate_runs_as_it_stands(made: Made) -> None:
+    commands = re.findall(r"Ask again</summary><pre>(.*?)</pre>", (made[2] / "certificate.html").read_text(), re.DOTALL)
+    assert len(commands) > 15
+    environment = {"PATH": f"{wheel(18) / 'bin'}:{os.environ['PATH']}", "HOME": str(made[2])}
+    for command in commands:
+        done = subprocess.run(["sh", "-c", html.unescape(command)], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, command + done.stderr
+        assert done.stdout.strip(), command
+        if re.search(r"\|\s*ok\s*$", done.stdout.splitlines()[0]):
+            assert set(re.findall(r"\| ([tf])$", done.stdout, re.MULTILINE)) == {"t"}, done.stdout
+
+
+def test_the_promises_are_there_for_machines_too(made: Made) -> None:
+    _, migration, folder = made
+    suite = ElementTree.parse(folder / "promises.xml").getroot()
+    promises = verify.seen(migration)
+    assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("public.users", str(len(promises)), "0")
+    assert [case.get("name") for case in suite.iter("testcase")] == [each.promise for each in promises]
+    lines = (folder / "promises.md").read_text().splitlines()
+    assert sum(line.endswith("| ✅ pass |") for line in lines) == len(promises)
+
+
+def test_the_evidence_of_every_action_is_in_the_record(made: Made) -> None:
+    evidence = json.loads((made[2] / "evidence.json").read_text())
+    assert evidence["migration"]["plan_hash"] == made[1].plan.hash
+    done = {(each["step"], each["action"]): each for each in evidence["actions"]}
+    assert done["cutover", "approval"]["evidence"]["approved_by"] == "a test"
+    assert done["restore", "compare"]["state"] == "done" and done["restore", "compare"]["rows"] == 1000
+    assert {"started_at", "finished_at", "operator", "sentence"} <= done["backup", "make"].keys()
+
+
+def test_the_certificate_is_part_of_what_the_audit_checks(made: Made) -> None:
+    runs = made[2].parent
+    assert audit(runs) == []
+    page = made[2] / "certificate.html"
+    text = page.read_text()
+    page.write_text(text.replace("0 are broken", "1 are broken"))
+    assert audit(runs) == [f"{made[2].name}/certificate.html was changed."]
+    page.write_text(text)
+
+
+def test_a_broken_promise_is_certified_as_broken(clinic: str, tmp_path: Path, sql: Callable[..., Any]) -> None:
+    migration = forward(clinic)
+    sql("DROP INDEX users_is_active_idx")
+    with pytest.raises(PromiseBroken):
+        verify.check(migration)
+    folder = record(tmp_path / "runs", migration)
+    assert '<span class="fail">fail</span>' in (folder / "certificate.html").read_text()
+    suite = ElementTree.parse(folder / "promises.xml").getroot()
+    (failed,) = suite.iter("failure")
+    assert suite.get("failures") == "1" and "missing" in str(failed.get("message"))
+    assert "| ❌ fail |" in (folder / "promises.md").read_text()
+
+
+def test_a_run_that_verified_nothing_has_no_certificate(made: Made, tmp_path: Path) -> None:
+    other = Run.begin(tmp_path / "runs", "users", {})
+    other.add(executed(other.start("03_restore.ipynb")))
+    certificate.write(other, made[1])
+    other.seal()
+    assert (other.folder / "evidence.json").is_file()
+    assert not (other.folder / "certificate.html").exists()
