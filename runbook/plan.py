@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -164,8 +165,9 @@ class Plan(Fact):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the plan's canonical JSON, in hexadecimal."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """sha256, in hexadecimal, of the plan's JSON with its keys in order: the ledger's jsonb keeps an order of its own."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def new_primary_key(self) -> tuple[str, ...]:
