@@ -26,7 +26,9 @@ PAGE = """<!DOCTYPE html>
  th {{ font-weight: normal; color: #555; overflow-wrap: normal }}
  pre {{ background: #f4f4f4; padding: .6em .8em; margin: .4em 0; font-size: .8em; white-space: pre-wrap }}
  summary {{ color: #00459e; cursor: pointer }} .pass {{ color: #00602b }} .fail {{ color: #9b0019 }} .not-tried {{ color: #555 }}
- .pass, .fail, .not-tried {{ font-weight: bold }} @media print {{ pre {{ font-size: .6em }} }}
+ .pass, .fail, .not-tried {{ font-weight: bold }}
+ @media print {{ pre {{ font-size: .6em }} }}
+ @media (max-width: 700px) {{ th, td {{ display: block }} td {{ margin-bottom: .5em }} }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{verdict}</p>

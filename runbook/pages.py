@@ -19,6 +19,7 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
  .jp-OutputArea-output { overflow-x: auto }
  .jp-OutputArea-output pre, .jp-InputArea-editor .highlight pre {
   white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal }
+ .jp-OutputArea-output pre.ruled { white-space: pre } .jp-RenderedHTMLCommon .words { text-align: left }
  .jp-RenderedHTMLCommon img, .jp-RenderedImage img { max-width: 100%; height: auto }
  .failed { margin: 1em; padding: 1em; border-left: 6px solid #b00020; background: #fdecee; font: 16px/1.5 sans-serif }
  .failed a { color: #00459e; text-decoration: underline }
@@ -79,6 +80,12 @@ def render_html(notebook: Path) -> Path:
                 del tag[name]  # of a picture from elsewhere the description stays
             elif link and "://" not in target:
                 del tag[name]
+    for cell in page.select(".jp-RenderedHTMLCommon :is(td, th)"):
+        number = re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?|NaN|", cell.get_text(strip=True))
+        cell["class"] = [*cell.get_attribute_list("class"), "number" if number else "words"]
+    for lines in page.select(".jp-RenderedText pre"):
+        if "-+-" in lines.get_text():  # a table of psql's
+            lines["class"] = "ruled"
     for style in page.find_all("style"):
         style.string = FETCHED.sub("", style.string or "")
     target_file = notebook.with_suffix(".html")
@@ -127,7 +134,7 @@ def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
         " as ".join(name for name in who if name) + f" on {manifest.get('host', '')}{by_hand}",
         f"{sum(step.get('seconds', 0) for step in steps):,.1f} s",
     )
-    files = [*links, *((n, n) for n in manifest["files"] if n == "certificate.html"), ("manifest", "manifest.json")]
+    files = [*links, *((Path(n).stem, n) for n in manifest["files"] if n == "certificate.html"), ("manifest", "manifest.json")]
     return [
         *map(html.escape, plain),
         f'<span class="{state.split()[0]}">{html.escape(state)}</span> {html.escape(result.removeprefix(state))}',

@@ -8,13 +8,14 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from runbook import certificate, verify
+from runbook import certificate, ledger, verify
 from runbook.archive import Run, audit
 from runbook.errors import PromiseBroken
 from runbook.ledger import Run as Migration
@@ -61,6 +62,19 @@ def test_the_certificate_names_every_promise_with_what_was_seen_who_and_by_which
     assert not re.search(r"<script|<link|https?://", page)
 
 
+def test_the_plan_has_one_hash_from_the_freeze_to_the_last_page(made: Made) -> None:
+    _, migration, folder = made
+    assert ledger.of(migration.database, "users").plan.hash == migration.plan.hash
+    evidence = evidence_of(folder)
+    assert evidence["migration"]["plan_hash"] == migration.plan.hash
+    text = json.dumps(evidence["migration"]["plan"], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    assert sha256(text.encode()).hexdigest() == migration.plan.hash, "anybody can compute it from the record"
+
+
+def evidence_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "evidence.json").read_text()))
+
+
 def test_every_command_of_the_certificate_runs_as_it_stands(made: Made) -> None:
     commands = re.findall(r"Ask again</summary><pre>(.*?)</pre>", (made[2] / "certificate.html").read_text(), re.DOTALL)
     assert len(commands) > 15
@@ -84,7 +98,7 @@ def test_the_promises_are_there_for_machines_too(made: Made) -> None:
 
 
 def test_the_evidence_of_every_action_is_in_the_record(made: Made) -> None:
-    evidence = json.loads((made[2] / "evidence.json").read_text())
+    evidence = evidence_of(made[2])
     assert evidence["migration"]["plan_hash"] == made[1].plan.hash
     done = {(each["step"], each["action"]): each for each in evidence["actions"]}
     assert done["cutover", "approval"]["evidence"]["approved_by"] == "a test"

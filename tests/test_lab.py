@@ -99,6 +99,7 @@ def follow(page: Any, name: str) -> None:
     page.locator(f'.lm-TabBar-tab.lm-mod-current[title*="{name}.ipynb"]').wait_for(timeout=PATIENCE_MS)
 
 
+@pytest.mark.long
 @pytest.mark.browser
 def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_path: Path) -> None:
     """Opens each by the link in the one before, runs it, sees what a person sees; interrupts one and goes on."""
