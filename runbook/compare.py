@@ -58,8 +58,12 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
                 rows, {name: {"rows": count, "hash": value} for name, (count, value) in mine.items()},
             )  # fmt: skip
         differing = session.rows("restore.differing", **names, limit=20)
-    parts = [f"{name}: {mine.get(name, (0, ''))[0]:,} against {beside.get(name, (0, ''))[0]:,} rows" for name in sorted({*mine, *beside})
-             if mine.get(name) != beside.get(name)]  # fmt: skip
+    none = (0, "")
+    parts = [
+        f"{name}: {mine.get(name, none)[0]:,} against {beside.get(name, none)[0]:,} rows"
+        for name in sorted({*mine, *beside})
+        if mine.get(name) != beside.get(name)
+    ]
     keys = ", ".join(f"{row['key']} {row['finding']}" for row in differing)
     raise NotEqual(
         f"{run.plan.full_name} and its copy differ in {'; '.join(parts)}. First keys: {keys}."

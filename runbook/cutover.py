@@ -92,7 +92,9 @@ def swap_statements(run: Run) -> Statements:
 def refuses_moves(run: Run) -> bool:
     """Whether a row must not change its partition: on PostgreSQL 14 that is a delete, which its references' keys would act on."""
     return run.plan.server_version == 14 and any(
-        f"ON DELETE {action}" in each.composite for each in run.plan.references for action in ("CASCADE", "SET NULL", "SET DEFAULT")
+        f"ON DELETE {action}" in each.composite
+        for each in run.plan.references
+        for action in ("CASCADE", "SET NULL", "SET DEFAULT")
     )
 
 
@@ -167,7 +169,8 @@ def require_approval(action: Action, approved_by: str = "") -> Evidence:
     run = action.run
     if not approved_by and not run.database.embedded:
         raise ApprovalMissing(
-            f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the name of who approves."
+            f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the "
+            f"name of who approves."
         )
     who = approved_by or "the embedded example itself, which harms nobody"
     return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
@@ -199,7 +202,8 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
                     replayed = _replay_last(run, session, patience)
                     for each in swap_statements(run):
                         session.run(each)
-                    session.run("ledger.remember_triggers", triggers=session.value("changes.logging_back", **run.names), **run.names)
+                    logging = session.value("changes.logging_back", **run.names)
+                    session.run("ledger.remember_triggers", triggers=logging, **run.names)
                     # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.
                     _record(action, patience, replayed, 0.0, waits)
                     if replayed:  # again: one may have begun since the first look
@@ -215,11 +219,13 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
 def _record(action: Action, patience: locks.Patience, replayed: int, locked: float, waits: list[tuple[float, float]]) -> Swap:
     slowest = max((length for _, length in waits), default=0.0)
     sentence = (
-        f"{action.run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us longer than"
+        f"{action.run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us "
+        f"longer than"
         f" {slowest * 1000:.0f} ms, in {len(waits)} attempt(s). The way back is open: 90_rollback replays what changes"
         " from now on into the retired table and swaps back."
     )
-    facts = {"locked_s": locked, "attempts": waits, "replayed": replayed, "blockers": [str(each) for each in patience.blockers.values()]}
+    blockers = [str(each) for each in patience.blockers.values()]
+    facts = {"locked_s": locked, "attempts": waits, "replayed": replayed, "blockers": blockers}
     action.finish(sentence, replayed, **facts)
     return Swap(sentence, locked, waits, replayed, facts)
 

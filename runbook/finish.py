@@ -44,7 +44,8 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
         last = action.session.row("rollback.last_filled", **names(run, added(run)[0]))
         if last["rows"] and last["hours"] < unneeded_for_h:
             raise OutOfOrder(
-                f"Old code still inserts without the role column: {last['rows']} rows, the last {last['hours']:.1f} h ago. Change it, or set"
+                f"Old code still inserts without the role column: {last['rows']} rows, the last {last['hours']:.1f} h ago. "
+                f"Change it, or set"
                 " force_strict to end the trigger's help all the same."
             )
     return action.finish(

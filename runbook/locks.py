@@ -39,7 +39,8 @@ class Blocker:
             return f"the prepared transaction {self.gid}"
         hidden = self.query in ("", "<insufficient privilege>")
         what = "a query that cannot be seen without pg_read_all_stats" if hidden else f'"{self.query}"'
-        return f"pid {self.pid} ({self.user or 'user not visible'}, {self.application or 'no application name'}, {self.state}, {self.age_s} s): {what}"
+        who = f"{self.user or 'user not visible'}, {self.application or 'no application name'}, {self.state}, {self.age_s} s"
+        return f"pid {self.pid} ({who}): {what}"
 
 
 class NotYet(psycopg.errors.LockNotAvailable):
@@ -80,7 +81,7 @@ class Patience:
 
 
 def persist(database: Database, session: Session, patience: Patience, what: str, attempt: Callable[[], Result]) -> Result:
-    """Run `attempt` (one transaction) until it gets its locks, with growing pauses; raises LockNotGranted, naming the blockers."""
+    """Run `attempt` (one transaction) until it gets its locks, with growing pauses; else LockNotGranted names the blockers."""
     with watching(database, session, patience):
         while True:
             patience.attempts += 1
@@ -177,7 +178,8 @@ def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> No
         patience.note(blockers)
         if patience.spent():
             raise LockNotGranted(
-                f"A snapshot older than the copy is still in use after {patience.budget_s:g} s, and to it the new table would be empty:"
+                f"A snapshot older than the copy is still in use after {patience.budget_s:g} s, and to it the new table would "
+                f"be empty:"
                 f" {'; '.join(map(str, blockers))}. Nothing was changed: end that session or wait for it, then run this again."
             )
         time.sleep(0.2)

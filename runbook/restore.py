@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -88,7 +89,7 @@ def copy(
                 run,
                 workers,
                 pending,
-                lambda worker, each: _copy_range(run, worker, each, holder, brakes, progress),
+                partial(_copy_range, run, holder, brakes, progress),
                 stop,
             )
             break
@@ -143,7 +144,7 @@ def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
         position = max(position, last)
 
 
-def _copy_range(run: Run, session: Session, each: Range, holder: int, brakes: pace.Brakes, progress: pace.Progress) -> None:
+def _copy_range(run: Run, holder: int, brakes: pace.Brakes, progress: pace.Progress, session: Session, each: Range) -> None:
     brakes.wait(session)
     first, last = (sql.Literal(f"({block},0)") for block in each)
     with session.transaction(lock_timeout="30s", synchronous_commit="off"):
@@ -281,7 +282,7 @@ def adopt(run: Run) -> Statements:
 
 def finish_storage(run: Run) -> Statements:
     """The source's storage options on every partition, then VACUUM and ANALYZE."""
-    options = [option for option in run.plan.table.options]
+    options = list(run.plan.table.options)
     for leaf in changes.leaves(run, run.staging):
         yield statement("restore.storage", leaf=leaf)
         if options:
@@ -313,9 +314,7 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
                 session.run(each_)
     for each_ in finish_storage(run):
         session.run(each_)
-    return action.finish(
-        f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed."
-    )
+    return action.finish(f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed.")
 
 
 def _build(run: Run, session: Session, statements: list[sql.Composed], holder: int) -> None:

@@ -38,7 +38,7 @@ def _closed(run: Run, session: Session) -> str:
 
 
 def take_away(run: Run, references: list[Reference] | None = None) -> Statements:
-    """Before the cut-over: role columns (of `references`), log triggers, shadow and logs go; no row of the source was ever touched."""
+    """Before the cut-over: role columns (of `references`), triggers, shadow and logs go; the source's rows were never touched."""
     yield from foreign_keys.remove(run, references)
     yield from partition.remove(run)
 
@@ -120,8 +120,9 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
                 session.run(each)
             # The forward steps are undone with the same commit: the ledger never says that the table is still swapped.
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
-            sentence = f"{run.plan.full_name} is the original table again; {total + last:,} changes since the cut-over went with it."
-            evidence = action.finish(sentence, total + last, swapped=True, compared=seen.rows)
+            changed = total + last
+            sentence = f"{run.plan.full_name} is the original table again; {changed:,} changes since the cut-over went with it."
+            evidence = action.finish(sentence, changed, swapped=True, compared=seen.rows)
             if last:  # again: one may have begun since the first look
                 locks.refuse_late_snapshots(session, patience)
             return evidence
@@ -133,9 +134,8 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
             f" {' '.join((error.diag.message_detail or str(error)).split())}. Drop them first, then run 90_rollback again."
         ) from None
-    return action.finish(
-        f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.", evidence.rows, **evidence.facts, locked_s=clock.locked
-    )
+    sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms."
+    return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
 
 
 def _replay(run: Run, session: Session, patience: locks.Patience) -> tuple[int, str]:
@@ -179,12 +179,13 @@ def _resync(run: Run, session: Session) -> None:
 
 
 def refuse_losses(run: Run, session: Session) -> None:
-    """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has no place for them."""
+    """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has not."""
     now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
     before = {column.name: column.type for column in run.plan.columns}
     if differing := sorted({name for name, _ in now.items() ^ before.items()}):
         raise PromiseBroken(
-            f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make {run.plan.retired}"
+            f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make "
+            f"{run.plan.retired}"
             " the same or take the change back, then run 90_rollback again."
         )
 
@@ -215,7 +216,8 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
 
 
 def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
-    wanted = {(each.table, each.name): each.identifier for each in run.plan.references if not each.definition.endswith("NOT VALID")}
+    valid = [each for each in run.plan.references if not each.definition.endswith("NOT VALID")]
+    wanted: dict[tuple[str, str], sql.Composable] = {(each.table, each.name): each.identifier for each in valid}
     wanted |= {(run.plan.table.name, each.name): run.plan.source for each in run.plan.outgoing if each.validated}
     for row in session.rows("cutover.validated", table_text=run.plan.source.as_string(None)):
         table, name = wanted.get((row["name"], row["key"])), row["key"]

@@ -58,7 +58,7 @@ def test_a_snapshot_that_the_owner_may_not_see_is_waited_for_all_the_same(owner,
 @pytest.mark.parametrize(
     ("taken", "way_out"),
     [
-        ("REVOKE CREATE ON SCHEMA public FROM {me}", "GRANT CREATE ON SCHEMA public TO {me}"),
+        ("REVOKE CREATE ON SCHEMA public FROM {me}, PUBLIC", "GRANT CREATE ON SCHEMA public TO {me}"),
         ("REVOKE CREATE ON DATABASE {database} FROM {me}", "GRANT CREATE ON DATABASE {database} TO {me}"),
         ("ALTER TABLE appointments OWNER TO postgres", "GRANT postgres TO {me}"),
         ("ALTER TABLE users OWNER TO postgres", "GRANT postgres TO {me}"),

@@ -53,8 +53,8 @@ class Writer:
     """One connection and the rows that only it writes; every statement's effect is applied to a copy of the model,
     which takes the model's place when the commit is acknowledged."""
 
-    def __init__(self, url: str, number: int, seed: int, version: int) -> None:
-        self.url, self.name, self.version = url, f"writer{number}", version
+    def __init__(self, url: str, seed: int, version: int) -> None:
+        self.url, self.name, self.version = url, f"writer{seed}", version
         self.random = random.Random(seed)
         self.model = Model()
         self.errors: Counter[str] = Counter()
@@ -469,7 +469,7 @@ def pool(url: str, version: int, writers: int = 3, seed: int | None = None, paus
     """Writers at work while the block runs; at its end every one has looked at all that it wrote."""
     chosen = random.randrange(10**6) if seed is None else seed
     print(f"traffic's seed is {chosen}")
-    at_work = Pool([Writer(url, number, chosen * 100 + number, version) for number in range(writers)])
+    at_work = Pool([Writer(url, chosen * 100 + number, version) for number in range(writers)])
     for writer in at_work.writers:
         at_work.threads.append(threading.Thread(target=writer.run, args=(at_work.stop, pause_s), daemon=True))
     for thread in at_work.threads:
