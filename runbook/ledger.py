@@ -17,9 +17,10 @@ import pandas as pd
 from psycopg import sql
 
 from runbook.database import Database, Session, target
-from runbook.errors import AlreadyRunning, OutOfOrder, PlanOutdated, RunbookError
+from runbook.errors import AlreadyRunning, OutOfOrder, PlanOutdated, told
 from runbook.parameters import resolve
 from runbook.plan import Plan, from_json
+from runbook.redaction import known_secrets, redact
 from runbook.statements import Value
 
 P = ParamSpec("P")
@@ -157,7 +158,7 @@ class Run:
 
     def _record_failure(self, number: int, error: BaseException) -> None:
         """On a connection of its own: the action's may be gone. Where the server is gone too, the row stays 'started'."""
-        sentence = str(error) if isinstance(error, RunbookError) else f"{type(error).__name__}: {error}"
+        sentence = redact(told(error), known_secrets())
         try:
             with self.database.session("ledger") as session:
                 session.run("ledger.fail_action", id=number, sentence=sentence[:2000])
