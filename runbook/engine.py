@@ -219,7 +219,9 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
             case CellExecutionError(ename="SystemExit"):
                 return "SystemExit", "The cell called sys.exit: a notebook ends with its last cell, or with an error."
             case CellExecutionError():
-                return error.ename, error.evalue or error.ename
+                shown = [out for out in self.nb.cells[self.at].get("outputs", ()) if out.output_type == "error"]
+                last = shown[-1] if shown else error  # what the reader sees; the kernel's reply can be another
+                return last.ename, last.evalue or last.ename
             case CellTimeoutError():
                 return name, f"The cell ran into its limit of {self.timeout} seconds and was stopped."
             case DeadKernelError():

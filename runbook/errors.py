@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import psycopg
+
 
 class RunbookError(Exception):
     """A refusal or a failure that the reader can act on; its text is the whole message."""
@@ -49,3 +51,15 @@ class PromiseBroken(RunbookError):
 
 class ServerUnavailable(RunbookError):
     """The database cannot be reached, or the embedded server cannot be started."""
+
+
+def told(error: BaseException) -> str:
+    """The error as one sentence. The server's own: without the detail that repeats a whole row."""
+    if isinstance(error, RunbookError):
+        return str(error)
+    diag = error.diag if isinstance(error, psycopg.Error) else None
+    if diag is None or not diag.message_primary:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    detail = diag.message_detail or ""
+    parts = [diag.message_primary, "" if detail.startswith("Failing row contains") else detail, diag.message_hint or ""]
+    return f"The server refused it ({diag.sqlstate}): {'. '.join(part.strip().rstrip('.') for part in parts if part)}."

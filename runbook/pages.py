@@ -19,7 +19,8 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
  .jp-OutputArea-output { overflow-x: auto }
  .jp-OutputArea-output pre, .jp-InputArea-editor .highlight pre {
   white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal }
- .jp-OutputArea-output pre.ruled { white-space: pre } .jp-RenderedHTMLCommon .words { text-align: left }
+ .jp-OutputArea-output pre.ruled { white-space: pre } .jp-RenderedHTMLCommon .words { text-align: left !important }
+ .jp-RenderedHTMLCommon pre { font-family: monospace } summary { cursor: pointer }
  .jp-RenderedHTMLCommon img, .jp-RenderedImage img { max-width: 100%; height: auto }
  .failed { margin: 1em; padding: 1em; border-left: 6px solid #b00020; background: #fdecee; font: 16px/1.5 sans-serif }
  .failed a { color: #00459e; text-decoration: underline }
@@ -82,7 +83,7 @@ def render_html(notebook: Path) -> Path:
                 del tag[name]
     for cell in page.select(".jp-RenderedHTMLCommon :is(td, th)"):
         number = re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?|NaN|", cell.get_text(strip=True))
-        cell["class"] = [*cell.get_attribute_list("class"), "number" if number else "words"]
+        cell["class"] = " ".join([*filter(None, cell.get_attribute_list("class")), "number" if number else "words"])
     for lines in page.select(".jp-RenderedText pre"):
         if "-+-" in lines.get_text():  # a table of psql's
             lines["class"] = "ruled"

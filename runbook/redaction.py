@@ -28,6 +28,7 @@ PLACES = [
         (rf"(?<![a-z0-9])((?:{NAMED})\\?[\"']?\s*[:=]\s*)(\\?[\"'])(?:(?!\2)(?:\\.|.))+\2", rf"\1\2{HIDDEN}\2"),
         (rf"(?<![a-z0-9])((?:{NAMED})=)[^\s&\"'\\,;)<>]+", rf"\1{HIDDEN}"),
         (r"\b(password\s+)E?'(?:[^']|'')*'", rf"\1'{HIDDEN}'"),
+        (r"(Failing row contains \()(?s:.*?)\)\.?(?=\s*(?:$|\n|\\n|<|\"))", rf"\1{HIDDEN})"),  # a person's data
         (r"\b(bearer\s+)[\w.~+/-]{12,}=*", rf"\1{HIDDEN}"),
     )
 ]

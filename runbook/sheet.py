@@ -21,4 +21,5 @@ class Sheet:
         from pygments.formatters import HtmlFormatter
         from pygments.lexers import PostgresLexer
 
-        return str(highlight(self.text, PostgresLexer(), HtmlFormatter(noclasses=True, style="friendly", nobackground=True)))
+        plain = HtmlFormatter(noclasses=True, style="friendly", nobackground=True, prestyles="font-family: monospace")
+        return str(highlight(self.text, PostgresLexer(), plain))

@@ -1,0 +1,127 @@
+"""No secret and nobody's row gets into the record, the ledger or the logs, wherever it comes in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psycopg
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from runbook.archive import Run
+from runbook.engine import execute
+from runbook.redaction import redact
+from tests.walk import CLINIC_FILE, FORWARD
+
+WORD = "Tr0ub4dor&3"  # with a character that URLs, HTML and shells write differently
+
+
+def planted(name: str) -> str:
+    return f"{WORD}-{name}"
+
+
+@pytest.fixture
+def hidden(tmp_path: Path) -> dict[str, str]:
+    """An environment that holds a secret in every place from which libpq, or a careless program, takes one."""
+    (tmp_path / "pass").write_text(f"*:*:*:*:{planted('passfile')}\n")
+    (tmp_path / "pass").chmod(0o600)
+    (tmp_path / "service").write_text(f"[shop]\nhost=db\npassword={planted('service')}\n")
+    return {
+        "PGPASSWORD": planted("pgpassword"), "PGPASSFILE": str(tmp_path / "pass"), "PGSERVICEFILE": str(tmp_path / "service"),
+        "DATABASE_URL": f"postgresql://ann:{planted('url').replace('&', '%26')}@db/shop", "DEPLOY_TOKEN": planted("token"),
+    }  # fmt: skip
+
+
+def leaks(text: str) -> list[str]:
+    forms = (WORD, "Tr0ub4dor&amp;3", "Tr0ub4dor%263", "Tr0ub4dor\\u00263")
+    return [text[max(0, text.find(form) - 60) : text.find(form) + 60] for form in forms if form in text]
+
+
+def search(folder: Path) -> list[str]:
+    """Where any file below holds a planted secret."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert files
+    return [f"{file.name}: {leak}" for file in files for leak in leaks(file.read_bytes().decode("utf-8", "replace"))]
+
+
+def runbook(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`runbook …` in a process of its own, with the planted environment."""
+    program = shutil.which("runbook", path=Path(sys.executable).parent) or "runbook"
+    return subprocess.run([program, *words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def ledger(url: str) -> str:
+    """Everything in the schema `runbook`, as text."""
+    with psycopg.connect(url) as connection:
+        tables = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'runbook'").fetchall()
+        rows = [connection.execute(f'SELECT t::text FROM runbook."{name}" t'.encode()).fetchall() for (name,) in tables]
+        return "\n".join(text for table in rows for (text,) in table)
+
+
+def test_a_password_on_the_command_line_is_refused_and_repeated_nowhere(tmp_path: Path, hidden: dict[str, str]) -> None:
+    for database in (f"postgresql://ann:{WORD}@db/shop", f"host=db password={WORD}", f"postgresql://ann@db/shop?password={WORD}"):
+        done = runbook("run", "--database", database, "-p", "table", "users", "-p", "key", "role", cwd=tmp_path, **hidden)
+        assert done.returncode != 0
+        assert not leaks(done.stdout + done.stderr)
+        assert not search(tmp_path / "runs") if (tmp_path / "runs").exists() else True
+
+
+@pytest.mark.long
+def test_a_whole_run_keeps_no_secret_and_nobodys_row(
+    clinic: str, tmp_path: Path, hidden: dict[str, str], sql: Callable[..., Any]
+) -> None:
+    """Secrets lie all around it. Counts and the key's values are in the record; ids, addresses and password hashes are not."""
+    done = runbook("run", "-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", cwd=tmp_path, **hidden)
+    assert done.returncode == 0, done.stderr
+    assert not leaks(done.stdout + done.stderr)
+    assert search(tmp_path / "runs") == []
+    assert not leaks(ledger(clinic))
+    (folder,) = (entry for entry in (tmp_path / "runs").iterdir() if entry.is_dir())
+    assert {f"{name}.ipynb" for name in FORWARD} <= {file.name for file in folder.iterdir()}
+    texts = [file.read_text() for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    told = "\n".join([*texts, done.stdout, done.stderr, ledger(clinic)])
+    people = sql("SELECT id::text, email, password, phone FROM users")
+    assert len(people) == 1000
+    assert {value for row in people for value in row if value and value in told} == set()
+
+
+def test_a_row_that_the_server_refuses_is_not_repeated(clinic: str, tmp_path: Path, sql: Callable[..., Any]) -> None:
+    """PostgreSQL's own words repeat the whole row; neither notebook, page, manifest nor what is printed does."""
+    sql("ALTER TABLE users ALTER role SET NOT NULL")
+    insert = "INSERT INTO users (email, password, first_name, last_name, role)"
+    insert += " SELECT 'ann' || '@example.org', 's3cret' || '-hash', 'A', 'B', NULL"
+    code = f"import psycopg, runbook\nwith psycopg.connect({clinic!r}) as connection:\n    connection.execute({insert!r})"
+    cells = [new_code_cell(code)]
+    spec = {"name": "python3", "language": "python", "display_name": "Python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": spec}), tmp_path / "a.ipynb")
+    run = Run.begin(tmp_path / "runs", "users", {})
+    result = execute(tmp_path / "a.ipynb", run.start("a.ipynb"), {})
+    run.add(result)
+    run.seal(result=result.error)
+    assert result.error_name == "NotNullViolation"
+    assert result.error.startswith("The server refused it (23502): null value in column")
+    for text in (result.error, *(file.read_text() for file in run.folder.iterdir())):
+        assert "ann@example.org" not in text and "s3cret-hash" not in text
+    assert "Failing row contains (***)" in (run.folder / "a.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DETAIL:  Failing row contains (1, ann@example.org,\n Ann (the first), null).\nCONTEXT:  SQL function",
+        json.dumps({"error": "Failing row contains (1, ann@example.org, null)."}),
+        "Failing row contains (1, ann@example.org, x).",
+    ],
+)
+def test_a_failing_row_is_hidden_wherever_it_is_quoted(message: str) -> None:
+    clean = redact(message)
+    assert "ann@" not in clean and "Failing row contains (***)" in clean
+    assert ("CONTEXT" in clean) == ("CONTEXT" in message)
