@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FORWARD = tuple(ledger.NOTEBOOKS[step] for step in ledger.STEPS)
 NAMES = {alias: name for name in FORWARD for alias in (name, name[:2], name[3:])}
+QUIET_S = 30
 EXIT_CODES = {"KeyboardInterrupt": 130, "Terminated": 143}
 
 
@@ -66,6 +68,8 @@ def main() -> None:
                                                          the whole migration; again: goes on where it stopped
     runbook status --database service=shop --json        where each table stands
     runbook sql --database service=shop -f orders.yaml   the migration as one SQL script, to review
+    runbook rehearse --database service=shop -f orders.yaml
+                                                         every step but the cut-over, then the way back
     runbook rollback --database service=shop -f orders.yaml
                                                          the way back, from any step
     runbook lab                                          the same notebooks by hand, in JupyterLab
@@ -153,14 +157,44 @@ def rollback(file: Path | None, pairs: Any, database: str | None, out: Path) -> 
 
 
 @main.command()
+@options(users=True, out=True)
+def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path) -> None:
+    """Every step but the cut-over, then the way back: how long each takes on the real table, and that nothing is left.
+
+    The application keeps its table all the while. Whatever stops the rehearsal, the way back is taken.
+    """
+    given = gather(file, pairs, database, users)
+    where, table = str(given.get("database", "embedded")), str(given["table"])
+    if _under_way(where, table):
+        raise BadInput(f"The migration of {table} is under way or done, and a rehearsal would take it away: use `runbook run`.")
+    if users is not None:
+        embedded.start(users)
+    try:
+        perform((*FORWARD[: FORWARD.index("05_cutover")], "90_rollback"), given, out, lambda: _rehearsed(where, table))
+    except SystemExit:
+        if _under_way(where, table):
+            perform(("90_rollback",), given, out)
+        raise
+
+
+def _rehearsed(where: str, table: str) -> str:
+    done = _history(where, table)
+    compared = done[(done["step"] == "restore") & (done["action"] == "compare")]
+    return f"\n{int(compared['rows'].max()):,} rows were compared, and all were equal. {done['sentence'].iloc[-1]}"
+
+
+@main.command()
 @options(out=True)
 def finish(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """End the way back: drop the log and the retired table (notebook 91)."""
     perform(("91_finish",), gather(file, pairs, database), out)
 
 
-def perform(names: tuple[str, ...], given: dict[str, Any], out: Path) -> None:
-    """Execute notebooks into a new folder under `out`; the record is sealed whatever happens. Exits unless all went well."""
+def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Callable[[], str] = str) -> None:
+    """Execute notebooks into a new folder under `out`; the record is sealed whatever happens. Exits unless all went well.
+
+    `result` says at the end, when all did go well, what came of it.
+    """
     from runbook.engine import execute  # Jupyter's libraries take seconds to load, and only this needs them
 
     table, where = str(given["table"]), str(given.get("database", "embedded"))
@@ -174,7 +208,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path) -> None:
             before = _history(where, table)
             done = execute(
                 folder("notebooks") / f"{name}.ipynb", record.start(f"{name}.ipynb"), _own(name, given),
-                on_output=lambda text: bar.set_postfix_str((text.replace("\r", "\n").split("\n") or [""])[-1].strip()[:60]),
+                on_output=_teller(bar),
             )  # fmt: skip
             record.add(done)
             lines.append(_line(name, done, before, _history(where, table)))
@@ -190,13 +224,28 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path) -> None:
         bar.close()
         head = _seal(record, where, table, stopped or "completed")
     if not stopped:
-        click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}")
+        click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{result()}".rstrip())
     click.echo(f"\nRecord: {record.folder}")
     if stopped:
         click.echo(f"{stopped}\nThe same command goes on from there; `runbook rollback` takes everything away.", err=True)
     click.echo(f"Head:   {head}")
     if stopped:
         sys.exit(EXIT_CODES.get(error_name, 1))
+
+
+def _teller(bar: Any) -> Callable[[str], None]:
+    """Shows the last line of a notebook's output beside the bar; where nobody watches a terminal, one every half minute."""
+    said_at = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said_at
+        line = next((line.strip() for line in reversed(text.replace("\r", "\n").split("\n")) if line.strip()), "")
+        bar.set_postfix_str(line[:60])
+        if bar.disable and line and time.monotonic() - said_at > QUIET_S:
+            said_at = time.monotonic()
+            click.echo(f"  {line}")
+
+    return tell
 
 
 def _begin(out: Path, given: dict[str, Any], **facts: Any) -> archive.Run:
@@ -222,6 +271,14 @@ def _history(where: str, table: str) -> pd.DataFrame:
         found = ledger.of(target(where), table, ended=True)
         return found.database.frame("ledger.history", migration=found.migration)
     return pd.DataFrame(columns=["step", "state", "rows"])
+
+
+def _under_way(where: str, table: str) -> bool:
+    """Whether a migration of the table has got beyond its plan, and was not rolled back."""
+    with suppress(RunbookError, psycopg.Error):
+        found = ledger.of(target(where), table)
+        return bool((found.database.frame("ledger.history", migration=found.migration)["step"] != "plan").any())
+    return False
 
 
 def _line(name: str, done: Executed, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
