@@ -43,7 +43,7 @@ class Statement:
         """Adds it to the record of the notebook that this kernel runs, if it runs one: what failed later is there, too."""
         folder, notebook = os.environ.get("RUNBOOK_RECORD"), os.environ.get("JPY_SESSION_NAME")
         if folder and notebook:
-            line = redact(json.dumps({**vars(self), "at": self.at.isoformat()}, ensure_ascii=False), _secrets())
+            line = redact(json.dumps({**vars(self), "at": self.at.isoformat(), "seconds": round(self.seconds, 6)}, ensure_ascii=False), _secrets())
             with suppress(OSError), Path(folder, f"{Path(notebook).stem}.statements.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
