@@ -268,19 +268,25 @@ def operator() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
-def open(database: str = "embedded", table: str = "", *, ended: bool = False) -> Run:
+def open(database: str = "embedded", table: str = "", plan: str = "", *, ended: bool = False) -> Run:
     """The open run of a table, with its frozen plan from the ledger.
 
-    Raises OutOfOrder when there is no plan (or, without `ended`, only one that was rolled back), and BadInput for
-    parameters that are wrong.
+    Raises OutOfOrder when there is no plan (or, without `ended`, only one that was rolled back), PlanOutdated when
+    its hash is not the one asked for, and BadInput for parameters that are wrong.
     """
-    given = resolve(database=database, table=table)
-    return of(target(given.database, given.users), given.table, ended=ended)
+    given = resolve(database=database, table=table, plan=plan)
+    run = of(target(given.database, given.users), given.table, ended=ended)
+    if not run.plan.hash.startswith(given.plan):
+        raise PlanOutdated(
+            f"{run.plan.full_name} has the plan {run.plan.hash[:12]}, not {given.plan[:12]}: look at it with 00_plan, and name its"
+            " hash (or none) if that is the one to go on with."
+        )
+    return run
 
 
-def open_last(database: str = "embedded", table: str = "") -> Run:
+def open_last(database: str = "embedded", table: str = "", plan: str = "") -> Run:
     """As `open`, for the last migration of the table even when it has been rolled back."""
-    return open(database, table, ended=True)
+    return open(database, table, plan, ended=True)
 
 
 def of(database: Database, table: str, *, ended: bool = False) -> Run:

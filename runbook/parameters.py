@@ -37,6 +37,7 @@ class Parameters(BaseModel):
 
     database: str = "embedded"
     table: str = ""
+    plan: Annotated[str, Field(pattern="^([0-9a-f]{12,64})?$")] = ""
     # 00: frozen into the plan
     key: str = ""
     partition_by: Literal["list", "range", "hash"] = "list"
