@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import nbformat
 import psycopg
 import pytest
+from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
+from runbook import cli
 from runbook.archive import Run
 from runbook.engine import execute
 from runbook.redaction import redact
+from runbook.statements import statement
 from tests.walk import CLINIC_FILE, FORWARD
 
 WORD = "Tr0ub4dor&3"  # with a character that URLs, HTML and shells write differently
@@ -48,7 +52,6 @@ def leaks(text: str) -> list[str]:
 def search(folder: Path) -> list[str]:
     """Where any file below holds a planted secret."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    assert files
     return [f"{file.name}: {leak}" for file in files for leak in leaks(file.read_bytes().decode("utf-8", "replace"))]
 
 
@@ -66,12 +69,15 @@ def ledger(url: str) -> str:
         return "\n".join(text for table in rows for (text,) in table)
 
 
-def test_a_password_on_the_command_line_is_refused_and_repeated_nowhere(tmp_path: Path, hidden: dict[str, str]) -> None:
-    for database in (f"postgresql://ann:{WORD}@db/shop", f"host=db password={WORD}", f"postgresql://ann@db/shop?password={WORD}"):
-        done = runbook("run", "--database", database, "-p", "table", "users", "-p", "key", "role", cwd=tmp_path, **hidden)
-        assert done.returncode != 0
-        assert not leaks(done.stdout + done.stderr)
-        assert not search(tmp_path / "runs") if (tmp_path / "runs").exists() else True
+@pytest.mark.parametrize(
+    "database", [f"postgresql://ann:{WORD}@db/shop", f"host=db password={WORD}", f"postgresql://ann@db/shop?password={WORD}"]
+)
+def test_a_password_on_the_command_line_is_refused_and_repeated_nowhere(database: str, tmp_path: Path) -> None:
+    words = ["run", "--database", database, "-p", "table", "users", "-p", "key", "role", "--out", str(tmp_path / "runs")]
+    done = CliRunner().invoke(cli.main, words)
+    assert done.exit_code == 1
+    assert not leaks(done.output)
+    assert search(tmp_path / "runs") == []
 
 
 @pytest.mark.long
@@ -113,6 +119,20 @@ def test_a_row_that_the_server_refuses_is_not_repeated(clinic: str, tmp_path: Pa
     assert "Failing row contains (***)" in (run.folder / "a.html").read_text()
 
 
+def test_of_a_blockers_query_nobodys_data_is_shown(clinic: str) -> None:
+    held, waiting = psycopg.connect(clinic), psycopg.connect(clinic)
+    with held, waiting, psycopg.connect(clinic, autocommit=True) as third:
+        held.execute("UPDATE users SET phone = '555 s3cret' WHERE email = 'user1@example.org'")
+        waiter = threading.Thread(target=waiting.execute, args=["LOCK users"])
+        waiter.start()
+        found = None
+        while found is None:
+            found = third.execute(statement("locks.blockers", pid=waiting.info.backend_pid)).fetchone()
+        held.rollback()
+        waiter.join()
+    assert "UPDATE users SET phone = '…' WHERE email = '…'" in found
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -125,3 +145,19 @@ def test_a_failing_row_is_hidden_wherever_it_is_quoted(message: str) -> None:
     clean = redact(message)
     assert "ann@" not in clean and "Failing row contains (***)" in clean
     assert ("CONTEXT" in clean) == ("CONTEXT" in message)
+
+
+def test_an_error_is_a_sentence_with_a_way_out_and_its_traceback_is_folded(tmp_path: Path) -> None:
+    code = "from runbook.errors import NotEqual\nimport runbook\nraise NotEqual('users differs in 3 rows: run 03_restore again.')"
+    spec = {"name": "python3", "language": "python", "display_name": "Python"}
+    nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata={"kernelspec": spec}), tmp_path / "a.ipynb")
+    run = Run.begin(tmp_path / "runs", "users", {})
+    run.add(execute(tmp_path / "a.ipynb", run.start("04_foreign_keys.ipynb"), {}))
+    page = (run.folder / "04_foreign_keys.html").read_text()
+    assert run.manifest["steps"][0]["error"] == "users differs in 3 rows: run 03_restore again."
+    assert '<a href="03_restore.html">03_restore</a>' in page
+    shown, _, folded = page.partition("<details><summary>Traceback</summary>")
+    assert "NotEqual: users differs in 3 rows" in shown and "Traceback" not in shown.split("<body")[1]
+    assert "Traceback (most recent call last)" in folded
+    run.seal()
+    assert '<a href="03_restore.html">' not in (run.folder / "04_foreign_keys.html").read_text(), "there is no such page here"
