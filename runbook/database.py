@@ -43,9 +43,9 @@ class Statement:
         """Adds it to the record of the notebook that this kernel runs, if it runs one: what failed later is there, too."""
         folder, notebook = os.environ.get("RUNBOOK_RECORD"), os.environ.get("JPY_SESSION_NAME")
         if folder and notebook:
-            line = redact(json.dumps({**vars(self), "at": self.at.isoformat(), "seconds": round(self.seconds, 6)}, ensure_ascii=False), _secrets())
+            facts = {**vars(self), "at": self.at.isoformat(), "seconds": round(self.seconds, 6)}
             with suppress(OSError), Path(folder, f"{Path(notebook).stem}.statements.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(redact(json.dumps(facts, ensure_ascii=False), _secrets()) + "\n")
 
 
 @cache
