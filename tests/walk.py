@@ -36,10 +36,10 @@ def cells(name: str) -> list[Any]:
     return list(nbformat.read(notebook(name), as_version=4).cells)
 
 
-def walk(database: str, *names: str, **parameters: Any) -> dict[str, Any]:
-    """Run these notebooks' code (all of the way forward, if none is named) with the clinic's parameters, or with others;
-    returns what the last one's cells assigned."""
-    given = {**CLINIC, "database": database} | parameters
+def walk(at: str, *names: str, **parameters: Any) -> dict[str, Any]:
+    """Run the code of these notebooks (without names: of the way forward) on the database `at`, with the clinic's parameters
+    or with others; returns what the last one's cells assigned."""
+    given = {**CLINIC, "database": at} | parameters
     space: dict[str, Any] = {}
     for name in names or FORWARD:
         space = {"__name__": name}

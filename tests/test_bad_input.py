@@ -1,0 +1,235 @@
+"""What cannot be meant is refused with a sentence, and nothing is changed: object, cause, way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+
+from runbook import cli
+from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PlanOutdated, RunbookError, ServerUnavailable
+from tests import servers
+from tests.conftest import fresh
+from tests.walk import CLINIC_FILE, FORWARD, client, dump, walk
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+
+# What is given, and what must stand in the sentence.
+PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
+    ({"key": "rol"}, BadInput, ["rol is not a column of public.users", "role"]),
+    ({"key": ""}, BadInput, ["key is not named", "-p key"]),
+    ({"table": "usres"}, BadInput, ["usres is not a table of", "did you mean", "users"]),
+    ({"table": "nowhere.users"}, BadInput, ["nowhere.users is not a table of"]),
+    ({"table": 7}, BadInput, ["table is 7 (int)", "string"]),
+    ({"table": False}, BadInput, ["table is False (yes/no)"]),
+    ({"unique": "globally"}, BadInput, ["unique is 'globally'", "'global' or 'per_partition'"]),
+    ({"partitions": ["user"]}, BadInput, ["partitions is ['user']", "dictionary"]),
+    ({"partitions": '{"a": ["user"'}, BadInput, ["partitions", "is not valid JSON"]),
+    ({"partitions": {"a": "user"}}, BadInput, ["a has the value 'user'", "list of values"]),
+    ({"partitions": {"a": []}}, BadInput, ["a has no value", "default"]),
+    ({"partitions": {"": ["user"]}}, BadInput, ["'' cannot be a partition's name"]),
+    ({"partitions": {"p" * 64: ["user"]}}, BadInput, ["63 bytes"]),
+    ({"partitions": {"a": ["user"], "b": ["user", "doctor"]}}, BadInput, ["'user' stands in more than one partition"]),
+    ({"partitions": {"a": "default", "b": "default"}}, BadInput, ["more than one default partition"]),
+    ({"partitions": {"users_patients": ["user"]}}, PlanBlocked, ["51 rows", "'doctor' (50), 'admin' (1)", "Add a partition"]),
+    ({"partitions": {"doctors": "default"}}, PlanBlocked, ["The name public.doctors is taken", "Choose another name"]),
+    ({"partitions": {"users_pkey": "default"}}, PlanBlocked, ["The name public.users_pkey is taken"]),
+    ({"backup": "doctors"}, PlanBlocked, ["A backup public.doctors exists", "never overwritten"]),
+    ({"database": "postgresql://ann:secret@localhost/clinic"}, BadInput, ["holds a password", "PGPASSWORD"]),
+    ({"database": "host=localhost password=secret"}, BadInput, ["holds a password", "PGPASSFILE"]),
+    ({"database": "clinic of ours"}, BadInput, ["database cannot be read", "postgresql://user@host/db"]),
+]
+# A wish for the table, and what must stand in the sentence.
+TABLES: list[tuple[str, list[str]]] = [
+    ("UPDATE users SET role = NULL WHERE role = 'admin'", ["1 rows whose role is NULL", "null_value"]),
+    ("INSERT INTO users SELECT gen_random_uuid(), 'n@x', '', '', '', '', 'nurse'", ["'nurse' (1)", "Add a partition"]),
+    ("ALTER TABLE users DROP CONSTRAINT users_pkey CASCADE", ["public.users has no primary key", "Give it one"]),
+    ("CREATE TABLE users_admins ()", ["The name public.users_admins is taken"]),
+    ("CREATE TABLE users_retired ()", ["The name public.users_retired is taken"]),
+    ("CREATE TABLE users_backup ()", ["A backup public.users_backup exists"]),
+    ("ALTER TABLE appointments DROP COLUMN user_id; DROP TABLE users CASCADE; CREATE TABLE users (id int, role text,"
+     " PRIMARY KEY (id, role)) PARTITION BY LIST (role)", ["public.users is partitioned already", 'restore_from = "backup"']),
+    ("CREATE TABLE more_users () INHERITS (users)", ["inheritance"]),
+]  # fmt: skip
+
+
+def is_a_sentence(text: str) -> bool:
+    """No traceback, no list of Python's, ends like a sentence."""
+    return "Traceback" not in text and text.rstrip()[-1] in ".);?" and text[0] not in "[{("
+
+
+@pytest.fixture(scope="module")
+def untouched(server: servers.Server, clinic_template: str) -> Iterator[str]:
+    """A clinic for all the tests that change nothing; in the end it is what it was."""
+    for database in fresh(server, clinic_template):
+        before = dump(database)
+        yield database
+        assert dump(database) == before
+
+
+@pytest.mark.parametrize(("given", "error", "said"), PARAMETERS, ids=[str(case[0])[:40] for case in PARAMETERS])
+def test_a_parameter_that_cannot_be_meant(
+    untouched: str, given: dict[str, Any], error: type[RunbookError], said: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        walk(untouched, "00_plan", **given)
+    for part in said:
+        assert part in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert is_a_sentence(str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "said"), TABLES, ids=[case[0][:40] for case in TABLES])
+def test_a_table_that_cannot_be_partitioned_as_asked(clinic: str, sql: Sql, change: str, said: list[str]) -> None:
+    sql(change)
+    before = dump(clinic)
+    with pytest.raises(PlanBlocked) as caught:
+        walk(clinic, "00_plan", partitions={"users_patients": ["user"], "users_doctors": ["doctor"], "users_admins": ["admin"]})
+    for part in said:
+        assert part in str(caught.value)
+    assert is_a_sentence(str(caught.value)), str(caught.value)
+    assert dump(clinic) == before
+
+
+def test_a_step_before_its_time(untouched: str) -> None:
+    for step in FORWARD[1:]:
+        with pytest.raises(OutOfOrder, match="run 00_plan first"):
+            walk(untouched, step)
+
+
+def test_a_step_whose_predecessor_has_not_been_completed(clinic: str) -> None:
+    walk(clinic, "00_plan")
+    before = dump(clinic)
+    for step in FORWARD[2:]:
+        with pytest.raises(OutOfOrder, match=r"rests on 01_backup, which has not been completed .*: run 01_backup first"):
+            walk(clinic, step)
+    assert dump(clinic) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("ALTER TABLE users ADD COLUMN nickname text", "column nickname added"),
+        ("ALTER TABLE users DROP COLUMN phone", "column phone dropped"),
+        ("ALTER TABLE users ALTER phone TYPE text", "column phone was"),
+        ("CREATE INDEX users_phone_idx ON users (phone)", "index users_phone_idx added"),
+        ("CREATE TABLE notes (user_id uuid REFERENCES users)", "public.notes references it now"),
+        ("ALTER TABLE users ENABLE ROW LEVEL SECURITY", "policy"),
+    ],
+)
+@pytest.mark.parametrize("step", ["01_backup", pytest.param("05_cutover", marks=pytest.mark.long)])
+def test_a_table_that_was_altered_since_the_plan(clinic: str, sql: Sql, change: str, said: str, step: str) -> None:
+    walk(clinic, *FORWARD[: FORWARD.index(step)])
+    sql(change)
+    before = dump(clinic)
+    with pytest.raises(PlanOutdated) as caught:
+        walk(clinic, step)
+    assert said in str(caught.value)
+    assert "plan again with 00_plan" in str(caught.value)
+    assert dump(clinic) == before
+
+
+def test_a_plan_that_is_not_the_approved_one(clinic: str) -> None:
+    plan = walk(clinic, "00_plan")["run"].plan.hash
+    walk(clinic, "01_backup", plan=plan[:12])
+    before = dump(clinic)
+    with pytest.raises(PlanOutdated, match=f"has the plan {plan[:12]}, not 0123456789ab"):
+        walk(clinic, "02_partition", plan="0123456789abcdef")
+    assert dump(clinic) == before
+    with pytest.raises(BadInput, match="plan is 'latest'"):
+        walk(clinic, "02_partition", plan="latest")
+
+
+def test_another_key_than_the_one_of_the_plan_that_is_under_way(clinic: str) -> None:
+    walk(clinic, "00_plan", "01_backup")
+    before = dump(clinic)
+    with pytest.raises(BadInput, match=r"key is 'is_active', but the plan .* has 'role'"):
+        walk(clinic, "00_plan", key="is_active")
+    assert dump(clinic) == before
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[servers.Server]:
+    """A server that asks for a password."""
+    with servers.start(18, settings={"listen_addresses": "127.0.0.1"}) as server:
+        with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+            connection.execute("CREATE ROLE ann LOGIN PASSWORD 'right'")
+        yield server
+
+
+def test_a_wrong_password_and_a_missing_database(guarded: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGPASSWORD", "wrong-as-can-be")
+    url = f"postgresql://ann@127.0.0.1:{guarded.port}/postgres"
+    with pytest.raises(ServerUnavailable, match=r"password authentication failed for user .ann.") as caught:
+        walk(url, "00_plan")
+    assert "wrong-as-can-be" not in str(caught.value)
+    monkeypatch.setenv("PGPASSWORD", "right")
+    with pytest.raises(ServerUnavailable, match='database "nowhere" does not exist'):
+        walk(url.replace("/postgres", "/nowhere"), "00_plan")
+    with pytest.raises(ServerUnavailable, match="cannot be reached"):
+        walk("postgresql://ann@127.0.0.1:1/postgres", "00_plan")
+
+
+COMMANDS: list[tuple[list[str], int, list[str]]] = [
+    (["run", "-p", "partition", "users"], 1, ["partition is not a parameter of any notebook", "partitions"]),
+    (["run", "-p", "workers", "two"], 1, ["workers is 'two' (text)", "integer"]),
+    (["run", "-p", "drop_backup", '"false"'], 1, ["drop_backup is 'false' (text)", "boolean"]),
+    (["run", "-p", "workers", "0"], 1, ["workers is 0", "greater than or equal to 1"]),
+    (["run", "--users", "5"], 1, ["users loads the embedded example"]),
+    (["run", "--reset"], 1, ["--reset begins the embedded example afresh", "is left alone"]),
+    (["run", "--from", "cutover", "--to", "plan"], 2, ["--from 05_cutover comes after --to 00_plan"]),
+    (["run", "--from", "bakup"], 2, ["'bakup' is not a step", "01_backup"]),
+    (["run", "-f", "nowhere.yaml"], 1, ["nowhere.yaml cannot be read"]),
+    (["run", "-p", "table", "orders"], 1, ["orders is not a table of"]),
+    (["status", "-p", "tables", "users"], 1, ["tables is not a parameter of any notebook"]),
+    (["rollback"], 1, ["has no plan on", "run 00_plan first"]),
+    (["sql", "-p", "key", "nothing"], 1, ["nothing is not a column of public.users"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "said"), COMMANDS, ids=[" ".join(case[0])[:40] for case in COMMANDS])
+def test_a_command_that_cannot_be_meant(untouched: str, tmp_path: Path, words: list[str], code: int, said: list[str]) -> None:
+    out = ["--out", str(tmp_path)] if words[0] in ("run", "rollback") else []
+    given = [] if "-f" in words else ["-f", CLINIC_FILE]
+    result = CliRunner().invoke(cli.main, [*words, *given, "--database", untouched, *out])
+    assert result.exit_code == code, result.output
+    for part in said:
+        assert part in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("table: no\nkey: role", "table is False (yes/no)"),
+        ("table: users\nkey: 012", "key is 10 (int)"),
+        ("- table", "must hold parameters, a line each"),
+        ("table: [", "cannot be read as a YAML file"),
+        ("key: role", "No table is named"),
+        ("table: users\nkey: role\npartitions: {users_patients: user}", "users_patients has the value 'user'"),
+    ],
+)
+def test_a_file_that_cannot_be_meant(untouched: str, tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "parameters.yaml"
+    file.write_text(text)
+    result = CliRunner().invoke(cli.main, ["sql", "-f", str(file), "--database", untouched])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert said in result.stderr
+
+
+def test_the_clinics_file_is_no_default_for_another_database(untouched: str) -> None:
+    for words in (["run"], ["rollback"], ["finish"], ["sql"]):
+        result = CliRunner().invoke(cli.main, [*words, "--database", untouched])
+        assert result.exit_code == 1
+        assert "No table is named for" in result.stderr
+    with pytest.raises(BadInput, match="table is not named"):
+        walk(untouched, "00_plan", table="")
+
+
+def test_the_client_of_the_tests_fails_loudly(untouched: str) -> None:
+    with pytest.raises(AssertionError, match="psql failed"):
+        client("psql", untouched, text="\\set ON_ERROR_STOP on\nSELECT 1/0")
