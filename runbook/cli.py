@@ -218,6 +218,8 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
             if done.error or done.failed_cell is not None:
                 stopped, error_name = f"{name} stopped at cell {done.failed_cell}: {done.error}", done.error_name
                 break
+            if name == FORWARD[0]:  # the others work by the plan that this run froze, or not at all
+                given = {"plan": ledger.of(target(where), table).plan.hash} | given
     except KeyboardInterrupt:
         stopped, error_name = "Interrupted between two cells.", "KeyboardInterrupt"
     finally:
