@@ -139,7 +139,8 @@ def run(
     given = gather(file, pairs, database, users)
     if reset and given.get("database", "embedded") != "embedded":
         raise BadInput(f"--reset begins the embedded example afresh; {given['database']} is not that, and is left alone.")
-    names = FORWARD[FORWARD.index(first) : FORWARD.index(last) + 1]
+    wanted = ledger.REPAIR if given.get("restore_from") == "backup" else ledger.STEPS
+    names = tuple(ledger.NOTEBOOKS[each] for each in wanted if first <= ledger.NOTEBOOKS[each] <= last)
     if not names:
         raise click.UsageError(f"--from {first} comes after --to {last}.")
     if reset:

@@ -10,7 +10,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, findings, ledger
+from runbook import catalog, findings, ledger, repair
 from runbook.database import Database, Session, target
 from runbook.errors import BadInput, PlanBlocked
 from runbook.parameters import Parameters, resolve
@@ -160,6 +160,10 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
     if parameters.key not in by_name:
         raise BadInput(f"{parameters.key} is not a column of {table.schema_name}.{table.name}: it has {', '.join(by_name)}.")
     key = by_name[parameters.key]
+    if parameters.restore_from == "backup":
+        return repair.decide(session, found, parameters, row, table, key, database)
+    if parameters.references:
+        raise BadInput('references is for a repair, where keys are lost: leave it out, or set restore_from = "backup".')
     counts = session.rows("draft.values", key=(key.name,), table=(table.schema_name, table.name))
     present = {value["value"]: value["rows"] for value in counts}
     if parameters.null_value is not None and None in present:

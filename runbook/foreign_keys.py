@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 from psycopg import sql
 
-from runbook import locks, pace
+from runbook import locks, pace, repair
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import PromiseBroken
@@ -59,6 +59,8 @@ def remove_column(run: Run, reference: Reference) -> Statements:
 
 def preview(run: Run) -> Sheet:
     """What this step runs, and the composite keys that 05 will create."""
+    if run.plan.restore_from == "backup":
+        return repair.preview_keys(run)
     keys = (statement("foreign_keys.add_key", **names(run, reference)) for reference in run.plan.references)
     return Sheet([*script(run), *keys])
 
@@ -71,6 +73,8 @@ def _validate(run: Run, reference: Reference) -> sql.Composed:
 @recorded("foreign_keys", "columns")
 def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Add the role columns, each with its log, and mark the rows that need another value than the default."""
+    if action.run.plan.restore_from == "backup":
+        return repair.add_columns(action, lock_timeout_ms, budget_s)
     run, session = action.run, action.session
     for reference in added(run):
         own = names(run, reference)
@@ -93,6 +97,8 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
 @recorded("foreign_keys", "fill")
 def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
     """Correct the role of every row whose user is not of the most frequent one, range by range; nobody waits for it."""
+    if action.run.plan.restore_from == "backup":
+        return repair.fill(action, batch_rows)
     run, session, total = action.run, action.session, 0
     for reference in added(run):
         total += _fill_ranges(run, session, reference, workers)
@@ -235,6 +241,8 @@ def keys(run: Run) -> pd.DataFrame:
 @recorded("foreign_keys", "check")
 def check(action: Action) -> Evidence:
     """Raises unless every row of every referencing table has its user's role, those still logged excepted."""
+    if action.run.plan.restore_from == "backup":
+        return repair.check_keys(action)
     run, session = action.run, action.session
     for reference in added(run):
         wrong = session.value("foreign_keys.wrong", **names(run, reference))

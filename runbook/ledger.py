@@ -168,7 +168,7 @@ class Run:
     def _refuse_out_of_order(self, session: Session, step: str) -> None:
         order = REPAIR if self.plan.restore_from == "backup" else STEPS
         if step not in order:
-            return
+            raise OutOfOrder(f"{NOTEBOOKS[step]} is no part of a repair: {', '.join(NOTEBOOKS[each] for each in order)} are.")
         for earlier in order[: order.index(step)]:
             if not _finished(session, self.migration, earlier, "check"):
                 raise OutOfOrder(

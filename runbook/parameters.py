@@ -51,6 +51,7 @@ class Parameters(BaseModel):
     backup: str = ""
     backup_method: Literal["table", "dump"] = "table"
     restore_from: Literal["source", "backup"] = "source"
+    references: Annotated[dict[str, list[str]] | None, Parsed] = None
     users: Annotated[int | None, Field(ge=0)] = None
     # how a step goes about it
     workers: Count = 2

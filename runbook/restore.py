@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 from psycopg.errors import QueryCanceled
 
-from runbook import changes, compare, pace
+from runbook import changes, compare, pace, repair
 from runbook.changes import Rewritten
 from runbook.database import Session
 from runbook.errors import AlreadyRunning, NotEqual, PromiseBroken
@@ -41,7 +41,7 @@ def script(run: Run) -> Statements:
 def preview(run: Run) -> Sheet:
     """The statements of this step, with real names; the copy as it looks for one range."""
     if run.plan.restore_from == "backup":
-        return Sheet([statement("restore.repair", **run.names)])
+        return repair.preview_rows(run)
     one = statement("restore.copy_range", **run.names, first="(0,0)", last="(4096,0)")
     return Sheet(
         [
@@ -53,15 +53,6 @@ def preview(run: Run) -> Sheet:
     )
 
 
-@recorded("restore", "repair")
-def repair(action: Action) -> Evidence:
-    """Put back the backup's rows that the partitioned table lacks; rows that are there are never touched."""
-    run, session = action.run, action.session
-    with session.transaction(lock_timeout="5s"):
-        rows = session.run("restore.repair", **run.names).rowcount
-        return action.finish(f"{rows:,} rows of {run.plan.backup} were missing in {run.plan.full_name} and are back.", rows)
-
-
 @recorded("restore", "copy")
 def copy(
     action: Action, workers: int = 2, range_mib: int = 32, max_replica_lag_s: int = 0, max_active_sessions: int = 0
@@ -70,6 +61,8 @@ def copy(
 
     Goes on where a run that died stopped, and from the beginning when the source was truncated or rewritten.
     """
+    if action.run.plan.restore_from == "backup":
+        return repair.put_back(action)
     run, session = action.run, action.session
     while True:
         _start_again_if_rewritten(run, session)
@@ -208,6 +201,8 @@ def parallel(
 @recorded("restore", "settle")
 def settle(action: Action) -> Evidence:
     """Replay what changed while the ranges were copied, doubles included: the shadow equals the source afterwards."""
+    if action.run.plan.restore_from == "backup":
+        return repair.nothing_to(action, "settle")
     run = action.run
     with from_the_copy(run):
         keys = changes.settle(run, action.session)
@@ -294,6 +289,8 @@ def finish_storage(run: Run) -> Statements:
 @recorded("restore", "index")
 def build_indexes(action: Action, workers: int = 2) -> Evidence:
     """Build the partitions' indexes in bulk, several at a time: nobody else uses the shadow, so no CONCURRENTLY."""
+    if action.run.plan.restore_from == "backup":
+        return repair.nothing_to(action, "index")
     run, session = action.run, action.session
     with session.transaction(lock_timeout="30s"):
         session.run("restore.wait_for_leftovers", **run.names)
@@ -338,6 +335,8 @@ def drop_indexes(run: Run) -> Statements:
 @recorded("restore", "replay", again=True)
 def replay(action: Action, rounds: int = 20) -> Evidence:
     """Replay the log until its tail is short; what stays is replayed under the cut-over's locks."""
+    if action.run.plan.restore_from == "backup":
+        return repair.nothing_to(action, "replay")
     run, session = action.run, action.session
     total = 0
     for _ in range(rounds):
@@ -355,6 +354,8 @@ def replay(action: Action, rounds: int = 20) -> Evidence:
 @recorded("restore", "compare", again=True)
 def compare_all(action: Action) -> Evidence:
     """Compare every row of source and shadow in one snapshot; raises NotEqual, naming partitions and keys."""
+    if action.run.plan.restore_from == "backup":
+        return repair.compare(action)
     run = action.run
     with from_the_copy(run):
         seen = compare.exactly(run, action.session, changes.FORWARD)
@@ -371,11 +372,11 @@ def rows(run: Run) -> pd.DataFrame:
 def check(action: Action) -> Evidence:
     """Raises unless the last comparison found source and shadow equal and every row has its partition."""
     run = action.run
-    if run.plan.restore_from == "backup":
-        return action.finish("The repair is done.")
     seen = run.finished("restore", "compare")
     if seen is None:
         raise NotEqual(f"{run.plan.full_name} and its shadow have not been found equal: run 03_restore again.")
+    if run.plan.restore_from == "backup":
+        return action.finish(seen.sentence, seen.rows)
     refuse_homeless(run, action.session)
     return action.finish(f"The shadow equals {run.plan.full_name}: {seen.rows:,} rows.", seen.rows)
 

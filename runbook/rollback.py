@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from psycopg import errors, sql
 
-from runbook import changes, compare, cutover, foreign_keys, locks, partition
+from runbook import changes, compare, cutover, foreign_keys, locks, partition, repair
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.database import Session
 from runbook.errors import OutOfOrder, PromiseBroken
@@ -39,6 +39,9 @@ def _closed(run: Run, session: Session) -> str:
 
 def take_away(run: Run, references: list[Reference] | None = None) -> Statements:
     """Before the cut-over: role columns (of `references`), triggers, shadow and logs go; the source's rows were never touched."""
+    if run.plan.restore_from == "backup":
+        yield from repair.take_away(run)
+        return
     yield from foreign_keys.remove(run, references)
     yield from partition.remove(run)
 

@@ -22,11 +22,6 @@ INSERT INTO runbook.copied_range (migration, first_block, last_block, rows) VALU
 TRUNCATE {shadow};
 DELETE FROM runbook.copied_range WHERE migration = {migration}
 
--- name: repair
--- The rows of the backup that the table lacks; those that it has are newer and stay.
-INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
-SELECT {s_columns} FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
-
 -- name: create_index
 CREATE {unique} INDEX {index} ON {leaf} USING {tail}
 

@@ -1,0 +1,289 @@
+"""The repair of a migration that went wrong elsewhere: missing rows come back from the backup, lost keys are made anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from psycopg import errors, sql
+
+from runbook import catalog, findings, locks
+from runbook.compare import partition_of
+from runbook.database import Session
+from runbook.errors import BadInput, NotEqual, PlanBlocked, PromiseBroken
+from runbook.ledger import Action, Evidence, Run
+from runbook.pace import Progress
+from runbook.parameters import Parameters
+from runbook.plan import Column, Finding, Partition, Plan, Reference, Table, fit, with_key
+from runbook.references import names
+from runbook.sheet import Sheet
+from runbook.statements import spelled, statement
+
+ROUNDS = 20
+VALUE = re.compile(r"'((?:[^']|'')*)'|(NULL)|([^\s,()':]+)")
+
+
+def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], table: Table, key: Column, database: str) -> Plan:
+    """The plan of a repair: partitions, primary key and foreign keys as they are, and what has to be put back.
+
+    Raises BadInput when the table is not partitioned by this key, or the backup is not there.
+    """
+    root = session.run("repair.root", oid=oid).fetchone()
+    if root is None or root["columns"] != [key.name]:
+        how = f"by {root['partition_by']} ({', '.join(root['columns'] or ['an expression'])})" if root else "not at all"
+        raise BadInput(
+            f"{table.schema_name}.{table.name} is partitioned {how}, and a repair by {key.name} was asked for: name its key, or"
+            " leave restore_from out to partition it."
+        )
+    backup = given.backup or fit(f"{table.name}_backup")
+    where = {"backup": (table.schema_name, backup), "key": (key.name,), "table": (table.schema_name, table.name)}
+    found = session.value("catalog.resolve", name=f"{table.schema_name}.{backup}")
+    columns = catalog.columns_of(session, oid)
+    lacking = {each.name for each in columns if not each.generated} - {c.name for c in catalog.columns_of(session, found or 0)}
+    if lacking:
+        what = f"lacks {', '.join(sorted(lacking))}" if found else "is not there"
+        raise BadInput(f"{table.schema_name}.{backup} {what}: name with backup the one that has every column of {table.name}.")
+    rows = {each["name"]: each["rows"] for each in session.rows("repair.rows", **where)}
+    partitions = tuple(_partition(each, rows) for each in session.rows("repair.partitions", oid=oid))
+    indexes = catalog.indexes_of(session, table, key.name, [partition.name for partition in partitions], False)
+    primary = next((index.columns for index in indexes if index.primary), None)
+    if primary is None:
+        raise PlanBlocked(
+            f"{table.schema_name}.{table.name} has no primary key, so no row can be found again: ALTER TABLE"
+            f" {table.schema_name}.{table.name} ADD PRIMARY KEY (…, {key.name}) first."
+        )
+    plan = Plan(
+        server_version=session.connection.info.server_version // 10000, table=table,
+        fingerprint=session.value("catalog.definition", oid=oid), key=key.name, key_type=key.type, key_nullable=not key.not_null,
+        partition_by=root["partition_by"], partitions=partitions, columns=columns,
+        takes_any_value=any(partition.bound == "DEFAULT" for partition in partitions),
+        primary_key=_identity(session, primary, key.name, where), indexes=indexes, checks=(), outgoing=(), referenced_tables=(),
+        references=catalog.references_of(session, table, key.name), views=(), view_tables=(), carried=(),
+        frequent_value=session.value("repair.frequent", **where),
+        null_value=None if given.null_value is None else str(given.null_value), unique=given.unique,
+        legacy_inserts=given.legacy_inserts, backup=backup, backup_method="table", restore_from="backup", findings=(),
+    )  # fmt: skip
+    lost = [_lost(session, plan, name, tuple(columns), database) for name, columns in (given.references or {}).items()]
+    known = {(each.schema_name, each.table, each.columns[: len(plan.primary_key)]) for each in plan.references}
+    lost = [each for each in lost if (each.schema_name, each.table, each.columns) not in known]
+    plan = plan.model_copy(update={"references": (*plan.references, *lost)})
+    seen = (*findings.judge(session, plan, row, {}, database), *_findings(session, plan))
+    return plan.model_copy(update={"findings": tuple(sorted(seen, key=lambda each: findings.LEVELS.index(each.level)))})
+
+
+def _partition(row: dict[str, Any], rows: dict[str, int]) -> Partition:
+    values: tuple[str | None, ...] = ()
+    if " IN (" in row["bound"]:
+        matches = VALUE.finditer(row["bound"].partition(" IN ")[2])
+        values = tuple(None if each[2] else each[3] or each[1].replace("''", "'") for each in matches)
+    return Partition(name=row["name"], bound=row["bound"], values=values, rows=rows.get(row["name"], 0))
+
+
+def _identity(session: Session, primary: tuple[str, ...], key: str, where: dict[str, Any]) -> tuple[str, ...]:
+    """What names a row in table and backup: the primary key without the partition key, which may have changed since the
+    backup, unless that is not unique there."""
+    own = tuple(column for column in primary if column != key)
+    columns = sql.SQL(", ").join(map(sql.Identifier, own))
+    return own if own and session.value("repair.unique", **where, columns=columns) else primary
+
+
+def _lost(session: Session, plan: Plan, table: str, columns: tuple[str, ...], database: str) -> Reference:
+    """The composite key that a table should have, and has lost or never got."""
+    oid, schema, name = catalog.find(session, table, database)
+    row = session.row("repair.referencing", oid=oid, columns=list(columns))
+    if not set(columns) <= set(row["columns"]) or len(columns) != len(plan.primary_key):
+        raise BadInput(
+            f"references has {', '.join(columns) or 'no column'} for {schema}.{name}: name the columns of it that stand for"
+            f" {', '.join(plan.primary_key)} of {plan.full_name}; it has {', '.join(row['columns'])}."
+        )
+    role = fit(f"{columns[0].removesuffix(f'_{plan.primary_key[0]}')}_{plan.key}")
+    composite = sql.SQL("FOREIGN KEY ({}) REFERENCES {} ({}) ON UPDATE CASCADE ON DELETE NO ACTION").format(
+        sql.SQL(", ").join(map(sql.Identifier, (*columns, role))), plan.source,
+        sql.SQL(", ").join(map(sql.Identifier, with_key(plan.primary_key, plan.key))),
+    )  # fmt: skip
+    return Reference(
+        name=fit(f"{name}_{'_'.join(columns)}_fkey", row["constraints"] or ()), schema_name=schema, table=name,
+        owner=row["owner"], definition="", columns=columns, referenced=plan.primary_key, role_column=role,
+        adds_column=role not in row["columns"], not_null=row["not_null"], indexed=row["indexed"],
+        composite=composite.as_string(None), comment=None,
+    )  # fmt: skip
+
+
+def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
+    run = Run(None, 0, plan)  # type: ignore[arg-type]  # for its names only
+    backup = f"{plan.table.schema_name}.{plan.backup}"
+    missing = session.value("repair.missing", **run.names)
+    yield _said("note", plan.full_name, f"{missing:,} rows of {backup} are missing in {plan.full_name}.")
+    homeless = session.rows("repair.homeless", **run.names, partition_of=partition_of(session, plan.source))
+    left = [each for each in homeless if each["value"] is not None or plan.null_value is None]
+    if left and not plan.takes_any_value:
+        listed = ", ".join(f"{each['value']!r} ({each['rows']:,})" for each in left)
+        said = f"{backup} has rows whose {plan.key} fits no partition: {listed}."
+        yield _said("blocker", backup, said, f"Attach a partition of {plan.full_name} for them, or for NULL set null_value.")
+    for reference in lost(run):
+        own, name = names(run, reference), f"{reference.schema_name}.{reference.table}"
+        seen = session.row("repair.dangling", **own)
+        if seen["rows"]:
+            who = f"{', '.join(seen['keys'])}{' and others' if seen['more'] else ''}"
+            said = f"{seen['rows']:,} rows of {name} refer to rows that neither {plan.full_name} nor {backup} has: {who}."
+            yield _said("blocker", name, said, "Correct or delete them first.")
+
+
+def _said(level: str, thing: str, sentence: str, way_out: str = "") -> Finding:
+    return Finding(level=level, object=thing, sentence=sentence, way_out=way_out)
+
+
+def lost(run: Run) -> list[Reference]:
+    """The references whose foreign key was gone when the repair was planned."""
+    return [reference for reference in run.plan.references if not reference.definition]
+
+
+def preview_rows(run: Run) -> Sheet:
+    """The statement that puts the missing rows back."""
+    return Sheet([statement("repair.put_back", **run.names)])
+
+
+def put_back(action: Action) -> Evidence:
+    """Put the backup's rows back that the table lacks; rows that are there are newer and never touched.
+
+    Raises PromiseBroken when one of them clashes with a row that has come since.
+    """
+    run, session = action.run, action.session
+    try:
+        with session.transaction(lock_timeout="5s"):
+            rows = session.run("repair.put_back", **run.names).rowcount
+            session.run("repair.analyze", **run.names)
+            return action.finish(f"{rows:,} rows of {run.plan.backup} were missing in {run.plan.full_name} and are back.", rows)
+    except errors.UniqueViolation as error:
+        raise PromiseBroken(
+            f"A row of {run.plan.backup} clashes with one that {run.plan.full_name} got since, in {error.diag.constraint_name}:"
+            " nothing was put back; find out which of the two is right, remove the other, and run 03_restore again."
+        ) from None
+
+
+def nothing_to(action: Action, do: str) -> Evidence:
+    """An action of a migration that a repair has no use for."""
+    return action.finish(f"There is nothing to {do}: a repair writes the table itself.")
+
+
+def compare(action: Action) -> Evidence:
+    """Raises NotEqual unless every row of the backup stands in the table, by its key."""
+    run, session = action.run, action.session
+    missing = session.value("repair.missing", **run.names)
+    if missing:
+        raise NotEqual(f"{missing:,} rows of {run.plan.backup} are not in {run.plan.full_name}: run 03_restore again.")
+    counted = session.rows("repair.rows", **run.names, table=run.plan.source)
+    sums = {each["name"]: {"rows": each["rows"]} for each in counted}
+    total = sum(each["rows"] for each in counted)
+    return action.finish(f"Every row of {run.plan.backup} is among the {total:,} of {run.plan.full_name}.", total, sums=sums)
+
+
+def statements_of(run: Run, reference: Reference) -> Iterator[sql.Composed]:
+    """The column where it is missing, help for writers that do not know it, and the composite key, NOT VALID at first."""
+    own = names(run, reference)
+    if reference.adds_column:
+        yield statement("foreign_keys.add_column", **own)
+        if not reference.not_null:
+            yield statement("foreign_keys.require_role", **own)
+        if run.plan.legacy_inserts == "fill":
+            yield statement("repair.open_staging", **own)
+            yield statement("foreign_keys.create_filled", **own)
+            yield statement("foreign_keys.create_fill", **own)
+            yield statement("foreign_keys.drop_default", **own)
+    yield statement("foreign_keys.add_key", **own)
+
+
+def preview_keys(run: Run) -> Sheet:
+    """What makes the lost keys anew."""
+    return Sheet([each for reference in lost(run) for each in (*statements_of(run, reference), *_validations(run, reference))])
+
+
+def _validations(run: Run, reference: Reference) -> Iterator[sql.Composed]:
+    own = names(run, reference)
+    if reference.adds_column and not reference.not_null:
+        yield statement("foreign_keys.validate", table=own["reference"], constraint=own["check_name"])
+    yield statement("foreign_keys.validate", table=own["reference"], constraint=own["constraint"])
+
+
+def add_columns(action: Action, lock_timeout_ms: int, budget_s: float) -> Evidence:
+    """Column and key in one short transaction a table: from its commit on, no new row can refer to nobody."""
+    run, session = action.run, action.session
+    for reference in lost(run):
+        if session.value("repair.key_exists", **names(run, reference), key_name=reference.name):
+            continue
+        patience = locks.Patience(budget_s, lock_timeout_ms)
+
+        def attempt(reference: Reference = reference, patience: locks.Patience = patience) -> None:
+            with locks.exclusive(session, patience, [run.plan.source, reference.identifier]):
+                for each in statements_of(run, reference):
+                    session.run(each)
+
+        locks.persist(run.database, session, patience, reference.table, attempt)
+    return action.finish(f"{len(lost(run))} lost foreign keys of {run.plan.full_name} are there again, not validated yet.")
+
+
+def fill(action: Action, batch_rows: int) -> Evidence:
+    """Give every referencing row its user's role, range by range, then validate the keys: readers and writers go on.
+
+    Raises PromiseBroken when rows refer to nobody, or stay held by others.
+    """
+    run, session, total = action.run, action.session, 0
+    for reference in lost(run):
+        own, rounds = names(run, reference), 0
+        while wrong := session.value("repair.wrong", **own):
+            rounds += 1
+            if rounds > ROUNDS:
+                raise PromiseBroken(
+                    f"{wrong:,} rows of {reference.table} stay held by others: end these sessions, then run 04 again."
+                )
+            total += _fill_round(session, reference, own, wrong, max(1, batch_rows // 50))
+        try:
+            for each in _validations(run, reference):
+                with session.transaction(lock_timeout="5s"):
+                    session.run(each)
+        except errors.ForeignKeyViolation:
+            raise PromiseBroken(
+                f"{reference.schema_name}.{reference.table} has rows that refer to none of {run.plan.full_name}: correct or"
+                " delete them, then run 04_foreign_keys again."
+            ) from None
+    sentence = f"{total:,} rows of referencing tables were given their {run.plan.key}; {len(lost(run))} lost keys are valid."
+    return action.finish(sentence, total)
+
+
+def _fill_round(session: Session, reference: Reference, own: dict[str, sql.Composable], wrong: int, blocks: int) -> int:
+    end, rows = int(session.row("foreign_keys.blocks", **own)["blocks"]), 0
+    progress = Progress(f"{reference.table}: rows", wrong)
+    try:
+        for first in range(0, end, blocks):
+            with session.transaction(lock_timeout="5s"):
+                filled = session.run("repair.fill_range", **own, first=f"({first},0)", last=f"({first + blocks},0)").rowcount
+            progress.add(filled)
+            rows += filled
+    finally:
+        progress.close()
+    return rows
+
+
+def check_keys(action: Action) -> Evidence:
+    """Raises PromiseBroken unless every foreign key that points at the table is there and valid."""
+    run = action.run
+    rows = {row["key"]: row["validated"] for row in action.session.rows("cutover.validated", table_text=spelled(run.plan.source))}
+    bad = [reference.name for reference in run.plan.references if not rows.get(reference.name)]
+    if bad:
+        raise PromiseBroken(f"The foreign keys {', '.join(bad)} are missing or not valid: run 04_foreign_keys again.")
+    return action.finish(f"{len(run.plan.references)} foreign keys point at {run.plan.full_name}, and all are valid.")
+
+
+def take_away(run: Run) -> Iterator[sql.Composed]:
+    """The keys, columns and triggers that the repair made; the rows that it put back stay."""
+    with run.database.session("repair") as session:  # where its key is, its column is of the same transaction
+        made = [each for each in lost(run) if session.value("repair.key_exists", **names(run, each), key_name=each.name)]
+    for reference in made:
+        own = names(run, reference)
+        yield statement("repair.drop_key", **own)
+        if reference.adds_column:
+            yield statement("foreign_keys.drop_fill", **own)
+            yield statement("foreign_keys.drop_check", **own)
+            yield statement("foreign_keys.drop_column", **own)
+    yield statement("rollback.drop_staging", **run.names)

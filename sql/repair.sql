@@ -1,0 +1,79 @@
+-- The repair of a migration that went wrong elsewhere: the table is partitioned, rows are missing, a backup has them.
+
+-- name: root
+-- How the table is partitioned, and by which columns.
+SELECT CASE p.partstrat WHEN 'l' THEN 'list' WHEN 'r' THEN 'range' ELSE 'hash' END AS partition_by,
+       (SELECT array_agg(a.attname ORDER BY k.ord) FROM unnest(p.partattrs::int2[]) WITH ORDINALITY k(attnum, ord)
+          JOIN pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = k.attnum) AS columns
+  FROM pg_partitioned_table p WHERE p.partrelid = {oid}
+
+-- name: partitions
+SELECT c.relname AS name, n.nspname AS schema, c.relkind = 'p' AS partitioned, pg_get_expr(c.relpartbound, c.oid) AS bound
+  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE i.inhparent = {oid} ORDER BY c.oid
+
+-- name: rows
+SELECT c.relname AS name, g.rows FROM (SELECT tableoid AS oid, count(*) AS rows FROM {table} GROUP BY 1) g JOIN pg_class c USING (oid)
+
+-- name: frequent
+SELECT {key}::text AS value FROM (SELECT {key} FROM {table} UNION ALL SELECT {key} FROM {backup}) s
+ WHERE {key} IS NOT NULL GROUP BY {key} ORDER BY count(*) DESC, 1 LIMIT 1
+
+-- name: unique
+-- Whether these columns name one row of the backup each.
+SELECT NOT EXISTS (SELECT FROM {backup} GROUP BY {columns} HAVING count(*) > 1) AND NOT EXISTS (
+  SELECT FROM {backup} WHERE num_nulls({columns}) > 0)
+
+-- name: homeless
+-- Rows of the backup that the table lacks and no partition takes.
+SELECT s.{key}::text AS value, count(*) AS rows FROM {backup} s
+ WHERE {partition_of} = '(no partition)' AND NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
+ GROUP BY 1 ORDER BY 2 DESC LIMIT 10
+
+-- name: put_back
+-- The rows of the backup that the table lacks; those that it has are newer and stay.
+INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
+SELECT {s_columns} FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
+
+-- name: missing
+SELECT count(*) FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
+
+-- name: analyze
+ANALYZE {source}
+
+-- name: referencing
+-- A table that references the source without a foreign key: what the key to come depends on.
+SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, pg_get_userbyid(c.relowner) AS owner,
+       (SELECT array_agg(attname ORDER BY attnum) FROM pg_attribute a WHERE a.attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns,
+       (SELECT bool_and(attnotnull) FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = ANY ({columns})) AS not_null,
+       (SELECT array_agg(conname) FROM pg_constraint k WHERE k.conrelid = c.oid) AS constraints,
+       EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+                WHERE i.indrelid = c.oid AND i.indisvalid AND i.indpred IS NULL AND a.attname = ANY ({columns})) AS indexed
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid}
+
+-- name: dangling
+-- Rows that refer to nobody: neither in the table nor in the backup.
+SELECT count(*) AS rows, (array_agg(DISTINCT ROW({w_columns})::text))[1:5] AS keys,
+       count(DISTINCT ROW({w_columns})) > 5 AS more FROM {reference} w
+ WHERE num_nulls({w_columns}) = 0 AND NOT EXISTS (SELECT FROM {source} v WHERE {w_is_v})
+   AND NOT EXISTS (SELECT FROM {backup} v WHERE {w_is_v})
+
+-- name: key_exists
+SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = {reference_text}::regclass AND conname = {key_name})
+
+-- name: open_staging
+CREATE SCHEMA IF NOT EXISTS {staging}
+
+-- name: fill_range
+-- READ COMMITTED, and rows that somebody holds are skipped until the next round.
+WITH target AS (
+  SELECT w.ctid AS place, v.{key} AS value FROM {reference} w JOIN {source} v ON {w_is_v}
+   WHERE w.ctid >= {first}::tid AND w.ctid < {last}::tid AND w.{role_column} IS DISTINCT FROM v.{key}
+     FOR NO KEY UPDATE OF w SKIP LOCKED)
+UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid = target.place
+
+-- name: wrong
+SELECT count(*) FROM {reference} w JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
+
+-- name: drop_key
+ALTER TABLE {reference} DROP CONSTRAINT IF EXISTS {constraint}
