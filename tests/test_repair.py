@@ -1,0 +1,168 @@
+"""The repair of a migration that went wrong elsewhere: partitioned by hand, rows missing, a backup has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from runbook import cli
+from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PromiseBroken
+from tests.walk import CLINIC_FILE, REPAIR, dump, walk
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+PLANNED = {"restore_from": "backup", "references": {"appointments": ["user_id"]}}
+# What the hand-made migration did, up to where it lost the rows and the foreign key.
+BY_HAND = """
+    CREATE TABLE users_backup AS SELECT * FROM users;
+    ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey;
+    DROP VIEW active_users; DROP TABLE users;
+    CREATE TABLE users (LIKE users_backup) PARTITION BY LIST (role);
+    ALTER TABLE users ALTER id SET DEFAULT gen_random_uuid(), ALTER role SET DEFAULT 'user', ALTER is_active SET DEFAULT true,
+      ALTER created_at SET DEFAULT now(), ALTER updated_at SET DEFAULT now(), ALTER email SET NOT NULL;
+    CREATE TABLE users_patients PARTITION OF users FOR VALUES IN ('user');
+    CREATE TABLE users_doctors PARTITION OF users FOR VALUES IN ('doctor');
+    CREATE TABLE users_admins PARTITION OF users FOR VALUES IN ('admin');
+    ALTER TABLE users ADD PRIMARY KEY (id, role);
+    CREATE UNIQUE INDEX ON users_patients (email); CREATE UNIQUE INDEX ON users_doctors (email);
+    CREATE UNIQUE INDEX ON users_admins (email);
+    CREATE INDEX ON users (is_active); CREATE INDEX ON users (created_at)
+"""
+FEW = "INSERT INTO users SELECT * FROM users_backup WHERE is_active AND role = 'user' LIMIT 100"
+LOST = [
+    "",  # the role column was never added
+    "ALTER TABLE appointments ADD user_role varchar(50) NOT NULL DEFAULT 'user'",  # it was, and filled in for nobody
+]
+
+
+@pytest.mark.parametrize("column", LOST, ids=["without the column", "with the column"])
+@pytest.mark.parametrize("legacy", ["fill", "strict"])
+def test_rows_column_and_key_come_back(clinic: str, sql: Sql, column: str, legacy: str) -> None:
+    rows = sql("SELECT md5(string_agg(u::text, '' ORDER BY id)) FROM users u")
+    sql(f"{BY_HAND}; {FEW}; {column}")
+    walk(clinic, *REPAIR, **PLANNED, legacy_inserts=legacy)
+    assert sql("SELECT md5(string_agg(u::text, '' ORDER BY id)) FROM users u") == rows
+    counts = (
+        "SELECT (SELECT count(*) FROM users_patients), (SELECT count(*) FROM users_doctors), (SELECT count(*) FROM users_admins)"
+    )
+    assert sql(counts) == [(949, 50, 1)]
+    assert sql("SELECT user_role, count(*) FROM appointments GROUP BY 1 ORDER BY 2") == [
+        ("admin", 2),
+        ("doctor", 100),
+        ("user", 1898),
+    ]
+    key = "SELECT pg_get_constraintdef(oid), convalidated FROM pg_constraint WHERE conname = %s AND conparentid = 0"
+    assert sql(key, ["appointments_user_id_fkey"]) == [
+        ("FOREIGN KEY (user_id, user_role) REFERENCES users(id, role) ON UPDATE CASCADE", True)
+    ]
+    assert sql("SELECT attnotnull FROM pg_attribute WHERE attname = 'user_role' AND attrelid = 'appointments'::regclass") == [
+        (True,)
+    ]
+
+
+def test_a_row_that_the_table_has_is_newer_and_stays(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}; {FEW}")
+    # Someone became a doctor since: by the whole primary key the backup's row would be missing, and stand there twice.
+    [(one,)] = sql(
+        "UPDATE users SET role = 'doctor', phone = 'new' WHERE id = (SELECT id FROM users_patients LIMIT 1) RETURNING id"
+    )
+    walk(clinic, *REPAIR, **PLANNED)
+    assert sql("SELECT role, phone FROM users WHERE id = %s", [one]) == [("doctor", "new")]
+    assert sql("SELECT count(*) FROM users") == [(1000,)]
+    assert sql("SELECT DISTINCT user_role FROM appointments WHERE user_id = %s", [one]) == [("doctor",)]
+
+
+def test_old_code_goes_on_inserting_and_role_changes_are_carried_along(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}; {FEW}")
+    walk(clinic, *REPAIR, **PLANNED)
+    [(doctor,)] = sql("SELECT id FROM users_doctors LIMIT 1")
+    insert = (
+        "INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT %s, id, now() FROM doctors LIMIT 1 RETURNING user_role"
+    )
+    assert sql(insert, [doctor]) == [("doctor",)]
+    if sql("SELECT current_setting('server_version_num')::int >= 150000")[0][0]:
+        sql("UPDATE users SET role = 'admin' WHERE id = %s", [doctor])
+        assert sql("SELECT DISTINCT user_role FROM appointments WHERE user_id = %s", [doctor]) == [("admin",)]
+
+
+def test_a_repair_twice_says_that_it_is_done(clinic: str, sql: Sql, capsys: pytest.CaptureFixture[str]) -> None:
+    sql(f"{BY_HAND}; {FEW}")
+    walk(clinic, *REPAIR, **PLANNED)
+    before = dump(clinic)
+    walk(clinic, *REPAIR, **PLANNED)
+    assert dump(clinic) == before
+    assert "Already done: the plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", LOST, ids=["without the column", "with the column"])
+def test_the_way_back_takes_the_key_away_and_leaves_the_rows(clinic: str, sql: Sql, column: str) -> None:
+    sql(f"{BY_HAND}; {column}")
+    before = dump(clinic, "--exclude-schema=runbook", "--schema-only")
+    walk(clinic, *REPAIR, **PLANNED)
+    walk(clinic, "90_rollback", **PLANNED)
+    assert dump(clinic, "--exclude-schema=runbook", "--schema-only") == before
+    assert sql("SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM users_backup)") == [(1000, 1000)]
+
+
+def test_a_finished_repair_leaves_the_strict_form(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}; {FEW}")
+    walk(clinic, *REPAIR, **PLANNED)
+    walk(clinic, "91_finish", unneeded_for_h=0, drop_backup=True, **PLANNED)
+    assert sql("SELECT to_regclass('users_backup'), to_regnamespace('runbook_1')") == [(None, None)]
+    default = (
+        "SELECT column_default FROM information_schema.columns WHERE table_name = 'appointments' AND column_name = 'user_role'"
+    )
+    assert sql(default) == [("'user'::character varying",)]
+
+
+BROKEN: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("", {"key": "email"}, BadInput, "partitioned by list (role), and a repair by email was asked for"),
+    ("", {"backup": "nothing"}, BadInput, "public.nothing is not there"),
+    ("ALTER TABLE users_backup DROP phone", {}, BadInput, "public.users_backup lacks phone"),
+    ("", {"references": {"appointments": ["usr_id"]}}, BadInput, "name the columns of it that stand for id"),
+    ("", {"references": {"appointment": ["user_id"]}}, BadInput, "appointment is not a table of"),
+    ("UPDATE users_backup SET role = 'nurse' WHERE role = 'admin'", {}, PlanBlocked, "fits no partition: 'nurse' (1)"),
+    ("UPDATE users_backup SET role = NULL WHERE role = 'admin'", {}, PlanBlocked, "fits no partition: None (1)"),
+    ("ALTER TABLE users DROP CONSTRAINT users_pkey", {}, PlanBlocked, "has no primary key"),
+    ("DELETE FROM users_backup WHERE role = 'admin'", {}, PlanBlocked, "2 rows of public.appointments refer to rows that"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "given", "error", "said"), BROKEN, ids=[case[3][:40] for case in BROKEN])
+def test_a_repair_that_cannot_be_done(
+    clinic: str, sql: Sql, change: str, given: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    sql(f"{BY_HAND}; {change}")
+    before = dump(clinic)
+    with pytest.raises(error, match=re.escape(said)):
+        walk(clinic, *REPAIR, **{**PLANNED, **given})
+    assert dump(clinic) == before
+
+
+def test_a_table_that_is_not_partitioned_has_nothing_to_repair(clinic: str) -> None:
+    with pytest.raises(BadInput, match="is partitioned not at all"):
+        walk(clinic, "00_plan", **PLANNED)
+    with pytest.raises(BadInput, match="references is for a repair"):
+        walk(clinic, "00_plan", references={"appointments": ["user_id"]})
+
+
+def test_a_row_that_clashes_with_a_newer_one_is_named_and_nothing_put_back(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}")
+    sql("INSERT INTO users (email, password, first_name, last_name) SELECT email, '', '', '' FROM users_backup LIMIT 1")
+    with pytest.raises(PromiseBroken, match=r"clashes with one that public.users got since, in users_patients_email_idx"):
+        walk(clinic, *REPAIR, **PLANNED)
+    assert sql("SELECT count(*) FROM users") == [(1,)]
+
+
+def test_the_command_line_executes_the_notebooks_of_a_repair_only(clinic: str, sql: Sql, tmp_path: Path) -> None:
+    sql(f"{BY_HAND}; {FEW}")
+    words = ["-p", "restore_from", "backup", "-p", "references", '{"appointments": ["user_id"]}', "--out", str(tmp_path)]
+    result = CliRunner().invoke(cli.main, ["run", "-f", CLINIC_FILE, "--database", clinic, *words])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stdout.splitlines()[:4]] == list(REPAIR)
+    with pytest.raises(OutOfOrder, match="01_backup is no part of a repair"):
+        walk(clinic, "01_backup", **PLANNED)
