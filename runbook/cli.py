@@ -295,12 +295,20 @@ def _line(name: str, done: Executed, before: pd.DataFrame, after: pd.DataFrame) 
 
 def _seal(record: archive.Run, where: str, table: str, result: str) -> str:
     """Seal the record, and write its head into the ledger where there is one: archive and database vouch for each other."""
+    from runbook import certificate
+
     facts, found = {}, None
     with suppress(RunbookError, psycopg.Error):
         database = target(where)
         with database.session("record") as session:
             facts = session.row(sql.SQL("SELECT version() AS server, current_user::text AS database_user").format())
         found = ledger.of(database, table, ended=True)
+    if found:
+        record.manifest |= facts
+        try:
+            certificate.write(record, found)
+        except (RunbookError, psycopg.Error) as error:
+            click.echo(redact(f"The certificate could not be written: {error}", record.secrets), err=True)
     head = record.seal(**facts, plan_hash=found.plan.hash if found else "", result=result)
     if found:
         with suppress(RunbookError, psycopg.Error), found.database.session("record") as session:

@@ -1,0 +1,427 @@
+-- 06: every promise, asked of the database itself. Where a statement answers for promises, `ok` is its verdict and NULL
+-- means that it could not be tried. Nothing here keeps a change: what writes is rolled back.
+
+-- name: commands
+-- The commands by which this migration was verified when it was done by hand; names are quoted only where they must be.
+SELECT concat_ws(E'\n\n',
+         -- psql ends a command at the line's end: a line break in a name is any one character to it
+         E'-- Check partition structure\n\\d+ ' || regexp_replace(to_regclass({root})::text, '[\r\n]', '"?"', 'g'),
+         E'-- View data distribution\n' || string_agg(format('SELECT %L%s, COUNT(*) FROM %s', p.part ->> 'name',
+           CASE p.place WHEN 1 THEN ' as partition' ELSE '' END,
+           to_regclass(quote_ident(m.plan -> 'table' ->> 'schema_name') || '.' || quote_ident(p.part ->> 'name'))),
+           E'\nUNION ALL\n' ORDER BY p.place) || ';',
+         E'-- Test partition pruning\n' || CASE WHEN m.plan ->> 'frequent_value' IS NOT NULL THEN
+           format('EXPLAIN ANALYZE SELECT * FROM %s WHERE %I = %L;', to_regclass({root}), m.plan ->> 'key', m.plan ->> 'frequent_value') END,
+         (SELECT string_agg(DISTINCT format(E'-- Check foreign keys\nSELECT constraint_name, table_name \n'
+                   'FROM information_schema.table_constraints \nWHERE table_name = %L AND constraint_type = ''FOREIGN KEY'';',
+                   coalesce(r ->> 'table', m.plan -> 'table' ->> 'name')), E'\n\n')
+            FROM (SELECT) one LEFT JOIN jsonb_array_elements(m.plan -> 'references') r ON true)) AS text
+  FROM runbook.migration m, jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+ WHERE m.id = {migration} GROUP BY m.id
+
+-- name: oid
+SELECT to_regclass({root})::oid::bigint AS oid
+
+-- name: tree
+-- Root and partitions, each below its parent; the size of a root is that of all below it, pg_total_relation_size alone would say 0.
+SELECT c.relname AS name, coalesce(p.relname, '') AS parent, t.level,
+       coalesce(pg_get_expr(c.relpartbound, c.oid), 'PARTITION BY ' || pg_get_partkeydef(c.oid)) AS bound, b.table_bytes, b.index_bytes
+  FROM pg_partition_tree({root}) t
+  JOIN pg_class c ON c.oid = t.relid LEFT JOIN pg_class p ON p.oid = t.parentrelid
+ CROSS JOIN LATERAL (SELECT sum(pg_table_size(b.relid))::bigint AS table_bytes, sum(pg_indexes_size(b.relid))::bigint AS index_bytes
+                       FROM pg_partition_tree(t.relid) b) b
+ ORDER BY ARRAY(SELECT a.relid::oid FROM pg_partition_ancestors(t.relid) WITH ORDINALITY a(relid, place) ORDER BY a.place DESC)
+
+-- name: partitions
+SELECT 'It is partitioned as planned' AS promise, string_agg(now.name || ' ' || now.bound, '; ' ORDER BY now.level, now.name) AS seen,
+       coalesce(bool_and(now.level > 0 OR lower(now.bound) = lower(format('PARTITION BY %s (%I)', m.plan ->> 'partition_by', m.plan ->> 'key')))
+         AND array_agg(now.name ORDER BY now.name) FILTER (WHERE now.level > 0)
+           = (SELECT array_agg((p ->> 'name')::name ORDER BY (p ->> 'name')::name) FROM jsonb_array_elements(m.plan -> 'partitions') p), false) AS ok
+  FROM runbook.migration m LEFT JOIN ({tree}) now ON true WHERE m.id = {migration} GROUP BY m.id
+
+-- name: columns
+-- The partition key is NOT NULL now, if it was not before, unless a partition takes NULL.
+SELECT 'Its columns are those that it had' AS promise, coalesce('not so: ' || string_agg(c ->> 'name', ', ') FILTER (WHERE now.name IS NULL), count(*) || ' columns') AS seen,
+       count(*) = count(now.name) AS ok
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'columns') c
+  LEFT JOIN ({columns_now}) now ON now.name = c ->> 'name' AND now.type = c ->> 'type' AND now.generated = (c ->> 'generated')::boolean
+   AND now.not_null = ((c ->> 'not_null')::boolean OR c ->> 'name' = m.plan ->> 'key' AND NOT m.plan -> 'partitions' @> '[{{"values": [null]}}]')
+   AND now.default IS NOT DISTINCT FROM c ->> 'default'
+   AND now.identity = c ->> 'identity'
+ WHERE m.id = {migration}
+
+-- name: indexes
+-- By name and definition, on the root where an index can stand there and on every partition. A repair did not choose the
+-- partitions' names: there the root answers for them, whose index is valid only when every partition has one.
+WITH planned AS (
+  SELECT i.*, p.table, p.name AS wanted, CASE WHEN m.plan ->> 'key' = ANY (i.columns) THEN i.columns ELSE i.columns || (m.plan ->> 'key') END AS new_key
+    FROM runbook.migration m CROSS JOIN LATERAL jsonb_to_recordset(m.plan -> 'indexes') AS i(
+         name text, "unique" boolean, "primary" boolean, columns text[], tail text, constraint_type text, everywhere boolean, leaf_names jsonb)
+   CROSS JOIN LATERAL (
+         SELECT m.plan -> 'table' ->> 'name', i.name WHERE i.everywhere
+         UNION ALL SELECT key, value FROM jsonb_each_text(i.leaf_names) WHERE m.plan ->> 'restore_from' = 'source') p("table", name)
+   WHERE m.id = {migration}),
+now AS (
+  SELECT c.relname AS table, x.relname AS name, i.indisunique AS unique, i.indisprimary AS primary, i.indisvalid AS valid,
+         k.contype::text AS constraint_type, pg_get_indexdef(x.oid) AS definition,
+         substr(pg_get_indexdef(x.oid), length('CREATE ' || CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || 'INDEX ' || quote_ident(x.relname)
+                || ' ON ' || CASE WHEN c.relkind = 'p' THEN 'ONLY ' ELSE '' END
+                || quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ' USING ') + 1) AS tail,
+         (SELECT array_agg(a.attname::text ORDER BY u.ord) FROM unnest(i.indkey::int2[]) WITH ORDINALITY u(attnum, ord)
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = u.attnum WHERE u.ord <= i.indnkeyatts) AS columns
+    FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+    JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid
+    LEFT JOIN pg_constraint k ON k.conindid = x.oid AND k.conrelid = c.oid AND k.contype IN ('p', 'u', 'x'))
+SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary THEN 'primary key ' WHEN p.unique THEN 'unique ' ELSE '' END,
+              CASE WHEN p.primary THEN format('(%s)', array_to_string(p.new_key, ', ')) ELSE p.tail END) AS promise,
+       coalesce('not so: ' || string_agg(format('%s of %s is %s', p.wanted, p.table,
+           CASE WHEN now.name IS NULL THEN 'missing' WHEN now.valid THEN now.definition ELSE 'not valid' END), '; ') FILTER (WHERE NOT same.ok),
+         'on ' || string_agg(p.table, ', ')) AS seen,
+       bool_and(same.ok) AS ok
+  FROM planned p LEFT JOIN now ON now.table = p.table AND now.name = p.wanted
+ CROSS JOIN LATERAL (SELECT now.name IS NOT NULL AND now.valid AND now.unique = p.unique AND now.primary = p.primary
+    AND now.constraint_type IS NOT DISTINCT FROM p.constraint_type
+    AND CASE WHEN p.primary THEN now.columns = p.new_key ELSE now.tail = p.tail END AS ok) same
+ GROUP BY p.name, p.primary, p.unique, p.tail, p.new_key ORDER BY p.primary DESC, p.name
+
+-- name: references
+-- The plan's text and the server's differ in quotes and in what is left out because it is the default.
+SELECT format('Key %s of %s is composite and valid', r ->> 'name', r ->> 'table') AS promise,
+       coalesce(now.definition || CASE WHEN now.validated THEN '' ELSE ' (never validated)' END, 'missing') AS seen,
+       coalesce(now.validated AND translate(now.definition, '" ', '') =
+         replace(replace(translate(r ->> 'composite', '" ', ''), 'ONUPDATENOACTION', ''), 'ONDELETENOACTION', ''), false) AS ok
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'references') r
+  LEFT JOIN ({incoming_now}) now ON (now.schema, now.table, now.name) = (r ->> 'schema_name', r ->> 'table', r ->> 'name')
+ WHERE m.id = {migration}
+
+-- name: constraints
+SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce(now.definition, 'missing') AS seen,
+       coalesce(now.validated >= (p.k ->> 'validated')::boolean
+         AND replace(now.definition, ' NOT VALID', '') = replace(p.k ->> 'definition', ' NOT VALID', ''), false) AS ok
+  FROM runbook.migration m
+ CROSS JOIN LATERAL (SELECT 'Check', c FROM jsonb_array_elements(m.plan -> 'checks') c
+                     UNION ALL SELECT 'Foreign key', f FROM jsonb_array_elements(m.plan -> 'outgoing') f) p(kind, k)
+  LEFT JOIN (SELECT name, definition, validated FROM ({checks_now}) c
+             UNION ALL SELECT name, definition, validated FROM ({outgoing_now}) f) now ON now.name = p.k ->> 'name'
+ WHERE m.id = {migration}
+
+-- name: carried
+SELECT format('The %s is as it was: %s', c ->> 'kind', c ->> 'name') AS promise, coalesce(now.definition, 'missing') AS seen, now.name IS NOT NULL AS ok
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'carried') c
+  LEFT JOIN ({carried_now}) now ON (now.kind, now.name, now.definition) = (c ->> 'kind', c ->> 'name', c ->> 'definition')
+ WHERE m.id = {migration}
+UNION ALL
+SELECT format('The view reads it: %s', v ->> 'name'), CASE WHEN now.name IS NULL THEN 'it does not' ELSE 'it does' END, now.name IS NOT NULL
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'views') v
+  LEFT JOIN ({views_now}) now ON now.schema || '.' || now.name = v ->> 'name'
+ WHERE m.id = {migration}
+
+-- name: logged
+-- A trigger that is missing, or not ENABLE ALWAYS, lets changes slip past the way back.
+SELECT 'Every change is logged for the way back' AS promise, coalesce({reason}, 'not on ' || string_agg(c.relname, ', '), 'on every partition') AS seen,
+       CASE WHEN {reason} IS NULL THEN count(*) = 0 END AS ok
+  FROM pg_partition_tree({root}) p JOIN pg_class c ON c.oid = p.relid
+ WHERE 2 > (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled = 'A'
+               AND t.tgname IN ('runbook_log_back', 'runbook_log_truncate'))
+
+-- name: distribution
+-- Where each row lies, against the values that the plan gave to its partition; a DEFAULT one takes what no other lists.
+SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, coalesce(sum(now.rows), 0)::bigint AS rows, (p.part ->> 'rows')::bigint AS before,
+       format('%s holds its own rows only', p.part ->> 'name') AS promise,
+       format('%s rows, %s that belong elsewhere', coalesce(sum(now.rows), 0), coalesce(sum(now.rows) FILTER (WHERE NOT belongs), 0)) AS seen,
+       count(*) FILTER (WHERE NOT belongs) = 0 AS ok
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+  LEFT JOIN (SELECT s.tableoid AS leaf, CASE WHEN {listed} THEN s.{key}::text END AS value, count(*) AS rows FROM {source} s GROUP BY 1, 2) now
+    ON now.leaf = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name'))
+ CROSS JOIN LATERAL (SELECT now.leaf IS NULL OR NOT {listed} OR p.part -> 'values' @> coalesce(to_jsonb(now.value), 'null')
+     OR p.part ->> 'bound' = 'DEFAULT' AND NOT EXISTS (SELECT FROM jsonb_array_elements(m.plan -> 'partitions') o
+          WHERE o -> 'values' @> coalesce(to_jsonb(now.value), 'null')) AS belongs) b
+ WHERE m.id = {migration} GROUP BY p.part, p.place ORDER BY p.place
+
+-- name: create_plans
+-- What the planner reads for each value of the key and for each unique key. The latter are prepared statements planned
+-- for any value: nobody's data are needed, and none are shown.
+CREATE FUNCTION pg_temp.plans() RETURNS TABLE (look_up text, reads text[], promise text, sql text, seen text, ok boolean) LANGUAGE plpgsql AS $plans$
+#variable_conflict use_column
+DECLARE
+  plan jsonb := (SELECT m.plan FROM runbook.migration m WHERE m.id = {migration});
+  root text := to_regclass({root})::text;
+  part jsonb; unique_key record; explained jsonb; listed text;
+  relations CONSTANT jsonpath := '$.**."Relation Name"';
+BEGIN
+  FOR part IN SELECT * FROM jsonb_array_elements(plan -> 'partitions') LOOP
+    SELECT string_agg(quote_literal(v), ', ') INTO listed FROM jsonb_array_elements_text(part -> 'values') v;
+    IF listed IS NULL THEN
+      EXECUTE format('SELECT quote_literal(%I) FROM ONLY %I.%I LIMIT 1', plan ->> 'key', plan -> 'table' ->> 'schema_name', part ->> 'name') INTO listed;
+    END IF;
+    look_up := concat_ws(' OR ', quote_ident(plan ->> 'key') || ' IN (' || listed || ')',
+                         CASE WHEN part -> 'values' @> 'null' THEN format('%I IS NULL', plan ->> 'key') END);
+    promise := format('Queries for %s read no other partition', part ->> 'name');
+    IF look_up = '' THEN
+      look_up := format('(a value of %s)', part ->> 'name');
+      reads := '{{}}';
+      sql := '';
+      seen := 'it is empty, and no value that it takes is known';
+      ok := NULL;
+    ELSE
+      sql := format('EXPLAIN (FORMAT JSON, COSTS OFF) SELECT * FROM %s WHERE %s', root, look_up);
+      EXECUTE sql INTO explained;
+      reads := ARRAY(SELECT DISTINCT r #>> '{{}}' FROM jsonb_path_query(explained, relations) r ORDER BY 1);
+      seen := 'they read ' || coalesce(nullif(array_to_string(reads, ', '), ''), 'nothing');
+      ok := reads = ARRAY[part ->> 'name'];
+    END IF;
+    RETURN NEXT;
+  END LOOP;
+  SET LOCAL plan_cache_mode = force_generic_plan;
+  promise := NULL;
+  FOR unique_key IN {unique_keys} LOOP
+    look_up := unique_key.condition;
+    EXECUTE format('PREPARE runbook_look_up AS SELECT * FROM %s WHERE %s', root, unique_key.condition);
+    sql := format('EXPLAIN (FORMAT JSON, COSTS OFF) EXECUTE runbook_look_up(%s)', unique_key.any_values);
+    EXECUTE sql INTO explained;
+    DEALLOCATE runbook_look_up;
+    reads := ARRAY(SELECT DISTINCT r #>> '{{}}' FROM jsonb_path_query(explained, relations) r ORDER BY 1);
+    RETURN NEXT;
+  END LOOP;
+END $plans$
+
+-- name: plans
+SELECT * FROM pg_temp.plans()
+
+-- name: unique_keys
+-- The old primary key and every unique key on plain columns: by them an application finds single rows.
+SELECT string_agg(format('%I = $%s', c.name, c.place), ' AND ' ORDER BY c.place) AS condition,
+       string_agg(CASE WHEN c.name = m.plan ->> 'key' THEN quote_nullable(m.plan ->> 'frequent_value') ELSE 'NULL' END, ', ' ORDER BY c.place) AS any_values,
+       array_agg(c.name ORDER BY c.place) AS columns
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'indexes') WITH ORDINALITY i(i, place)
+ CROSS JOIN jsonb_array_elements_text(i.i -> 'columns') WITH ORDINALITY c(name, place)
+ WHERE m.id = {migration} AND (i.i ->> 'unique')::boolean
+ GROUP BY m.plan, i.i, i.place
+HAVING i.i ->> 'tail' = format('btree (%s)', string_agg(quote_ident(c.name), ', ' ORDER BY c.place))
+ ORDER BY (i.i ->> 'primary')::boolean DESC, i.place
+
+-- name: same_as_backup
+-- One statement, one snapshot.
+SELECT (SELECT (count(*), coalesce(sum({s_hash}), 0)) FROM {backup} s) = (SELECT (count(*), coalesce(sum({d_hash}), 0)) FROM {source} d) AS same
+
+-- name: writes_since
+SELECT format('%s rows differ from the result by the writes since: %s new, %s gone, the rest changed',
+              count(*), count(*) FILTER (WHERE b.hash IS NULL), count(*) FILTER (WHERE t.hash IS NULL)) AS since
+  FROM (SELECT {key_aliases}, {s_hash} AS hash FROM {backup} s) b
+  FULL JOIN (SELECT {key_aliases}, {d_hash} AS hash FROM {source} d) t USING ({keys})
+ WHERE b.hash IS DISTINCT FROM t.hash
+
+-- name: missing_of_backup
+SELECT 'Every row of the backup is in the table' AS promise, count(*) || ' rows are not' AS seen, count(*) = 0 AS ok
+  FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
+
+-- name: all_immediate
+SET CONSTRAINTS ALL IMMEDIATE
+
+-- name: create_trials
+-- What an application does, tried on real rows. A trial is a list of statements; $1 is what the one before found, $2 a
+-- value that hardly any row has. The exception at its end undoes it. Rows are named by their place: nobody's data leave
+-- the server. `refusal` is the error that a trial must end with, `key_name` the constraint that has to be its cause.
+CREATE FUNCTION pg_temp.trials() RETURNS TABLE (promise text, sql text, seen text, ok boolean) LANGUAGE plpgsql AS $trials$
+#variable_conflict use_column
+DECLARE
+  unheard_of CONSTANT text[] := ARRAY['no such value', gen_random_uuid()::text, '-2147483647', '-32767', '0001-01-01', '192.0.2.1', '~', 'false', 'true'];
+  trial record; step text; value text; found jsonb; cause text;
+BEGIN
+  FOR trial IN
+    WITH t AS (
+      SELECT m.plan, m.plan ->> 'key' AS key, to_regclass({root})::text AS root, m.plan -> 'table' ->> 'schema_name' AS schema,
+             's.tableoid = ($1 ->> ''table'')::oid AND s.ctid = ($1 ->> ''place'')::tid' AS here,
+             'jsonb_build_object(''table'', s.tableoid::bigint, ''place'', s.ctid::text)' AS place,
+             (SELECT string_agg(quote_ident(c ->> 'name'), ', ' ORDER BY n) FROM jsonb_array_elements(m.plan -> 'columns') WITH ORDINALITY x(c, n)
+               WHERE NOT (c ->> 'generated')::boolean) AS columns,
+             (SELECT string_agg(CASE WHEN c ->> 'name' = m.plan ->> 'key' THEN '$2::' || (c ->> 'type') ELSE 'NULL' END, ', ' ORDER BY n)
+                FROM jsonb_array_elements(m.plan -> 'columns') WITH ORDINALITY x(c, n) WHERE NOT (c ->> 'generated')::boolean) AS only_key,
+             (SELECT array_agg(e.enumlabel::text) FROM pg_enum e WHERE e.enumtypid = to_regtype(m.plan ->> 'key_type')) AS labels,
+             CASE WHEN (m.plan ->> 'server_version')::int > 14 THEN '23503' END AS fault
+        FROM runbook.migration m WHERE m.id = {migration}),
+    target AS (  -- a value of another partition than the row's own
+      SELECT CASE WHEN second IS NULL THEN first
+                  ELSE format('CASE WHEN s.%I IN (%s) THEN %3$s::%4$s ELSE %5$s::%4$s END', key, listed, second, key_type, first) END AS another,
+             CASE WHEN second IS NULL THEN format('s.%I NOT IN (%s)', key, listed) ELSE 'true' END AS movable
+        FROM (SELECT t.key, t.plan ->> 'key_type' AS key_type, min(v.first) FILTER (WHERE v.n = 1) AS first,
+                     min(v.listed) FILTER (WHERE v.n = 1) AS listed, min(v.first) FILTER (WHERE v.n = 2) AS second
+                FROM t LEFT JOIN LATERAL (
+                     SELECT min(quote_literal(v)) AS first, string_agg(quote_literal(v), ', ') AS listed,
+                            row_number() OVER (ORDER BY (p ->> 'rows')::bigint, place) AS n
+                       FROM jsonb_array_elements(t.plan -> 'partitions') WITH ORDINALITY p(p, place) CROSS JOIN jsonb_array_elements_text(p -> 'values') v
+                      WHERE v IS NOT NULL GROUP BY p, place) v ON true
+               GROUP BY 1, 2) v),
+    reference AS (
+      SELECT r ->> 'name' AS key_name, r ->> 'table' AS table_name, r ->> 'composite' AS composite, (r ->> 'adds_column')::boolean AS adds_column,
+             r.place, k.names, k.joined, k.present, a.columns, a.replaced, format('s.%I = $2::%s', r.r -> 'referenced' ->> 0, a.type) AS known,
+             format('%s AND r.%I = s.%I', k.joined, r ->> 'role_column', t.key) AS in_step
+        FROM t CROSS JOIN jsonb_array_elements(t.plan -> 'references') WITH ORDINALITY r(r, place)
+       CROSS JOIN LATERAL (
+             SELECT format('%I.%I', r ->> 'schema_name', r ->> 'table') AS names, string_agg(format('r.%I = s.%I', c, d), ' AND ') AS joined,
+                    string_agg(format('s.%I IS NOT NULL', c), ' AND ') || format(' AND s.%I IS NOT NULL', r ->> 'role_column') AS present
+               FROM ROWS FROM (jsonb_array_elements_text(r -> 'columns'), jsonb_array_elements_text(r -> 'referenced')) AS z(c, d)) k
+       CROSS JOIN LATERAL (
+             SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns,
+                    string_agg(CASE WHEN a.attname = r -> 'columns' ->> 0 THEN '$2::' || format_type(a.atttypid, a.atttypmod)
+                               ELSE quote_ident(a.attname) END, ', ' ORDER BY a.attnum) AS replaced,
+                    max(format_type(a.atttypid, a.atttypmod)) FILTER (WHERE a.attname = r -> 'columns' ->> 0) AS type
+               FROM pg_attribute a WHERE a.attrelid = to_regclass(k.names) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '') a),
+    pick AS (SELECT format('SELECT %s FROM %%s s WHERE %%s LIMIT 1 FOR UPDATE OF s SKIP LOCKED', place) AS pick FROM t)
+    SELECT 1 AS part, p.place, format('A row of %s can be deleted and inserted again', p ->> 'name') AS promise,
+           ARRAY[format(pick, format('%I.%I', schema, p ->> 'name'), 'true')]
+           || ARRAY(SELECT format('WITH gone AS (DELETE FROM %s r USING %s s WHERE %s AND %s RETURNING 1) SELECT $1 FROM (SELECT count(*) FROM gone) g',
+                           names, root, joined, here) FROM reference WHERE composite LIKE '%ON DELETE RESTRICT%')
+           || format('WITH gone AS (DELETE FROM %s s WHERE %s RETURNING *) INSERT INTO %1$s AS s (%3$s) OVERRIDING SYSTEM VALUE SELECT %3$s FROM gone'
+                     ' RETURNING jsonb_build_object(''seen'', ''it lies in '' || s.tableoid::regclass || '' again'', ''ok'', s.tableoid = ($1 ->> ''table'')::oid)',
+                     root, here, columns) AS steps,
+           NULL AS fault, NULL AS refusal, NULL AS key_name, NULL::text[] AS labels
+      FROM t, pick, jsonb_array_elements(plan -> 'partitions') WITH ORDINALITY p(p, place)
+    UNION ALL
+    SELECT 2, 0, format('A changed %s moves the row', key),
+           CASE WHEN another IS NOT NULL THEN ARRAY[
+             format(pick, root, movable),
+             format('UPDATE %s s SET %I = %s WHERE %s RETURNING jsonb_build_object(''seen'', ''it moved to '' || s.tableoid::regclass, ''ok'', s.tableoid <> ($1 ->> ''table'')::oid)',
+                    root, key, another, here)] END,
+           CASE WHEN (SELECT bool_and(adds_column) FROM reference) THEN fault END, NULL, NULL, NULL
+      FROM t CROSS JOIN pick LEFT JOIN target ON true
+    UNION ALL
+    SELECT 3, r.place, format('Rows of %s follow a changed %s by %s', table_name, key, key_name),
+           CASE WHEN another IS NOT NULL THEN ARRAY[
+             format(pick, root, format('%s AND EXISTS (SELECT FROM %s r WHERE %s)', movable, names, in_step)),
+             format('SELECT $1 || jsonb_build_object(''before'', count(*)) FROM %s r JOIN %s s ON %s WHERE %s', names, root, in_step, here),
+             format('UPDATE %s s SET %I = %s WHERE %s RETURNING $1 || %s', root, key, another, here, t.place),
+             format('SELECT jsonb_build_object(''seen'', format(''%%s rows before, %%s after'', $1 ->> ''before'', count(*)), ''ok'', count(*) = ($1 ->> ''before'')::bigint)'
+                    ' FROM %s r JOIN %s s ON %s WHERE %s', names, root, in_step, here)] END,
+           CASE WHEN adds_column THEN fault END, NULL, NULL, NULL
+      FROM t CROSS JOIN pick CROSS JOIN reference r LEFT JOIN target ON true
+    UNION ALL
+    SELECT 4, r.place, format('A row can be deleted, and its rows of %s go as %s says', table_name, key_name),
+           ARRAY[format(pick, root, format('EXISTS (SELECT FROM %s r WHERE %s)', names, joined)),
+                 format('SELECT $1 || jsonb_build_object(''before'', count(*), ''rows'', array_agg(r.ctid)::text) FROM %s r JOIN %s s ON %s WHERE %s', names, root, joined, here),
+                 format('DELETE FROM %s s WHERE %s RETURNING $1', root, here),
+                 format('SELECT jsonb_build_object(''seen'', format(''%%s rows referred to it, %%s do still'', $1 ->> ''before'', count(*)), ''ok'', count(*) = 0)'
+                        ' FROM %s r WHERE r.ctid = ANY (($1 ->> ''rows'')::tid[])', names)], NULL, NULL, NULL, NULL
+      FROM t, pick, reference r
+    UNION ALL
+    SELECT 4, 0, 'A row can be deleted',
+           ARRAY[format(pick, root, 'true'), format('DELETE FROM %s s WHERE %s RETURNING jsonb_build_object(''seen'', ''it is gone'', ''ok'', true)', root, here)],
+           NULL, NULL, NULL, NULL
+      FROM t, pick WHERE NOT EXISTS (SELECT FROM reference)
+    UNION ALL
+    SELECT 5, r.place, format('A row of %s that refers to nobody is refused by %s', table_name, key_name),
+           ARRAY[format(pick, names, present),
+                 format('WITH gone AS (DELETE FROM %s s WHERE %s RETURNING *) INSERT INTO %1$s (%3$s) OVERRIDING SYSTEM VALUE SELECT %4$s FROM gone'
+                        ' WHERE NOT EXISTS (SELECT FROM %5$s s WHERE %6$s) RETURNING jsonb_build_object(''seen'', ''it was accepted'', ''ok'', false)',
+                        names, here, columns, replaced, root, known)],
+           NULL, '23503', key_name, NULL
+      FROM (SELECT key, root, here FROM t) t, pick, reference r
+    UNION ALL
+    SELECT 6, 0, format('A %s that no partition takes is refused', key),
+           CASE WHEN NOT (plan ->> 'takes_any_value')::boolean THEN
+             ARRAY[format('INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE VALUES (%s) RETURNING jsonb_build_object(''seen'', ''it was accepted'', ''ok'', false)',
+                          root, columns, only_key)] END,
+           NULL, '23514', '', labels
+      FROM t
+    ORDER BY 1, 2
+  LOOP
+    promise := trial.promise;
+    sql := array_to_string(trial.steps, E';\n\n');
+    seen := CASE WHEN trial.steps IS NOT NULL THEN 'there is no row, or no value, to try it with'
+                 WHEN trial.refusal IS NULL THEN 'no value of another partition is known' ELSE 'the default partition takes any value' END;
+    ok := NULL;
+    FOREACH value IN ARRAY CASE WHEN trial.refusal IS NULL THEN ARRAY[NULL::text] ELSE unheard_of || trial.labels END LOOP
+      BEGIN
+        found := '{{}}';
+        FOREACH step IN ARRAY coalesce(trial.steps, '{{}}') LOOP
+          EXECUTE step INTO found USING found, value;
+          EXIT WHEN found IS NULL;
+          seen := 'the row was not found again, or a trigger kept it';
+        END LOOP;
+        seen := coalesce(found ->> 'seen', seen);
+        ok := (found ->> 'ok')::boolean;
+        RAISE SQLSTATE 'RB000';
+      EXCEPTION WHEN OTHERS THEN
+        GET STACKED DIAGNOSTICS cause = CONSTRAINT_NAME;
+        IF SQLSTATE = trial.refusal AND cause = trial.key_name THEN
+          seen := format('refused with %s: %s', SQLSTATE, SQLERRM);
+          ok := true;
+        ELSIF trial.refusal IS NOT NULL AND (SQLSTATE LIKE '22%' OR SQLSTATE = '23502') THEN
+          CONTINUE;  -- not a value of this type, or one that has a partition
+        ELSIF SQLSTATE <> 'RB000' THEN
+          seen := format('%s: %s', SQLSTATE, SQLERRM);
+          -- What constraints, triggers or other sessions forbid was not tried; a row without a partition is a fault, and so is the rest.
+          ok := CASE WHEN SQLSTATE LIKE '23%' AND SQLSTATE IS DISTINCT FROM trial.fault AND (SQLSTATE <> '23514' OR cause <> '')
+                       OR SQLSTATE IN ('P0001', '0A000', '55P03', '40001', '40P01', '42501') THEN NULL ELSE false END;
+        END IF;
+      END;
+      EXIT WHEN ok IS NOT NULL;
+    END LOOP;
+    RETURN NEXT;
+  END LOOP;
+END $trials$
+
+-- name: trials
+SELECT * FROM pg_temp.trials()
+
+-- name: create_latencies
+-- Medians inside the server, planning included, retired table and result in turns; some hundred look-ups, two seconds each at most.
+CREATE FUNCTION pg_temp.latencies() RETURNS TABLE (look_up text, retired_ms float8, result_ms float8, times integer) LANGUAGE plpgsql AS $latencies$
+#variable_conflict use_column
+DECLARE
+  plan jsonb := (SELECT m.plan FROM runbook.migration m WHERE m.id = {migration});
+  tables text[] := ARRAY[to_regclass({retired})::text, to_regclass({root})::text];
+  samples jsonb; look record; conditions text[]; side integer; at timestamptz; begun timestamptz;
+BEGIN
+  FOR look IN
+    (SELECT format('%I = %s', plan ->> 'key', v.first) AS label, NULL AS sampled
+       FROM jsonb_array_elements(plan -> 'partitions') p
+      CROSS JOIN LATERAL (SELECT min(quote_literal(v)) AS first FROM jsonb_array_elements_text(p -> 'values') v) v
+      WHERE v.first IS NOT NULL ORDER BY (p ->> 'rows')::bigint DESC LIMIT 8)
+    UNION ALL
+    SELECT k.condition, (SELECT string_agg(format('format(''%%I = %%L'', %L, s.%I)', c, c), ', ') FROM unnest(k.columns) c)
+      FROM ({unique_keys}) k
+  LOOP
+    conditions := ARRAY[look.label];
+    IF look.sampled IS NOT NULL THEN
+      EXECUTE format('SELECT array_agg(c) FROM (SELECT concat_ws('' AND '', %s) AS c FROM %s s TABLESAMPLE SYSTEM (%s) ORDER BY random() LIMIT 40) x',
+                     look.sampled, tables[2], {percent}) INTO conditions;
+      CONTINUE WHEN conditions IS NULL;
+    END IF;
+    samples := '[]';
+    begun := clock_timestamp();
+    FOR round IN 0 .. 40 LOOP
+      EXIT WHEN round > 3 AND clock_timestamp() > begun + interval '2 s';
+      FOR turn IN 0 .. 1 LOOP
+        side := 1 + (round + turn) % 2;
+        CONTINUE WHEN tables[side] IS NULL;
+        at := clock_timestamp();
+        EXECUTE format('SELECT * FROM %s WHERE %s LIMIT 100', tables[side], conditions[1 + round % cardinality(conditions)]);
+        IF round > 0 THEN  -- the first one fills the caches
+          samples := samples || jsonb_build_object('side', side, 'ms', 1000 * extract(epoch FROM clock_timestamp() - at));
+        END IF;
+      END LOOP;
+    END LOOP;
+    look_up := look.label;
+    SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY (s ->> 'ms')::float8) FILTER (WHERE s ->> 'side' = '1'),
+           percentile_cont(0.5) WITHIN GROUP (ORDER BY (s ->> 'ms')::float8) FILTER (WHERE s ->> 'side' = '2'),
+           count(*) FILTER (WHERE s ->> 'side' = '2')
+      INTO retired_ms, result_ms, times FROM jsonb_array_elements(samples) s;
+    RETURN NEXT;
+  END LOOP;
+END $latencies$
+
+-- name: latencies
+SELECT * FROM pg_temp.latencies()
+
+-- name: looks
+-- The last look at each part, and whether it is younger than the last check.
+SELECT DISTINCT ON (a.action) a.action AS part, a.evidence,
+       a.state = 'done' AND a.id > coalesce((SELECT max(c.id) FROM runbook.action c
+         WHERE c.migration = {migration} AND c.step = 'verify' AND c.action = 'check'), 0) AS fresh
+  FROM runbook.action a WHERE a.migration = {migration} AND a.step = 'verify' AND a.action <> 'check'
+ ORDER BY a.action, a.id DESC
+
+-- name: withdraw
+-- A step whose promises no longer hold is not done, whatever was seen before.
+UPDATE runbook.action SET state = 'undone' WHERE migration = {migration} AND step = 'verify' AND action = 'check' AND state = 'done'
