@@ -81,7 +81,7 @@ class Server:
         logs = [self.place / "start.log", *self.data.glob("log/*.log")]
         newest = max((log for log in logs if log.exists()), key=lambda log: log.stat().st_mtime_ns)
         said = newest.read_text(errors="replace").splitlines()
-        said = [line for line in said if "the database system is" not in line]  # to us, who asked
+        said = [line for line in said if "FATAL:  the database system is" not in line]  # to us, who asked
         return " / ".join(said[-lines:])
 
 
@@ -243,7 +243,7 @@ def _program(server: Server, name: str) -> Path:
         others = {path.name for path in package.parent.iterdir()} - {package.name, f"{package.name}.libs"}
         half = server.place / "binaries.half"
         shutil.rmtree(half, ignore_errors=True)
-        shutil.copytree(package.parent, half, symlinks=True, ignore=lambda *_: others | {"pginstall"})
+        shutil.copytree(package.parent, half, symlinks=True, ignore=lambda *_: others | {"pginstall", "include"})
         for path in (half, *half.rglob("*")):  # an umask may have closed the originals to others
             if not path.is_symlink():
                 path.chmod(0o755)
