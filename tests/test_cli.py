@@ -1,0 +1,143 @@
+"""The command line: help that teaches, exit codes, what machines read, and a Ctrl-C that leaves the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+from psycopg.conninfo import conninfo_to_dict
+
+from runbook import cli, embedded
+from tests.walk import CLINIC_FILE, walk
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+COMMANDS = ("audit", "finish", "lab", "rehearse", "rollback", "run", "sql", "status", "stop")
+
+
+def command(*words: str) -> Result:
+    """`runbook …` in this process."""
+    return CliRunner().invoke(cli.main, list(words))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    shown = command(name, "--help")
+    assert shown.exit_code == 0
+    assert shown.output.startswith(f"Usage: main {name}")
+    assert shown.output.split("\n\n")[1].strip().endswith((".", "\\)", "notebooks end.")), "a sentence"
+
+
+def test_the_help_teaches_by_examples_that_parse() -> None:
+    shown = command("--help").output
+    lines = [line.split("   ")[0].split() for line in shown.splitlines() if line.strip().startswith("runbook ")]
+    assert {words[1] for words in lines} >= {"run", "status", "sql", "rollback", "lab"}
+    for words in lines:
+        cli.main.commands[words[1]].make_context(words[1], [word for word in words[2:] if word != "\\"])
+    assert "Exit codes: 0 done" in shown
+    assert set(cli.main.commands) == set(COMMANDS)
+
+
+def test_help_does_not_wait_for_jupyter() -> None:
+    asked = "import sys, runbook.cli; print([name for name in ('papermill', 'nbformat', 'jupyterlab', 'matplotlib') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_a_step_is_known_by_number_and_by_name(clinic: str, tmp_path: Path) -> None:
+    given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
+    for words in (["--from", "03", "--to", "restore"], ["--from", "restore", "--to", "03_restore"]):
+        result = command("run", *given, *words)
+        assert result.exit_code == 1
+        assert result.stdout.startswith("03_restore       failed")
+        assert "03_restore stopped at cell" in result.stderr
+        assert "run 00_plan first" in result.stderr
+        assert "The same command goes on from there" in result.stderr
+        assert result.stdout.splitlines()[-1].startswith("Head:   ")
+
+
+def test_status_says_for_machines_what_it_says_for_people(clinic: str) -> None:
+    assert command("status", "--database", clinic).output.startswith("No migration has been planned on postgresql://")
+    assert json.loads(command("status", "--database", clinic, "--json").output) == []
+    walk(clinic, "00_plan", "01_backup")
+    assert command("status", "--database", clinic).output.startswith("public.users: open, at 01_backup (check done).")
+    (row,) = json.loads(command("status", "--database", clinic, "--json").output)
+    assert (row["table"], row["state"], row["step"], row["action_state"]) == ("public.users", "open", "01_backup", "done")
+    assert command("status", "--database", clinic, "-p", "table", "public.users", "--json").output.count("plan_hash") == 1
+    assert json.loads(command("status", "--database", clinic, "-p", "table", "doctors", "--json").output) == []
+
+
+def test_environment_means_libpqs_variables(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in conninfo_to_dict(clinic).items():
+        monkeypatch.setenv({"dbname": "PGDATABASE"}.get(name, f"PG{name.upper()}"), str(value))
+    walk("environment", "00_plan")
+    assert command("status", "--database", "environment").output.startswith("public.users: open, at 00_plan")
+
+
+def test_a_service_file_means_its_database(clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = "".join(f"{name}={value}\n" for name, value in conninfo_to_dict(clinic).items())
+    (tmp_path / "services").write_text(f"[shop]\n{entries}")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    assert command("status", "--database", "service=shop").output.startswith("No migration has been planned on service=shop")
+
+
+def test_stop_stops_the_example_and_says_so_when_it_was_stopped_already() -> None:
+    embedded.start(users=0)
+    assert command("stop").output == "The embedded server has stopped.\n"
+    assert command("stop").output == "The embedded server was not running.\n"
+
+
+def wait_for(sql: Sql, query: str, seconds: float = 60) -> None:
+    """Return when the query finds something."""
+    end = time.monotonic() + seconds
+    while not sql(query):
+        assert time.monotonic() < end, query
+        time.sleep(0.1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"])
+def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, tmp_path: Path, number: int, code: int) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "runbook",
+        "run",
+        "-f",
+        CLINIC_FILE,
+        "--database",
+        clinic,
+        "--out",
+        str(tmp_path),
+        "--to",
+        "partition",
+    ]
+    with psycopg.connect(clinic) as application:
+        application.execute("LOCK TABLE users IN ROW EXCLUSIVE MODE")
+        going = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        waiting = "SELECT FROM pg_stat_activity WHERE application_name = 'runbook partition.log' AND wait_event_type = 'Lock'"
+        wait_for(sql, waiting)
+        os.killpg(going.pid, number) if number == signal.SIGINT else going.send_signal(number)
+        printed, said = going.communicate(timeout=60)
+    assert going.returncode == code, said
+    assert "02_partition stopped at cell" in said
+    assert "The same command goes on from there" in said
+    assert "Traceback" not in said
+    (folder,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["state"], manifest["sealed"]) == ("failed", True)
+    assert [step["state"] for step in manifest["steps"]] == ["completed", "completed", "failed"]
+    assert printed.splitlines()[-1].startswith("Head:   ")
+    again = command(*words[3:])
+    assert again.exit_code == 0, again.output
+    assert [line.split()[1] for line in again.stdout.splitlines()[:3]] == ["already", "already", "done"]
+    assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
