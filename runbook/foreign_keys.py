@@ -82,7 +82,9 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
             continue
         patience = locks.Patience(budget_s, lock_timeout_ms)
 
-        def attempt(reference: Reference = reference, own: dict[str, sql.Composable] = own) -> None:
+        def attempt(
+            reference: Reference = reference, own: dict[str, sql.Composable] = own, patience: locks.Patience = patience
+        ) -> None:
             with locks.exclusive(session, patience, [reference.identifier]):
                 for each in (*log_table(run, reference), *column(run, reference)):
                     session.run(each)
@@ -148,7 +150,7 @@ def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 50
             corrected += rows
             done += taken
             left = int(session.value("foreign_keys.log_length", **own))
-            idle = idle + 1 if left >= waiting or left <= SHORT_TAIL and rows == 0 else 0
+            idle = idle + 1 if left >= waiting or (left <= SHORT_TAIL and rows == 0) else 0
             progress.add(taken)
             waiting = left
     finally:

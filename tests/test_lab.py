@@ -186,10 +186,19 @@ def shown(page: Any) -> set[str]:
         ([1, 5, 9], [], "completed"),
     ],
 )
-def test_what_was_done_by_hand_is_not_called_completed_before_it_is(counts: list[Any], errors: list[int], state: str | None) -> None:
+def test_what_was_done_by_hand_is_not_called_completed_before_it_is(
+    counts: list[Any], errors: list[int], state: str | None
+) -> None:
     bad = {"output_type": "error", "ename": "NotEqual", "evalue": "3 rows differ.", "traceback": []}
     cells = [
-        {"cell_type": "code", "id": str(at), "metadata": {}, "source": "x", "execution_count": count, "outputs": [bad] if at in errors else []}
+        {
+            "cell_type": "code",
+            "id": str(at),
+            "metadata": {},
+            "source": "x",
+            "execution_count": count,
+            "outputs": [bad] if at in errors else [],
+        }
         for at, count in enumerate(counts)
     ]
     assert outcome({"cells": cells})[1].get("state") == state
