@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 from psycopg import sql
+from psycopg.errors import LockNotAvailable
 
 from runbook import locks, pace, repair
 from runbook.changes import Statements
@@ -14,9 +15,12 @@ from runbook.errors import PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Reference, with_key
 from runbook.references import added, names
-from runbook.restore import SHORT_TAIL, gaps, parallel, piece
+from runbook.restore import SHORT_TAIL, gaps, parallel
 from runbook.sheet import Sheet
 from runbook.statements import statement, trusted
+
+# So few that the application waits for one of our row locks some tens of milliseconds at most.
+BLOCKS_AT_ONCE = 512
 
 
 def log_table(run: Run, reference: Reference) -> Statements:
@@ -119,17 +123,24 @@ def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int)
     size = session.row("foreign_keys.blocks", **own)
     progress = pace.Progress(f"{reference.table}: blocks", size["blocks"])
     filled: list[int] = []
+    session.run("foreign_keys.collect_minority", **own)
 
     def one(worker: Session, blocks: tuple[int, int]) -> None:
         first, last = (f"({block},0)" for block in blocks)
-        with worker.transaction(lock_timeout="5s", runbook__correcting="on", synchronous_commit="off"):
-            filled.append(worker.run("foreign_keys.fill_range", **own, first=first, last=last).rowcount)
+        settings = {"runbook__correcting": "on", "synchronous_commit": "off"}
+        try:
+            with worker.transaction(lock_timeout="10ms", **settings):
+                filled.append(worker.run("foreign_keys.fill_range", **own, first=first, last=last).rowcount)
+        except LockNotAvailable:
+            with worker.transaction(lock_timeout="1s", **settings):
+                filled.append(worker.run("foreign_keys.fill_free_in_range", **own, first=first, last=last).rowcount)
         progress.add(blocks[1] - blocks[0])
 
     try:
-        parallel(run, workers, list(gaps([], size["blocks"], piece(size["blocks"], size["block_size"], 32, workers))), one)
+        parallel(run, workers, list(gaps([], size["blocks"], BLOCKS_AT_ONCE)), one)
     finally:
         progress.close()
+    session.run("foreign_keys.drop_minority", **own)
     return sum(filled)
 
 

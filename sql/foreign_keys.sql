@@ -44,14 +44,30 @@ ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
 -- name: blocks
 SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_size')::bigint AS blocks, current_setting('block_size')::int AS block_size
 
+-- name: collect_minority
+-- The column begins with the most frequent value; only rows that refer to other values are touched. Which these are is
+-- read once; whoever changes meanwhile is in the logs.
+DROP TABLE IF EXISTS {minority};
+CREATE TABLE {minority} AS SELECT {s_referenced}, s.{key} FROM {source} s WHERE s.{key} IS DISTINCT FROM {frequent};
+CREATE INDEX ON {minority} ({referenced});
+ANALYZE {minority}
+
+-- name: drop_minority
+DROP TABLE IF EXISTS {minority}
+
 -- name: fill_range
--- The column begins with the most frequent value; only rows that refer to others are touched, each block once. READ
--- COMMITTED, and rows that somebody holds are skipped: the application neither waits nor gets a deadlock. The check
--- that follows finds the skipped ones.
+-- Each block once, in small READ COMMITTED transactions. With a lock_timeout of some milliseconds it never waits for the
+-- application, and gives way to fill_free_in_range where somebody holds a row.
+UPDATE {reference} w SET {role_column} = v.{key} FROM {minority} v
+ WHERE {w_is_v} AND w.ctid >= {first}::tid AND w.ctid < {last}::tid AND w.{role_column} IS DISTINCT FROM v.{key}
+
+-- name: fill_free_in_range
+-- Rows that somebody holds are skipped, so that the application neither waits nor gets a deadlock; the check that
+-- follows finds them.
 WITH target AS (
-  SELECT w.ctid AS place, v.{key} AS value FROM {reference} w JOIN {source} v ON {w_is_v}
-   WHERE w.ctid >= {first}::tid AND w.ctid < {last}::tid AND v.{key} IS DISTINCT FROM {frequent}
-     AND w.{role_column} IS DISTINCT FROM v.{key} FOR NO KEY UPDATE OF w SKIP LOCKED)
+  SELECT w.ctid AS place, v.{key} AS value FROM {reference} w JOIN {minority} v ON {w_is_v}
+   WHERE w.ctid >= {first}::tid AND w.ctid < {last}::tid AND w.{role_column} IS DISTINCT FROM v.{key}
+     FOR NO KEY UPDATE OF w SKIP LOCKED)
 UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid = target.place
 
 -- name: fill_all
