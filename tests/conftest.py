@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, LiteralString
@@ -27,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what runs in the background with Ctrl-C ignored, and the tests' own processes would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     isolation = ExitStack()
     isolation.enter_context(servers.own_home())
     config.add_cleanup(isolation.close)

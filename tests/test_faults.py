@@ -138,7 +138,7 @@ def test_a_killed_kernel_costs_nothing(server, clinic, sql, name):
 
 @pytest.mark.parametrize("name", ["index", *long("copy", "fill", "replay")])
 def test_a_terminated_backend_costs_nothing(server, clinic, sql, name):
-    with traffic.pool(clinic, server.version, writers=1) as pool:
+    with traffic.pool(clinic, server.version, writers=1, crashes=True) as pool:
         pool.go_on(10)
         run = prepare(clinic, name)
         holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
@@ -186,7 +186,7 @@ def test_an_interrupt_cancels_what_every_worker_runs(clinic, sql, name):
 @pytest.mark.parametrize("name", STRUCK)
 def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, name):
     """kill -9 of a backend: the server ends every session and recovers. Struck at a random moment of the step."""
-    with traffic.pool(clinic, server.version, writers=2) as pool:
+    with traffic.pool(clinic, server.version, writers=2, crashes=True) as pool:
         pool.go_on(20)
         run = prepare(clinic, name)
         thread, _ = struck(run, name)
@@ -202,7 +202,7 @@ def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, na
 
 @pytest.mark.parametrize("name", ["swap", *long("copy", "swap back")])
 def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(server, clinic, sql, name):
-    with traffic.pool(clinic, server.version, writers=1) as pool:
+    with traffic.pool(clinic, server.version, writers=1, crashes=True) as pool:
         pool.go_on(20)
         run = prepare(clinic, name)
         thread, _ = struck(run, name)
