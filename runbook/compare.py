@@ -15,54 +15,59 @@ from runbook.changes import Way
 from runbook.database import Session
 from runbook.errors import NotEqual
 from runbook.ledger import Run
-from runbook.statements import trusted
+from runbook.statements import spelled, statement, trusted
 
-Sums = dict[str, tuple[int, str]]
+Sums = dict[str, tuple[int, int]]  # rows and hash of every partition
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was seen: rows compared, and per partition its count and hash sum (the same on both sides)."""
+    """What was seen: rows compared, per partition its count and hash sum (the same on both sides), and how many changes
+    that were left out."""
 
     sentence: str
     rows: int
     sums: dict[str, Any]
+    waiting: int
 
 
 def exactly(run: Run, session: Session, way: Way) -> Comparison:
     """Compare origin and copy in one REPEATABLE READ snapshot, leaving out the keys that still wait in the log.
 
-    In any snapshot these are equal, under full load, so the check is exact. Raises NotEqual, naming partitions,
-    counts and the first keys that differ. Both sides are read at the same time, in two sessions that share the snapshot.
+    In any snapshot these are equal, under full load, so the check is exact: the partitions' sums add up to the plain
+    table's. Raises NotEqual, naming partitions, counts and the first keys that differ. Both sides are read at the same
+    time, in two sessions that share the snapshot.
     """
     with session.transaction("REPEATABLE READ"):
         changes.hold(run, session, way)
         snapshot = session.value("restore.export_snapshot")
-        names = _names(run, session, way)
+        waiting = changes.length(run, session, way)
+        partitioned, plain = queries(run, session, way)
         reading: list[Session] = []
         with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(_sums_beside, run, snapshot, names, reading)
+            other = pool.submit(_sums_beside, run, snapshot, plain, reading)
             try:
-                mine = _sums(session.rows("restore.sums_of_partitioned", **names))
+                mine = _sums(session.rows(partitioned))
                 beside = other.result()
             except BaseException:  # an interrupt, above all: nobody waits for the other's sums any more
                 for each in reading:
                     with suppress(psycopg.Error):
                         each.connection.cancel_safe(timeout=5)
                 raise
-        if mine == beside:
-            rows = sum(count for count, _ in mine.values())
-            waiting = changes.length(run, session, way)
+        if (sum(rows for rows, _ in mine.values()), sum(hash_ for _, hash_ in mine.values())) == beside:
             return Comparison(
-                f"{rows:,} rows are equal in both, to the byte, in {len(mine)} partitions; {waiting:,} changes wait in the log.",
-                rows, {name: {"rows": count, "hash": value} for name, (count, value) in mine.items()},
-            )  # fmt: skip
+                f"{beside[0]:,} rows are equal in both, to the byte, in {len(mine)} partitions; {waiting:,} changes wait in the log.",
+                beside[0],
+                {name: {"rows": rows, "hash": str(value)} for name, (rows, value) in mine.items()},
+                waiting,
+            )
+        names = _names(run, session, way)
+        theirs = _sums(session.rows("restore.sums_of_plain_by_partition", **names))
         differing = session.rows("restore.differing", **names, limit=20)
-    none = (0, "")
     parts = [
-        f"{name}: {mine.get(name, none)[0]:,} against {beside.get(name, none)[0]:,} rows"
-        for name in sorted({*mine, *beside})
-        if mine.get(name) != beside.get(name)
+        f"{name}: {mine.get(name, (0, 0))[0]:,} against {theirs.get(name, (0, 0))[0]:,} rows"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
     ]
     keys = ", ".join(f"{row['key']} {row['finding']}" for row in differing)
     raise NotEqual(
@@ -71,25 +76,41 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
     )
 
 
-def _sums_beside(run: Run, snapshot: str, names: dict[str, sql.Composable], reading: list[Session]) -> Sums:
+def queries(run: Run, session: Session, way: Way) -> tuple[sql.Composed, sql.Composed]:
+    """The two statements whose sums are compared: of every partition, and of the plain table."""
+    names = _names(run, session, way)
+    leaves = session.rows("restore.leaves", parent=spelled(names["partitioned"]))
+    each = (
+        statement("restore.sums_of_leaf", **names, leaf_name=row["name"], leaf=(row["schema"], row["name"])) for row in leaves
+    )
+    return sql.SQL("\nUNION ALL\n").join(each), statement("restore.sums_of_plain", **names)
+
+
+def _sums_beside(run: Run, snapshot: str, plain: sql.Composed, reading: list[Session]) -> tuple[int, int]:
     with run.database.session("compare") as session, session.transaction("REPEATABLE READ"):
         reading.append(session)
         session.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
-        return _sums(session.rows("restore.sums_of_plain", **names))
+        row = session.row(plain)
+        return row["rows"], int(row["hash"])
 
 
 def _sums(rows: list[dict[str, Any]]) -> Sums:
-    return {row["partition"]: (row["rows"], str(row["hash"])) for row in rows}
+    return {row["partition"]: (row["rows"], int(row["hash"])) for row in rows if row["rows"]}
 
 
 def _names(run: Run, session: Session, way: Way) -> dict[str, sql.Composable]:
     plan = run.plan
     root = run.names["shadow" if way is changes.FORWARD else "source"]
-    return {
+    names = {
         **run.names, "origin": run.names[way.origin], "copy": run.names[way.copy], "log": run.names[way.log],
         "partitioned": root, "plain": run.names["source" if way is changes.FORWARD else "retired"],
         "d_hash": plan.hashed("d"), "s_hash": plan.hashed("s"), "partition_of": partition_of(session, root),
     }  # fmt: skip
+    empty = changes.length(run, session, way) == 0  # and no anti-join that has to be paid for every row
+    for row in ("s", "d"):
+        still = statement("restore.not_waiting", log=names["log"], row_is_k=names[f"{row}_is_k"])
+        names[f"{row}_counts"] = sql.SQL("true") if empty else still
+    return names
 
 
 def partition_of(session: Session, root: sql.Composable) -> sql.Composable:

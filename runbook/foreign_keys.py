@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pandas as pd
@@ -107,9 +108,9 @@ def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
         return repair.fill(action, batch_rows)
     run, session, total = action.run, action.session, 0
     for reference in added(run):
-        total += _fill_ranges(run, session, reference, workers)
-        total += drain(run, session, reference, batch_rows)
-        if session.value("foreign_keys.wrong", **names(run, reference)):
+        filled, skipped = _fill_ranges(run, session, reference, workers)
+        total += filled + drain(run, session, reference, batch_rows)
+        if skipped and session.value("foreign_keys.wrong", **names(run, reference)):
             session.run("foreign_keys.log_wrong", **names(run, reference))
             total += drain(run, session, reference, batch_rows)
         if not reference.not_null:
@@ -118,11 +119,13 @@ def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
     return action.finish(f"{total:,} rows of referencing tables were given another role than {run.plan.frequent_value!r}.", total)
 
 
-def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int) -> int:
+def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int) -> tuple[int, bool]:
+    """How many rows were filled, and whether any may have been skipped because somebody held it."""
     own = names(run, reference)
     size = session.row("foreign_keys.blocks", **own)
     progress = pace.Progress(f"{reference.table}: blocks", size["blocks"])
     filled: list[int] = []
+    skipped = threading.Event()
     session.run("foreign_keys.collect_minority", **own)
 
     def one(worker: Session, blocks: tuple[int, int]) -> None:
@@ -132,6 +135,7 @@ def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int)
             with worker.transaction(lock_timeout="10ms", **settings):
                 filled.append(worker.run("foreign_keys.fill_range", **own, first=first, last=last).rowcount)
         except LockNotAvailable:
+            skipped.set()
             with worker.transaction(lock_timeout="1s", **settings):
                 filled.append(worker.run("foreign_keys.fill_free_in_range", **own, first=first, last=last).rowcount)
         progress.add(blocks[1] - blocks[0])
@@ -141,7 +145,7 @@ def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int)
     finally:
         progress.close()
     session.run("foreign_keys.drop_minority", **own)
-    return sum(filled)
+    return sum(filled), skipped.is_set()
 
 
 def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 5000) -> int:

@@ -13,6 +13,20 @@ from pydantic import BaseModel, ConfigDict
 
 from runbook.statements import trusted
 
+# How a column is hashed, by what sql/catalog.sql says of its type: the value's own function where equal means the same
+# bytes, else its text. A function of the value's own costs a third less than a record's.
+HASHES = {
+    "text": "hashtextextended({}::text, {})",
+    "collated text": 'hashtextextended({}::text COLLATE "C", {})',
+    "uuid": "uuid_hash_extended({}, {})",
+    "int2": "hashint2extended({}, {})",
+    "int4": "hashint4extended({}, {})",
+    "int8": "hashint8extended({}, {})",
+    "bool": "hashint4extended({}::int4, {})",
+    "timestamp": "timestamp_hash_extended({}, {})",
+    "timestamptz": "timestamp_hash_extended({} AT TIME ZONE 'UTC', {})",
+}
+
 
 class Fact(BaseModel):
     """Something known; frozen, and the same JSON whenever it is dumped."""
@@ -21,7 +35,7 @@ class Fact(BaseModel):
 
 
 class Column(Fact):
-    """A column of the source. `compared` says whether the comparison hashes its value or its text."""
+    """A column of the source. `compared` says how the comparison hashes it: a key of HASHES, or "value" in a record."""
 
     name: str
     type: str
@@ -262,13 +276,20 @@ class Plan(Fact):
         return self.key_nullable and self.null_value is None
 
     def hashed(self, alias: str) -> sql.Composable:
-        """A row as the comparison hashes it: text where equality does not promise the same bytes."""
+        """A row's hash as the comparison sums it: every column's own, so that no record has to be made of a row; text
+        where equality does not promise the same bytes. What has no entry in HASHES shares one record."""
         parts: list[sql.Composable] = []
-        for column in self.columns:
+        records: list[sql.Composable] = []
+        for seed, column in enumerate(self.columns, 1):
             value = self.value(column, alias) if not column.generated else sql.Identifier(alias, column.name)
-            form = {"value": "{}", "text": "{}::text", "collated text": '{}::text COLLATE "C"'}[column.compared]
-            parts.append(trusted(form).format(value))
-        return sql.SQL("hash_record_extended(ROW({}), 0)").format(sql.SQL(", ").join(parts))
+            if form := HASHES.get(column.compared):
+                own = trusted(form).format(value, sql.Literal(seed))
+                parts.append(own if column.not_null else sql.SQL("coalesce({}, {})").format(own, sql.Literal(seed)))
+            else:
+                records.append(value)
+        if records:
+            parts.append(sql.SQL("hash_record_extended(ROW({}), 0)").format(sql.SQL(", ").join(records)))
+        return sql.SQL("({})").format(sql.SQL(" # ").join(parts))
 
 
 def with_key(columns: Iterable[str], key: str) -> tuple[str, ...]:

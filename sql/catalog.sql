@@ -42,9 +42,9 @@ SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind =
 SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
        a.attgenerated <> '' AS generated, a.attidentity AS identity,
        pg_get_expr(d.adbin, d.adrelid) AS default, a.attnum AS position,
-       CASE WHEN t.typname IN ('int2', 'int4', 'int8', 'bool', 'uuid', 'date', 'timestamp', 'timestamptz', 'time', 'oid',
-                               'name', 'bytea', '"char"', 'inet', 'cidr', 'macaddr', 'macaddr8') OR t.typtype = 'e'
-                 OR t.typname IN ('text', 'varchar') AND coalesce(co.collisdeterministic, true)
+       CASE WHEN t.typname IN ('text', 'varchar') AND coalesce(co.collisdeterministic, true) THEN 'text'
+            WHEN t.typname IN ('int2', 'int4', 'int8', 'bool', 'uuid', 'timestamp', 'timestamptz') THEN t.typname::text
+            WHEN t.typname IN ('date', 'time', 'oid', 'name', 'bytea', '"char"', 'inet', 'cidr', 'macaddr', 'macaddr8') OR t.typtype = 'e'
             THEN 'value'
             WHEN t.typcollation <> 0 THEN 'collated text' ELSE 'text' END AS compared,
        pg_get_serial_sequence(quote_ident(n.nspname) || '.' || quote_ident(c.relname), a.attname) AS sequence,
