@@ -65,8 +65,9 @@ def _as_table(run: Run, action: Any) -> Evidence:
         here = session.rows("backup.sums", **_names(run, "backup"))
         _require_equal(run.plan.backup, there, here)
         rows = sum(row["rows"] for row in here)
+        each_value = f", for every {run.plan.key}" if run.plan.partition_by == "list" else ""
         return action.finish(  # type: ignore[no-any-return]
-            f"{run.plan.backup} holds {rows:,} rows, for every {run.plan.key} as many and the same as {run.plan.full_name}.",
+            f"{run.plan.backup} holds {rows:,} rows{each_value}, as many and the same as {run.plan.full_name}.",
             rows,
             sums=here,
         )
@@ -177,6 +178,8 @@ def _names(run: Run, table: str) -> dict[str, sql.Composable]:
         "table": run.names[table],
         "all_columns": every,
         "s_plain_hash": plain.hashed("s"),
+        # By range or by hash nearly every row has a value of its own.
+        "value": sql.SQL("s.{}::text" if plain.partition_by == "list" else "'all'").format(sql.Identifier(plain.key)),
         "every": identifiers(()),
     }
 

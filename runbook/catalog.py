@@ -119,7 +119,8 @@ def _composite(row: Row, table: Table, key: str, role: str) -> str:
         sql.SQL(", ").join(map(sql.Identifier, columns)),
         sql.Identifier(table.schema_name, table.name),
         sql.SQL(", ").join(map(sql.Identifier, with_key(referenced, key))),
-        sql.SQL(" MATCH FULL" if row["match"] == "f" else ""),
+        # Of a single column, and where nothing may be NULL, both match alike; the role column may be set where the key is NULL.
+        sql.SQL(" MATCH FULL" if row["match"] == "f" and (key in referenced or row["not_null"]) else ""),
         trusted(on_update),
         trusted(on_delete).format(sql.SQL(", ").join(map(sql.Identifier, row["delete_columns"] or row["columns"]))),
         trusted((" DEFERRABLE" if row["deferrable"] else "") + (" INITIALLY DEFERRED" if row["deferred"] else "")),

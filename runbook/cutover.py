@@ -271,6 +271,17 @@ def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
 
         locks.persist(run.database, session, patience, what, attempt)
         done.append(what)
+    for reference, each, exclusive in foreign_keys.require_late(run, session):
+        patience = locks.Patience(budget_s, 300 if exclusive else 3000)
+
+        def require(
+            each: sql.Composed = each, patience: locks.Patience = patience, table: sql.Identifier = reference.identifier,
+            mode: str = "ACCESS EXCLUSIVE" if exclusive else "SHARE UPDATE EXCLUSIVE",
+        ) -> None:  # fmt: skip
+            with locks.exclusive(session, patience, [table], mode=mode):
+                session.run(each)
+
+        locks.persist(run.database, session, patience, reference.table, require)
     return action.finish(f"{len(done)} foreign keys were validated: {', '.join(done) or 'there are none'}.")
 
 
@@ -302,6 +313,8 @@ def script(run: Run) -> Statements:
     yield from swap_statements(run)
     yield rendered("COMMIT")
     for _, each in validations(run):
+        yield each
+    for _, each, _ in foreign_keys.require_late(run):
         yield each
 
 

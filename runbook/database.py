@@ -156,11 +156,14 @@ class Session:
 
     @contextmanager
     def qualified(self) -> Iterator[None]:
-        """While it lasts, every name that the server renders is qualified. An error leaves that to the rollback."""
-        before = self.connection.execute("SELECT current_setting('search_path') AS path").fetchone()
-        self.connection.execute("SELECT set_config('search_path', 'pg_catalog', false)")
+        """While it lasts, every name that the server renders is qualified, and every time is in UTC, wherever the operator
+        sits. An error leaves that to the rollback."""
+        setting = "SELECT set_config('search_path', %s, false), set_config('TimeZone', %s, false)"
+        asked = "SELECT current_setting('search_path') AS path, current_setting('TimeZone') AS zone"
+        before = self.connection.execute(asked).fetchone() or {}
+        self.connection.execute(setting, ["pg_catalog", "UTC"])
         yield
-        self.connection.execute("SELECT set_config('search_path', %s, false)", [before["path"] if before else ""])
+        self.connection.execute(setting, [before["path"], before["zone"]])
 
     @contextmanager
     def transaction(self, isolation: str = "READ COMMITTED", **settings: str | int) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,12 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, findings, ledger, repair
+from runbook import catalog, findings, ledger, partition, repair
 from runbook.database import Database, Session, target
+from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked
 from runbook.parameters import Parameters, resolve
-from runbook.plan import Named, Partition, Plan, Table, fit
+from runbook.plan import Finding, Named, Plan, fit
 from runbook.statements import trusted
 
 
@@ -56,12 +56,18 @@ class Draft:
         return pd.DataFrame([partition.model_dump(include={"name", "bound", "rows"}) for partition in self.plan.partitions])
 
     def values(self) -> pd.DataFrame:
-        """The values of the key, how often each occurs, and the partition that takes it."""
-        homes = {value: partition.name for partition in self.plan.partitions for value in partition.values}
-        default = next((partition.name for partition in self.plan.partitions if partition.bound == "DEFAULT"), "none")
-        names = self.plan.names("")
-        frame = self.database.frame("draft.values", key=names["key"], table=names["source"])
-        return frame.assign(partition=[homes.get(value, default) for value in frame["value"]])
+        """The values of the key, how often each occurs, and the partition that takes it; by list, else the partitions."""
+        plan = self.plan
+        if plan.partition_by != "list":
+            return self.partitions()
+        homes = {value: partition.name for partition in plan.partitions for value in partition.values}
+        default = next((partition.name for partition in plan.partitions if partition.bound == "DEFAULT"), "none")
+        names, values = plan.names(""), [value for value in homes if value is not None]
+        frame = self.database.frame("draft.placed", key=names["key"], table=names["source"], type=trusted(plan.key_type),
+                                    values=values, filled=plan.null_value, most=MOST)  # fmt: skip
+        frame["partition"] = [homes.get(None if pd.isna(value) else given, default)
+                              for value, given in zip(frame["value"], frame.pop("given"), strict=True)]  # fmt: skip
+        return frame
 
     def findings(self) -> pd.DataFrame:
         """Blockers first, then warnings and notes."""
@@ -164,83 +170,36 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
         return repair.decide(session, found, parameters, row, table, key, database)
     if parameters.references:
         raise BadInput('references is for a repair, where keys are lost: leave it out, or set restore_from = "backup".')
-    counts = session.rows("draft.values", key=(key.name,), table=(table.schema_name, table.name))
-    present = {value["value"]: value["rows"] for value in counts}
-    if parameters.null_value is not None and None in present:
-        replacement = _as_key(session, key.type, parameters.null_value, key.name)
-        present[replacement] = present.get(replacement, 0) + present.pop(None)
-    partitions = _list_partitions(session, parameters, table, key.type, present)
+    division = divide(session, parameters, table, key)
     version = session.connection.info.server_version // 10000
-    leaves = [partition.name for partition in partitions]
+    leaves = [partition.name for partition in division.partitions]
     indexes = catalog.indexes_of(session, table, key.name, leaves, version)
     primary = next((index for index in indexes if index.primary), None)
     views = session.rows("catalog.views", oid=found)
     outgoing = session.rows("catalog.outgoing", oid=found)
-    frequent = max((value for value in present if value is not None), key=lambda value: present[value], default=None)
     backup = parameters.backup or fit(f"{table.name}_backup")
     plan = Plan(
         server_version=version, table=table, fingerprint=session.value("catalog.definition", oid=found),
-        key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by, partitions=partitions,
-        takes_any_value=any(partition.bound == "DEFAULT" for partition in partitions), columns=columns,
+        key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by,
+        partitions=division.partitions, columns=columns,
+        takes_any_value=parameters.partition_by == "hash" or any(each.bound == "DEFAULT" for each in division.partitions),
         primary_key=primary.columns if primary else (), indexes=indexes, checks=catalog.checks_of(session, found),
         outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted({(r["referenced_schema"], r["referenced_table"]) for r in outgoing})),
         references=catalog.references_of(session, table, key.name),
         views=tuple(Named(name=f"{v['schema']}.{v['name']}", definition=v["definition"].rstrip(";")) for v in views if not v["materialized"]),
         view_tables=tuple((v["schema"], v["name"]) for v in views if not v["materialized"]),
-        carried=catalog.carried_of(session, found), frequent_value=frequent if frequent is not None else _first_value(partitions),
-        null_value=None if parameters.null_value is None else str(parameters.null_value), unique=parameters.unique,
+        carried=catalog.carried_of(session, found), frequent_value=division.frequent,
+        null_value=None if parameters.null_value is None else as_key(session, key, parameters.null_value), unique=parameters.unique,
         legacy_inserts=parameters.legacy_inserts, backup=backup, backup_method=parameters.backup_method,
         restore_from=parameters.restore_from, findings=(),
     )  # fmt: skip
-    return plan.model_copy(update={"findings": findings.judge(session, plan, row, present, database)})
+    judged = findings.judge(session, plan, row, division, database)
+    where = f"{plan.full_name}.{plan.key}"  # a value without a partition may come of bounds that cannot be
+    if all(each.level != "blocker" or each.object == where for each in judged) and (refused := partition.rehearse(session, plan)):
+        way_out = "Correct key, partition_by or partitions."
+        judged = (Finding(level="blocker", object=plan.full_name, sentence=refused, way_out=way_out), *judged)
+    return plan.model_copy(update={"findings": judged})
 
 
 def _named(row: dict[str, Any]) -> Named:
     return Named.model_validate({name: row[name] for name in ("name", "definition", "validated", "comment")})
-
-
-def _first_value(partitions: tuple[Partition, ...]) -> str | None:
-    return next((value for partition in partitions for value in partition.values if value is not None), None)
-
-
-def _as_key(session: Session, key_type: str, value: object, key: str) -> str:
-    """The value as the key's type prints it; raises BadInput when the type does not take it."""
-    try:
-        with session.connection.transaction():
-            return str(session.value("draft.literal", value=str(value), type=trusted(key_type)))
-    except psycopg.DataError:
-        raise BadInput(f"{value!r} is not a value that {key} ({key_type}) can have: correct it in partitions.") from None
-
-
-def _list_partitions(
-    session: Session, parameters: Parameters, table: Table, key_type: str, present: dict[str | None, int]
-) -> tuple[Partition, ...]:
-    """LIST partitions as given, or one a value that occurs, named after table and value."""
-    wanted = parameters.partitions
-    if wanted is None:
-        wanted = {fit(f"{table.name}_{value}"): [value] for value in sorted(v for v in present if v is not None)}
-    seen: Counter[str | None] = Counter()
-    found = []
-    for name, values in wanted.items():
-        if not name or len(name.encode()) > 63 or "\0" in name:
-            raise BadInput(f"{name!r} cannot be a partition's name: give it 1 to 63 bytes.")
-        if isinstance(values, str):
-            if values.lower() != "default":
-                raise BadInput(f'{name} has the value {values!r}: give a list of values, or "default".')
-            found.append(Partition(name=name, bound="DEFAULT"))
-            continue
-        if not values:
-            raise BadInput(f'{name} has no value: give it at least one, or "default".')
-        own = tuple(None if value is None else _as_key(session, key_type, value, parameters.key) for value in values)
-        seen.update(own)
-        bound = sql.SQL("FOR VALUES IN ({})").format(sql.SQL(", ").join(map(sql.Literal, own))).as_string(session.connection)
-        found.append(Partition(name=name, bound=bound, values=own, rows=sum(present.get(value, 0) for value in own)))
-    twice = [value for value, times in seen.items() if times > 1]
-    if twice:
-        raise BadInput(f"{', '.join(map(repr, twice))} stands in more than one partition: a value can have only one.")
-    if sum(partition.bound == "DEFAULT" for partition in found) > 1:
-        raise BadInput("partitions has more than one default partition: keep one.")
-    if not found:
-        raise BadInput(f"{table.name} has no rows to take the partitions from: name them in partitions.")
-    left = sum(rows for value, rows in present.items() if value is not None and value not in seen)
-    return tuple(p.model_copy(update={"rows": left}) if p.bound == "DEFAULT" else p for p in found)

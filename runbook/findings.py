@@ -8,19 +8,18 @@ from typing import Any
 from psycopg import sql
 
 from runbook.database import Session
+from runbook.division import Division
 from runbook.plan import Finding, Plan
 
 LEVELS = ("blocker", "warning", "note")
 
 
-def judge(
-    session: Session, plan: Plan, row: dict[str, Any], present: dict[str | None, int], database: str
-) -> tuple[Finding, ...]:
+def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division | None, database: str) -> tuple[Finding, ...]:
     """All findings, worst first."""
-    if plan.restore_from == "backup":  # nothing changes its name, so nothing has to be carried over
+    if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return (*_table(plan, row), *_rights(session, plan), *_references(session, plan))
     found = [
-        *_table(plan, row), *_values(plan, present), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_names(session, plan), *_rights(session, plan),
         *_objects(session, plan), *_references(session, plan), *_uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
@@ -62,36 +61,57 @@ def _table(plan: Plan, row: dict[str, Any]) -> Iterator[Finding]:
         return
 
 
-def _values(plan: Plan, present: dict[str | None, int]) -> Iterator[Finding]:
+def _values(plan: Plan, division: Division) -> Iterator[Finding]:
     name = f"{plan.full_name}.{plan.key}"
-    taken = {value for partition in plan.partitions for value in partition.values}
-    if None in present and None not in taken and plan.null_value is None:
+    if division.nulls:
+        such_as = f" (such as {plan.frequent_value!r})" if plan.frequent_value is not None else ""
         yield _blocker(
-            name, f"{plan.full_name} has {present[None]:,} rows whose {plan.key} is NULL, which no partition takes.",
-            f"Fill them, or set null_value to what NULL shall become (such as {plan.frequent_value!r}).",
+            name, f"{plan.full_name} has {division.nulls:,} rows whose {plan.key} is NULL, which no partition takes:"
+            f" {plan.key} becomes a part of the primary key, which NULL cannot be in.",
+            f"Fill them, or set null_value to what NULL shall become{such_as}, or by list give NULL a partition.",
         )  # fmt: skip
-    elif plan.key_nullable and plan.null_value is None:
+    elif plan.key_nullable and plan.null_value is None and not plan.takes_null:
         yield _note(
             name,
             f"{plan.key} may be NULL until the cut-over and is NOT NULL after it; a NULL that comes before stops the cut-over.",
         )
-    if plan.partition_by == "list" and not plan.takes_any_value:
-        homeless = {value: rows for value, rows in present.items() if value is not None and value not in taken}
-        if homeless:
-            listed = ", ".join(
-                f"{value!r} ({rows:,})" for value, rows in sorted(homeless.items(), key=lambda item: -item[1])[:10]
-            )
+    if plan.takes_null:
+        yield from _without_primary_key(plan)
+    if not plan.takes_any_value:
+        if division.homeless:
+            listed = ", ".join(f"{value!r} ({rows:,})" for value, rows in division.homeless[:10])
             yield _blocker(
-                name, f"{plan.full_name} has {sum(homeless.values()):,} rows whose {plan.key} fits no partition: {listed}.",
+                name, f"{plan.full_name} has {sum(rows for _, rows in division.homeless):,} rows whose {plan.key} fits no partition: {listed}.",
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
         yield _note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
-    total = sum(present.values())
-    if total and max(present.values()) > 0.9 * total and plan.partition_by == "list":
+    largest = max(division.partitions, key=lambda each: each.rows)
+    if plan.partition_by != "hash" and largest.rows > 0.9 * division.rows > 0:
         yield _note(
             name,
-            f"{max(present.values()) / total:.0%} of the rows fall into one partition: queries by that value gain little.",
+            f"{largest.rows / division.rows:.0%} of the rows fall into {largest.name}: queries that read it gain little.",
         )
+
+
+def _without_primary_key(plan: Plan) -> Iterator[Finding]:
+    """A partition for NULL: the key stays nullable, and what was the primary key is a unique key."""
+    columns = ", ".join(plan.new_primary_key)
+    loose = " PostgreSQL 14 lets a row without one stand twice there." if plan.server_version < 15 else ""
+    yield _warning(
+        plan.full_name, f"With a partition for NULL the primary key becomes a unique key ({columns}): PostgreSQL has no NULL in a primary key.{loose}",
+        f"Set null_value instead to keep a primary key, if some value of {plan.key} can stand for NULL.",
+    )  # fmt: skip
+    for reference in plan.references:
+        if reference.adds_column:
+            yield _blocker(
+                reference.table, f"{reference.table} references {plan.full_name}, and a row whose {plan.key} is NULL cannot be referenced by a composite key.",
+                "Set null_value instead of a partition for NULL.",
+            )  # fmt: skip
+    if any(each.kind == "publication" for each in plan.carried) and plan.table.replica_identity == "d":
+        yield _blocker(
+            plan.full_name, f"{plan.full_name} is published, and without a primary key its updates and deletes would be refused.",
+            "Set null_value instead of a partition for NULL, or ALTER TABLE … REPLICA IDENTITY FULL first.",
+        )  # fmt: skip
 
 
 def _names(session: Session, plan: Plan) -> Iterator[Finding]:
@@ -225,6 +245,20 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"{name} references itself by {reference.name}, which is not supported yet.",
                 "Drop that foreign key first.",
             )
+        if (
+            "MATCH FULL" in reference.definition
+            and len(reference.columns) > 1
+            and reference.adds_column
+            and not reference.not_null
+        ):
+            yield _blocker(
+                name, f"{reference.name} of {name} is MATCH FULL over columns that may be NULL, which a composite key with {reference.role_column} cannot be.",
+                "Make it MATCH SIMPLE with CHECK (num_nulls(…) IN (0, …)) first, or its columns NOT NULL.",
+            )  # fmt: skip
+        if "DEFERRABLE" in reference.definition and reference.adds_column and plan.legacy_inserts == "fill":
+            yield _note(
+                name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column}.",
+            )  # fmt: skip
         if not reference.indexed:
             yield _warning(
                 name, f"{name} has no index that begins with {reference.columns[0]}: every correction and every delete of a referenced row scans it.",

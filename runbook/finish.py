@@ -19,7 +19,8 @@ def statements(run: Run, drop_backup: bool = False) -> Statements:
             yield statement("changes.switch_off_back_truncate", leaf=leaf)
     for reference in added(run):
         yield statement("foreign_keys.drop_fill", **names(run, reference))
-        yield statement("rollback.set_default", **names(run, reference))
+        if run.plan.frequent_value is not None:
+            yield statement("rollback.set_default", **names(run, reference))
     if run.plan.restore_from == "source":
         yield statement("rollback.drop_retired", **run.names)
     yield statement("rollback.drop_staging", **run.names)

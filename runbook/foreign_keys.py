@@ -31,10 +31,13 @@ def log_table(run: Run, reference: Reference) -> Statements:
 
 
 def column(run: Run, reference: Reference) -> Statements:
-    """The role column and its log triggers, in one transaction: no row can slip in between."""
+    """The role column and its log triggers, in one transaction: no row can slip in between.
+
+    Where most rows refer to one value it is the default. Where they do not (by range, by hash) the column is empty until it
+    is filled, and required only from the cut-over on."""
     yield statement("foreign_keys.add_column", **names(run, reference))
     yield statement("foreign_keys.switch_on", **names(run, reference))
-    if not reference.not_null:
+    if not reference.not_null and not _required_late(run):
         yield statement("foreign_keys.require_role", **names(run, reference))
 
 
@@ -45,8 +48,12 @@ def script(run: Run) -> Statements:
         yield from column(run, reference)
         yield statement("foreign_keys.fill_all", **names(run, reference))
         yield statement("foreign_keys.clear_log", **names(run, reference))
-        if not reference.not_null:
+        if not reference.not_null and not _required_late(run):
             yield _validate(run, reference)
+
+
+def _required_late(run: Run) -> bool:
+    return run.plan.frequent_value is None and run.plan.restore_from == "source"
 
 
 def remove(run: Run, references: list[Reference] | None = None) -> Statements:
@@ -113,10 +120,13 @@ def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
         if skipped and session.value("foreign_keys.wrong", **names(run, reference)):
             session.run("foreign_keys.log_wrong", **names(run, reference))
             total += drain(run, session, reference, batch_rows)
-        if not reference.not_null:
+        if not reference.not_null and not _required_late(run):
             with session.transaction(lock_timeout="5s"):
                 session.run(_validate(run, reference))
-    return action.finish(f"{total:,} rows of referencing tables were given another role than {run.plan.frequent_value!r}.", total)
+    than = "" if run.plan.frequent_value is None else f", which is not {run.plan.frequent_value!r},"
+    return action.finish(
+        f"{total:,} rows of referencing tables were given the {run.plan.key} of their row{than} one by one.", total
+    )
 
 
 def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int) -> tuple[int, bool]:
@@ -214,6 +224,8 @@ def legacy(run: Run) -> Statements:
     """From the cut-over on: rows of writers that do not know of the role column."""
     for reference in added(run):
         yield statement("foreign_keys.switch_off", **names(run, reference))
+        if _required_late(run):
+            yield statement("foreign_keys.require_role", **names(run, reference))
         if run.plan.legacy_inserts == "fill":
             yield statement("foreign_keys.create_filled", **names(run, reference))
             yield statement("foreign_keys.create_fill", **names(run, reference))
@@ -233,6 +245,16 @@ def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
             f"{reference.name} of {reference.table}",
             statement("foreign_keys.validate", table=reference.identifier, constraint=(reference.name,)),
         )
+
+
+def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, bool]]:
+    """(reference, statement, whether it needs ACCESS EXCLUSIVE for an instant) for the role columns that are required late: their
+    check is validated, then it is NOT NULL where it can be. With a session: only what is left of it."""
+    for reference in added(run) if _required_late(run) else []:
+        if session is None or session.value("foreign_keys.checked", **names(run, reference)):
+            yield reference, _validate(run, reference), False
+            if reference.not_null:
+                yield reference, statement("foreign_keys.require_all", **names(run, reference)), True
 
 
 def state(run: Run) -> pd.DataFrame:

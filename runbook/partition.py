@@ -3,78 +3,87 @@
 from __future__ import annotations
 
 import pandas as pd
+import psycopg
 from psycopg import sql
 
 from runbook import changes, locks
 from runbook.database import Session
 from runbook.errors import PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
+from runbook.plan import Plan
 from runbook.sheet import Sheet
-from runbook.statements import statement, trusted
+from runbook.statements import spelled, statement, trusted
 
 Statements = changes.Statements
 
 
 def create(run: Run) -> Statements:
     """The shadow, its partitions, and the logs; the source is only read."""
-    plan, names = run.plan, run.names
     yield from changes.create(run)
+    yield from tables(run.plan, run.staging)
+    plan = run.plan
+    if not plan.takes_any_value:
+        yield statement("partition.create_unplaced", **run.names)
+    for table in (run.names["shadow"], *changes.leaves(run, run.staging)):
+        for column in plan.columns:
+            name = sql.Identifier(column.name)
+            if column.statistics not in (None, "-1"):
+                yield statement("partition.statistics", table=table, column=name, target=trusted(column.statistics or ""))
+            if column.options:
+                yield statement("partition.column_options", table=table, column=name, options=trusted(", ".join(column.options)))
+        yield statement("partition.own", table=table, owner=run.names["owner"])
+    if plan.table.comment:
+        yield statement("partition.comment", table=run.names["shadow"], comment=plan.table.comment)
+
+
+def tables(plan: Plan, staging: str) -> Statements:
+    """The partitioned table and its partitions, in a schema of their own."""
+    names = plan.names(staging)
     yield statement("partition.create_shadow", **names)
+    if not plan.takes_null:
+        yield statement("partition.require_key", **names)
     for column in plan.columns:
         if column.identity:
             yield statement(
                 "partition.add_identity", **names, column=(column.name,), options=trusted(column.identity_options or ""),
                 when=sql.SQL("ALWAYS" if column.identity == "a" else "BY DEFAULT"),
-                sequence=(run.staging, column.identity_sequence or ""),
+                sequence=(staging, column.identity_sequence or ""),
             )  # fmt: skip
     for check in plan.checks:
         if check.validated:
-            yield statement(
-                "partition.add_check",
-                table=names["shadow"],
-                constraint=(check.name,),
-                definition=trusted(check.definition),
-            )
+            constraint = {"table": names["shadow"], "constraint": sql.Identifier(check.name)}
+            yield statement("partition.add_check", **constraint, definition=trusted(check.definition))
             if check.comment:
-                yield statement(
-                    "partition.comment_constraint",
-                    table=names["shadow"],
-                    constraint=(check.name,),
-                    comment=check.comment,
-                )
-    tablespace = sql.SQL("TABLESPACE {}").format(sql.Identifier(plan.table.tablespace)) if plan.table.tablespace else sql.SQL("")
-    tables: list[sql.Composable] = [names["shadow"]]
-    for partition in plan.partitions:
-        leaf = sql.Identifier(run.staging, partition.name)
-        yield statement(
-            "partition.create_partition",
-            **names,
-            leaf=leaf,
-            bound=trusted(partition.bound),
-            tablespace=tablespace,
+                yield statement("partition.comment_constraint", **constraint, comment=check.comment)
+    space = trusted(f"TABLESPACE {spelled((plan.table.tablespace,))}" if plan.table.tablespace else "")
+    for each in plan.partitions:
+        leaf = (staging, each.name)
+        yield statement("partition.create_partition", **names, leaf=leaf, bound=trusted(each.bound), tablespace=space)
+
+
+def rehearse(session: Session, plan: Plan) -> str:
+    """Make the tables and their keys as temporary ones and take them back: the server itself judges bounds, types and keys.
+
+    Returns its refusal as a sentence, else nothing. Only ACCESS SHARE is taken on the source.
+    """
+    shadow = plan.names("pg_temp")["shadow"]
+    keys = {index.name: index.constraint_definition or "" for index in plan.indexes if index.constraint and index.everywhere}
+    keys |= {index.name: plan.new_primary_constraint for index in plan.indexes if index.primary}
+    try:
+        with session.connection.transaction(force_rollback=True):
+            for each in tables(plan, "pg_temp"):
+                session.run(each)
+            for name, definition in keys.items():
+                session.run("restore.add_constraint", table=shadow, constraint=(name,), definition=trusted(definition))
+    except psycopg.errors.OutOfMemory:
+        return (
+            f"{len(plan.partitions)} partitions of {plan.full_name} are more than the server's lock table holds: make fewer, or raise"
+            " max_locks_per_transaction and restart the server."
         )
-        tables.append(leaf)
-    if not plan.takes_any_value:
-        yield statement("partition.create_unplaced", **names)
-    for table in tables:
-        for column in plan.columns:
-            if column.statistics not in (None, "-1"):
-                yield statement(
-                    "partition.statistics",
-                    table=table,
-                    column=(column.name,),
-                    target=trusted(column.statistics or ""),
-                )
-            if column.options:
-                yield statement(
-                    "partition.column_options",
-                    table=table,
-                    column=(column.name,),
-                    options=trusted(", ".join(column.options)),
-                )
-        yield statement("partition.own", table=table, owner=names["owner"])
-    if plan.table.comment:
-        yield statement("partition.comment", table=names["shadow"], comment=plan.table.comment)
+    except psycopg.Error as error:
+        detail = f" ({error.diag.message_detail.rstrip('.')})" if error.diag.message_detail else ""
+        return f"PostgreSQL refuses to partition {plan.full_name} by {plan.key} like that: {error.diag.message_primary or error}{detail}."
+    return ""
 
 
 def remove(run: Run) -> Statements:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from psycopg import sql
@@ -189,6 +190,17 @@ class Plan(Fact):
         return with_key(self.primary_key, self.key)
 
     @property
+    def takes_null(self) -> bool:
+        """Whether a partition is meant for rows without a key: it stays nullable then, and no primary key can hold it."""
+        return self.key_nullable and any(None in partition.values for partition in self.partitions)
+
+    @property
+    def new_primary_constraint(self) -> str:
+        """What the primary key becomes, as SQL."""
+        kind = "PRIMARY KEY" if not self.takes_null else "UNIQUE NULLS NOT DISTINCT" if self.server_version > 14 else "UNIQUE"
+        return f"{kind} ({identifiers(self.new_primary_key).as_string(None)})"
+
+    @property
     def retired(self) -> str:
         return fit(f"{self.table.name}_retired")
 
@@ -208,6 +220,11 @@ class Plan(Fact):
     def copied(self) -> tuple[Column, ...]:
         """Columns that are copied; generated ones are computed again."""
         return tuple(column for column in self.columns if not column.generated)
+
+    def internal(self, name: str) -> str:
+        """A name for a table of the runbook's own beside the shadow, which no table or index to be has."""
+        leaves = (index.leaf_names.values() for index in self.indexes)
+        return fit(name, {self.table.name, *(p.name for p in self.partitions), *(i.name for i in self.indexes), *chain(*leaves)})
 
     def value(self, column: Column, alias: str) -> sql.Composable:
         """A column as it is to stand in the shadow: NULL in the key becomes the plan's value for it."""
@@ -229,9 +246,9 @@ class Plan(Fact):
             "backup": sql.Identifier(self.table.schema_name, self.backup or "backup"),
             "staging": sql.Identifier(staging),
             "shadow": sql.Identifier(staging, self.table.name),
-            "unplaced": sql.Identifier(staging, "unplaced"),
-            "log": sql.Identifier(staging, "changes"),
-            "back": sql.Identifier(staging, "changes_back"),
+            "unplaced": sql.Identifier(staging, self.internal("unplaced")),
+            "log": sql.Identifier(staging, self.internal("changes")),
+            "back": sql.Identifier(staging, self.internal("changes_back")),
             "log_function": sql.Identifier(staging, "log_changes"),
             "back_function": sql.Identifier(staging, "log_changes_back"),
             "truncate_function": sql.Identifier(staging, "log_truncate"),
@@ -248,6 +265,7 @@ class Plan(Fact):
             "s_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(self.value(column, "s") for column in self.copied)),
             "d_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(sql.Identifier("d", column.name) for column in self.copied)),
             "s_hash": self.hashed("s"),
+            **{f"{alias}_key": self.value(column, alias) for column in self.columns if column.name == self.key for alias in "sv"},
             "pk": identifiers(self.primary_key),
             "s_pk": sql.SQL(", ").join(sql.Identifier("s", name) for name in self.primary_key),
             "d_pk": sql.SQL(", ").join(sql.Identifier("d", name) for name in self.primary_key),
@@ -273,7 +291,7 @@ class Plan(Fact):
 
     @property
     def _may_be_null(self) -> bool:
-        return self.key_nullable and self.null_value is None
+        return self.key_nullable and self.null_value is None and not self.takes_null
 
     def hashed(self, alias: str) -> sql.Composable:
         """A row's hash as the comparison sums it: every column's own, so that no record has to be made of a row; text

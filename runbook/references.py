@@ -34,26 +34,34 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         return sql.SQL(", ").join(sql.SQL("{}.{}").format(trusted(which), sql.Identifier(column)) for column in reference.columns)
 
     columns, referenced = reference.columns, reference.referenced
+    present: sql.Composable = sql.Identifier(columns[0])
+    if len(columns) > 1:
+        present = sql.SQL(" || ").join(sql.SQL("{}::text").format(sql.Identifier(column)) for column in columns)
     return {
         **run.names,
         "reference": reference.identifier,
         "reference_text": sql.Literal(reference.identifier.as_string(None)),
         "table_text": sql.Literal(f"{reference.schema_name}.{reference.table}"),
-        "reference_log": sql.Identifier(run.staging, f"references_{number}"),
-        "reference_log_text": sql.Literal(sql.Identifier(run.staging, f"references_{number}").as_string(None)),
+        "reference_log": sql.Identifier(run.staging, run.plan.internal(f"references_{number}")),
+        "reference_log_text": sql.Literal(sql.Identifier(run.staging, run.plan.internal(f"references_{number}")).as_string(None)),
         "reference_function": sql.Identifier(run.staging, f"log_references_{number}"),
         "fill_function": sql.Identifier(run.staging, f"fill_{number}"),
-        "filled": sql.Identifier(run.staging, "filled"),
+        "filled": sql.Identifier(run.staging, run.plan.internal("filled")),
         "fill_trigger": sql.Identifier(fit(f"zzz_runbook_fill_{reference.role_column}")),
         "minority": sql.Identifier(run.staging, f"minority_{number}"),
         "insert_trigger": sql.Identifier(f"runbook_reference_insert_{number}"),
         "update_trigger": sql.Identifier(f"runbook_reference_update_{number}"),
         "check_name": sql.Identifier(fit(f"{reference.table}_{reference.role_column}_present")),
+        "check_text": sql.Literal(fit(f"{reference.table}_{reference.role_column}_present")),
         "constraint": sql.Identifier(reference.name),
         "definition": trusted(reference.composite),
         "role_column": sql.Identifier(reference.role_column),
         "default": sql.SQL("DEFAULT {}").format(literal_key) if run.plan.frequent_value is not None else sql.SQL(""),
-        "not_null": sql.SQL("NOT NULL" if reference.not_null else ""),
+        "not_null": sql.SQL("NOT NULL" if reference.not_null and run.plan.frequent_value is not None else ""),
+        "required": sql.SQL("{} IS NOT NULL").format(sql.Identifier(reference.role_column))
+        if reference.not_null
+        else sql.SQL("{} IS NULL OR {} IS NOT NULL").format(present, sql.Identifier(reference.role_column)),
+        "unknown": _unknown(run, reference),
         "frequent": literal_key,
         "reference_key_aliases": sql.SQL(", ").join(
             sql.SQL("{} AS {}").format(sql.Identifier(column), sql.Identifier(key))
@@ -69,9 +77,6 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "w_is_v": equal("w", columns, "v", referenced),
         "w_is_k": equal("w", columns, "k", keys),
         "s_is_rk": equal("s", referenced, "k", keys),
-        "present": sql.SQL(" || ").join(sql.SQL("{}::text").format(sql.Identifier(column)) for column in columns)
-        if len(columns) > 1
-        else sql.Identifier(columns[0]),
         "new_columns": of_row("NEW"),
         "old_columns": of_row("OLD"),
         "new_present": sql.SQL("({}) IS NOT NULL").format(sql.SQL("ROW({})").format(of_row("NEW"))),
@@ -80,6 +85,19 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
             for a, b in zip(referenced, columns, strict=True)
         ),
     }
+
+
+def _unknown(run: Run, reference: Reference) -> sql.Composable:
+    """What the fill trigger does about a row that is not there: the foreign key says so, as it did before the migration."""
+    role = sql.Identifier(reference.role_column)
+    if run.plan.frequent_value is not None:
+        return sql.SQL("NEW.{} := {};").format(role, sql.Literal(run.plan.frequent_value))
+    if " DEFERRABLE" in reference.definition:  # it may come later in the transaction
+        return sql.SQL("")
+    message = f'insert or update on table "{reference.table}" violates foreign key constraint "{reference.name}"'
+    return sql.SQL("RAISE foreign_key_violation USING MESSAGE = {}, CONSTRAINT = {}, TABLE = {}, SCHEMA = {};").format(
+        message, reference.name, reference.table, reference.schema_name
+    )
 
 
 def added(run: Run) -> list[Reference]:

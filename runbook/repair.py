@@ -68,7 +68,7 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
     known = {(each.schema_name, each.table, each.columns[: len(plan.primary_key)]) for each in plan.references}
     lost = [each for each in lost if (each.schema_name, each.table, each.columns) not in known]
     plan = plan.model_copy(update={"references": (*plan.references, *lost)})
-    seen = (*findings.judge(session, plan, row, {}, database), *_findings(session, plan))
+    seen = (*findings.judge(session, plan, row, None, database), *_findings(session, plan))
     return plan.model_copy(update={"findings": tuple(sorted(seen, key=lambda each: findings.LEVELS.index(each.level)))})
 
 

@@ -222,8 +222,10 @@ def index_builds(run: Run) -> Iterator[tuple[str, str, list[sql.Composed]]]:
 def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: sql.Identifier) -> Statements:
     space = trusted(f" TABLESPACE {sql.Identifier(index.tablespace).as_string(None)}" if index.tablespace else "")
     if index.primary:
-        yield statement("restore.create_unique", index=name, leaf=leaf, columns=run.names["new_pk"])
-        yield statement("restore.adopt_primary_key", index=name, leaf=leaf)
+        nulls = trusted("NULLS NOT DISTINCT" if "NULLS" in run.plan.new_primary_constraint.partition("(")[0] else "")
+        yield statement("restore.create_unique", index=name, leaf=leaf, columns=run.names["new_pk"], nulls=nulls)
+        kind = trusted("UNIQUE" if run.plan.takes_null else "PRIMARY KEY")
+        yield statement("restore.adopt_key", index=name, leaf=leaf, kind=kind)
     elif index.constraint_type == "x":
         yield statement(
             "restore.add_constraint",
@@ -251,7 +253,8 @@ def adopt(run: Run) -> Statements:
     for index in run.plan.indexes:
         name = sql.Identifier(index.name)
         if index.primary:
-            yield statement("restore.primary_key_root", **names | {"index": name, "columns": names["new_pk"]})
+            definition = trusted(run.plan.new_primary_constraint)
+            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
         elif index.everywhere and index.constraint:
             definition = trusted(index.constraint_definition or "")
             yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)

@@ -183,7 +183,8 @@ def _resync(run: Run, session: Session) -> None:
 
 def refuse_losses(run: Run, session: Session) -> None:
     """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has not."""
-    now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
+    with session.qualified():  # as the plan has them
+        now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
     before = {column.name: column.type for column in run.plan.columns}
     if differing := sorted({name for name, _ in now.items() ^ before.items()}):
         raise PromiseBroken(

@@ -9,8 +9,8 @@ CREATE TABLE {backup} AS SELECT {all_columns} FROM ONLY {source} s
 ALTER TABLE {backup} OWNER TO {owner}
 
 -- name: sums
--- Count and hash sum for every value of the key.
-SELECT s.{key}::text AS value, count(*) AS rows, coalesce(sum({s_plain_hash}), 0)::text AS hash FROM {table} s GROUP BY 1 ORDER BY 1 NULLS FIRST
+-- Count and hash sum, by list for every value of the key.
+SELECT {value} AS value, count(*) AS rows, coalesce(sum({s_plain_hash}), 0)::text AS hash FROM {table} s GROUP BY 1 ORDER BY 1 NULLS FIRST
 
 -- name: comment
 COMMENT ON TABLE {backup} IS {comment}

@@ -5,10 +5,50 @@
 SELECT CAST({value} AS {type})::text
 
 -- name: values
-SELECT {key}::text AS value, count(*) AS rows FROM ONLY {table} GROUP BY {key} ORDER BY 2 DESC, 1
+SELECT {key}::text AS value, count(*) AS rows FROM ONLY {table} GROUP BY {key} ORDER BY 2 DESC, 1 LIMIT {most}
+
+-- name: placed
+-- The values that occur, NULL as what it becomes, with the given one that each equals. Beyond {most} of those that nothing
+-- equals, the rest is one.
+WITH counted AS (SELECT coalesce({key}, {filled}::{type}) AS value, count(*) AS rows FROM ONLY {table} GROUP BY 1),
+ranked AS (
+  SELECT c.value::text AS value, g.given, c.rows, row_number() OVER (PARTITION BY g.given IS NULL ORDER BY c.rows DESC, c.value) AS place
+    FROM counted c LEFT JOIN unnest({values}::text[]) g(given) ON g.given::{type} = c.value)
+SELECT CASE WHEN given IS NULL AND value IS NOT NULL AND place > {most} THEN '(others)' ELSE value END AS value, given, sum(rows)::bigint AS rows
+  FROM ranked GROUP BY 1, 2 ORDER BY 3 DESC, 1
 
 -- name: rows
-SELECT count(*) FROM ONLY {table}
+SELECT count(*) AS rows, count(*) - count({key}) AS nulls FROM ONLY {table}
+
+-- name: extent
+-- Not min() and max(), which not every type has.
+SELECT (SELECT {key} FROM ONLY {table} WHERE {key} IS NOT NULL AND {finite} ORDER BY {key} LIMIT 1)::text AS low,
+       (SELECT {key} FROM ONLY {table} WHERE {key} IS NOT NULL AND {finite} ORDER BY {key} DESC LIMIT 1)::text AS high,
+       count(*) AS rows, count(*) - count({key}) AS nulls FROM ONLY {table}
+
+-- name: range_counts
+-- How many rows lie from each bound to the next; NULL: below the first.
+WITH given AS (SELECT array_agg(DISTINCT b ORDER BY b) AS bounds FROM (SELECT t::{type} AS b FROM unnest({bounds}::text[]) t) u)
+SELECT CASE WHEN place > 0 THEN (SELECT bounds[place] FROM given)::text END AS lower, count(*) AS rows
+  FROM (SELECT width_bucket(coalesce({key}, {filled}::{type}), (SELECT bounds FROM given)) AS place
+          FROM ONLY {table} WHERE coalesce({key}, {filled}::{type}) IS NOT NULL) placed GROUP BY place
+
+-- name: category
+-- D: a date or time; N: a number. Of a domain, what its base is.
+SELECT typcategory::text FROM pg_type WHERE oid = {type}::regtype
+
+-- name: time_steps
+-- A step of a day begins at midnight UTC: that is the session's time zone while the plan is made.
+SELECT b::{type}::text AS lower, (b + {step}::interval)::{type}::text AS upper, to_char(b, {form}) AS name
+  FROM generate_series(date_trunc({unit}, coalesce({low}::text::{type}::timestamp, localtimestamp)),
+                       date_trunc({unit}, coalesce({high}::text::{type}::timestamp, localtimestamp)) + {ahead} * {step}::interval, {step}::interval) b
+ LIMIT {most}
+
+-- name: number_steps
+SELECT b::{type}::text AS lower, (b + {step})::{type}::text AS upper, replace(b::text, '-', 'minus_') AS name
+  FROM generate_series(floor(coalesce({low}, '0')::numeric / {step}) * {step},
+                       floor(coalesce({high}, '0')::numeric / {step}) * {step} + {ahead} * {step}::numeric, {step}::numeric) b
+ LIMIT {most}
 
 -- name: free
 -- What would be refused at the cut-over must be refused here.

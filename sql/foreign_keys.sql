@@ -35,7 +35,14 @@ DROP TRIGGER IF EXISTS {update_trigger} ON {reference}
 
 -- name: require_role
 -- A composite key passes when any of its columns is NULL: (999, NULL) would refer to nobody.
-ALTER TABLE {reference} ADD CONSTRAINT {check_name} CHECK ({present} IS NULL OR {role_column} IS NOT NULL) NOT VALID
+ALTER TABLE {reference} ADD CONSTRAINT {check_name} CHECK ({required}) NOT VALID
+
+-- name: require_all
+-- The validated check proves it: nothing is scanned, ACCESS EXCLUSIVE is held for an instant.
+ALTER TABLE {reference} ALTER COLUMN {role_column} SET NOT NULL, DROP CONSTRAINT {check_name}
+
+-- name: checked
+SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference_text}) AND conname = {check_text})
 
 -- name: validate
 -- SHARE UPDATE EXCLUSIVE: readers and writers go on.
@@ -48,7 +55,7 @@ SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_siz
 -- The column begins with the most frequent value; only rows that refer to other values are touched. Which these are is
 -- read once; whoever changes meanwhile is in the logs.
 DROP TABLE IF EXISTS {minority};
-CREATE TABLE {minority} AS SELECT {s_referenced}, s.{key} FROM {source} s WHERE s.{key} IS DISTINCT FROM {frequent};
+CREATE TABLE {minority} AS SELECT {s_referenced}, {s_key} AS {key} FROM {source} s WHERE {s_key} IS DISTINCT FROM {frequent};
 CREATE INDEX ON {minority} ({referenced});
 ANALYZE {minority}
 
@@ -71,7 +78,7 @@ WITH target AS (
 UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid = target.place
 
 -- name: fill_all
-UPDATE {reference} r SET {role_column} = s.{key} FROM {source} s WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key}
+UPDATE {reference} r SET {role_column} = {s_key} FROM {source} s WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key}
 
 -- name: batch
 -- Rows of the log are only ever inserted and deleted, so that their ctid names them within a transaction.
@@ -79,27 +86,27 @@ SELECT coalesce(array_agg(ctid), '{{}}')::text AS batch FROM (SELECT ctid FROM {
 
 -- name: correct_batch
 -- READ COMMITTED, and rows that somebody holds are skipped: the application neither waits nor gets a deadlock.
-UPDATE {reference} r SET {role_column} = s.{key}
+UPDATE {reference} r SET {role_column} = {s_key}
   FROM {source} s
- WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key}
+ WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key}
    AND r.ctid = ANY (ARRAY(
        SELECT w.ctid FROM (SELECT DISTINCT * FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])) k
          JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
-        WHERE w.{role_column} IS DISTINCT FROM v.{key} FOR NO KEY UPDATE OF w SKIP LOCKED))
+        WHERE w.{role_column} IS DISTINCT FROM {v_key} FOR NO KEY UPDATE OF w SKIP LOCKED))
 
 -- name: return_skipped
 INSERT INTO {reference_log}
 SELECT DISTINCT {k_columns} FROM (SELECT DISTINCT * FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])) k
-  JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
+  JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM {v_key}
 
 -- name: close_batch
 DELETE FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])
 
 -- name: correct_last
 -- Under the cut-over's locks nobody writes any more: every key of the log at once.
-UPDATE {reference} r SET {role_column} = s.{key}
+UPDATE {reference} r SET {role_column} = {s_key}
   FROM {source} s JOIN (SELECT DISTINCT * FROM {reference_log}) k ON {s_is_rk}
- WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key}
+ WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key}
 
 -- name: clear_log
 DELETE FROM {reference_log}
@@ -111,17 +118,18 @@ SELECT count(*) FROM {reference_log}
 -- Keys of rows that are referenced with another partition key than theirs. Comparing them with the shadow is not enough:
 -- one that changed and changed back may have been corrected in between.
 INSERT INTO {reference_log} SELECT {s_referenced} FROM {source} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k}
- WHERE EXISTS (SELECT FROM {reference} r WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM s.{key})
+ WHERE EXISTS (SELECT FROM {reference} r WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key})
 
 -- name: wrong
 -- Rows whose role is not their row's; the old foreign key is still in force, so whoever is not among the minority is of
 -- the most frequent value, and only the minority has to be hashed.
-SELECT count(*) FROM {reference} w LEFT JOIN (SELECT * FROM {source} s WHERE s.{key} IS DISTINCT FROM {frequent}) v ON {w_is_v}
+SELECT count(*) FROM {reference} w LEFT JOIN (SELECT {s_referenced}, {s_key} AS {key} FROM {source} s WHERE {s_key} IS DISTINCT FROM {frequent}) v
+    ON {w_is_v}
  WHERE w.{role_column} IS DISTINCT FROM coalesce(v.{key}, {frequent}) AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
 
 -- name: log_wrong
 INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN {source} v ON {w_is_v}
- WHERE w.{role_column} IS DISTINCT FROM v.{key}
+ WHERE w.{role_column} IS DISTINCT FROM {v_key}
 
 -- name: drop_column
 ALTER TABLE IF EXISTS {reference} DROP COLUMN IF EXISTS {role_column}
@@ -158,7 +166,7 @@ BEGIN
   END IF;
   LOOP
     BEGIN
-      SELECT s.{key} INTO NEW.{role_column} FROM {source} s WHERE {s_is_new} FOR KEY SHARE;
+      SELECT {s_key} INTO NEW.{role_column} FROM {source} s WHERE {s_is_new} FOR KEY SHARE;
       EXIT;
     EXCEPTION WHEN serialization_failure THEN
       attempts := attempts + 1;
@@ -167,8 +175,9 @@ BEGIN
       END IF;
     END;
   END LOOP;
-  -- No such row: the foreign key says so, as it did before the migration.
-  NEW.{role_column} := coalesce(NEW.{role_column}, {frequent});
+  IF NEW.{role_column} IS NULL THEN
+    {unknown}
+  END IF;
   INSERT INTO {filled} (referencing) VALUES (TG_TABLE_NAME);
   RETURN NEW;
 END $$;

@@ -2,7 +2,9 @@
 
 -- name: create_shadow
 -- ACCESS SHARE on the source. The names are the final ones; only the schema is another.
-CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS EXCLUDING IDENTITY) PARTITION BY {partition_by};
+CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS EXCLUDING IDENTITY) PARTITION BY {partition_by}
+
+-- name: require_key
 ALTER TABLE {shadow} ALTER COLUMN {key} SET NOT NULL
 
 -- name: add_identity

@@ -26,10 +26,10 @@ DELETE FROM runbook.copied_range WHERE migration = {migration}
 CREATE {unique} INDEX {index} ON {leaf} USING {tail}
 
 -- name: create_unique
-CREATE UNIQUE INDEX {index} ON {leaf} ({columns})
+CREATE UNIQUE INDEX {index} ON {leaf} ({columns}) {nulls}
 
--- name: adopt_primary_key
-ALTER TABLE {leaf} ADD CONSTRAINT {index} PRIMARY KEY USING INDEX {index}
+-- name: adopt_key
+ALTER TABLE {leaf} ADD CONSTRAINT {index} {kind} USING INDEX {index}
 
 -- name: adopt_unique
 ALTER TABLE {leaf} ADD CONSTRAINT {index} UNIQUE USING INDEX {index} {timing}
@@ -40,9 +40,6 @@ ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
 -- name: index_root
 -- Adopts the partitions' matching indexes; nothing is built again.
 CREATE {unique} INDEX {index} ON {shadow} USING {tail}
-
--- name: primary_key_root
-ALTER TABLE {shadow} ADD CONSTRAINT {index} PRIMARY KEY ({columns})
 
 -- name: built
 SELECT x.relname AS name, EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = x.oid AND k.conrelid = i.indrelid) AS adopted
@@ -91,7 +88,9 @@ SELECT {leaf_name} AS partition, count(*) AS rows, coalesce(sum({d_hash}), 0) AS
 SELECT count(*) AS rows, coalesce(sum({s_hash}), 0) AS hash FROM ONLY {plain} s WHERE {s_counts}
 
 -- name: sums_of_plain_by_partition
-SELECT {partition_of} AS partition, count(*) AS rows, coalesce(sum({s_hash}), 0) AS hash FROM ONLY {plain} s WHERE {s_counts} GROUP BY 1
+-- The rules name the key only; within them it is what NULL becomes.
+SELECT p.partition, count(*) AS rows, coalesce(sum({s_hash}), 0) AS hash
+  FROM ONLY {plain} s CROSS JOIN LATERAL (SELECT {partition_of} AS partition FROM (SELECT {s_key} AS {key}) placed) p WHERE {s_counts} GROUP BY 1
 
 -- name: not_waiting
 NOT EXISTS (SELECT FROM {log} k WHERE {row_is_k})

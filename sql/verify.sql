@@ -36,7 +36,11 @@ SELECT c.relname AS name, coalesce(p.relname, '') AS parent, t.level,
 SELECT 'It is partitioned as planned' AS promise, string_agg(now.name || ' ' || now.bound, '; ' ORDER BY now.level, now.name) AS seen,
        coalesce(bool_and(now.level > 0 OR lower(now.bound) = lower(format('PARTITION BY %s (%I)', m.plan ->> 'partition_by', m.plan ->> 'key')))
          AND array_agg(now.name ORDER BY now.name) FILTER (WHERE now.level > 0)
-           = (SELECT array_agg((p ->> 'name')::name ORDER BY (p ->> 'name')::name) FROM jsonb_array_elements(m.plan -> 'partitions') p), false) AS ok
+           = (SELECT array_agg((p ->> 'name')::name ORDER BY (p ->> 'name')::name) FROM jsonb_array_elements(m.plan -> 'partitions') p)
+         -- by list every row is looked at; the other bounds must read as planned
+         AND bool_and(now.level = 0 OR m.plan ->> 'partition_by' = 'list' OR EXISTS (
+               SELECT FROM jsonb_array_elements(m.plan -> 'partitions') p WHERE p ->> 'name' = now.name
+                  AND lower(translate(p ->> 'bound', ' ''', '')) = lower(translate(now.bound, ' ''', '')))), false) AS ok
   FROM runbook.migration m LEFT JOIN ({tree}) now ON true WHERE m.id = {migration} GROUP BY m.id
 
 -- name: columns
@@ -54,7 +58,8 @@ SELECT 'Its columns are those that it had' AS promise, coalesce('not so: ' || st
 -- By name and definition, on the root where an index can stand there and on every partition. A repair did not choose the
 -- partitions' names: there the root answers for them, whose index is valid only when every partition has one.
 WITH planned AS (
-  SELECT i.*, p.table, p.name AS wanted, CASE WHEN m.plan ->> 'key' = ANY (i.columns) THEN i.columns ELSE i.columns || (m.plan ->> 'key') END AS new_key
+  SELECT i.*, p.table, p.name AS wanted, CASE WHEN m.plan ->> 'key' = ANY (i.columns) THEN i.columns ELSE i.columns || (m.plan ->> 'key') END AS new_key,
+         i.primary AND (m.plan ->> 'key_nullable')::boolean AND m.plan -> 'partitions' @> '[{{"values": [null]}}]' AS takes_null
     FROM runbook.migration m CROSS JOIN LATERAL jsonb_to_recordset(m.plan -> 'indexes') AS i(
          name text, "unique" boolean, "primary" boolean, columns text[], tail text, constraint_type text, everywhere boolean, leaf_names jsonb)
    CROSS JOIN LATERAL (
@@ -72,17 +77,17 @@ now AS (
     FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid
     LEFT JOIN pg_constraint k ON k.conindid = x.oid AND k.conrelid = c.oid AND k.contype IN ('p', 'u', 'x'))
-SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary THEN 'primary key ' WHEN p.unique THEN 'unique ' ELSE '' END,
+SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary AND NOT p.takes_null THEN 'primary key ' WHEN p.unique THEN 'unique ' ELSE '' END,
               CASE WHEN p.primary THEN format('(%s)', array_to_string(p.new_key, ', ')) ELSE p.tail END) AS promise,
        coalesce('not so: ' || string_agg(format('%s of %s is %s', p.wanted, p.table,
            CASE WHEN now.name IS NULL THEN 'missing' WHEN now.valid THEN now.definition ELSE 'not valid' END), '; ') FILTER (WHERE NOT same.ok),
          'on ' || string_agg(p.table, ', ')) AS seen,
        bool_and(same.ok) AS ok
   FROM planned p LEFT JOIN now ON now.table = p.table AND now.name = p.wanted
- CROSS JOIN LATERAL (SELECT now.name IS NOT NULL AND now.valid AND now.unique = p.unique AND now.primary = p.primary
-    AND now.constraint_type IS NOT DISTINCT FROM p.constraint_type
+ CROSS JOIN LATERAL (SELECT now.name IS NOT NULL AND now.valid AND now.unique = p.unique AND now.primary = (p.primary AND NOT p.takes_null)
+    AND now.constraint_type IS NOT DISTINCT FROM CASE WHEN p.takes_null THEN 'u' ELSE p.constraint_type END
     AND CASE WHEN p.primary THEN now.columns = p.new_key ELSE now.tail = p.tail END AS ok) same
- GROUP BY p.name, p.primary, p.unique, p.tail, p.new_key ORDER BY p.primary DESC, p.name
+ GROUP BY p.name, p.primary, p.unique, p.tail, p.new_key, p.takes_null ORDER BY p.primary DESC, p.name
 
 -- name: references
 -- The plan's text and the server's differ in quotes and in what is left out because it is the default.
@@ -131,11 +136,11 @@ SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, coalesce(sum(now.
        format('%s rows, %s that belong elsewhere', coalesce(sum(now.rows), 0), coalesce(sum(now.rows) FILTER (WHERE NOT belongs), 0)) AS seen,
        count(*) FILTER (WHERE NOT belongs) = 0 AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
-  LEFT JOIN (SELECT s.tableoid AS leaf, CASE WHEN {listed} THEN s.{key}::text END AS value, count(*) AS rows FROM {source} s GROUP BY 1, 2) now
+  LEFT JOIN (SELECT s.tableoid AS leaf, CASE WHEN {listed} THEN s.{key} END AS value, count(*) AS rows FROM {source} s GROUP BY 1, 2) now
     ON now.leaf = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name'))
- CROSS JOIN LATERAL (SELECT now.leaf IS NULL OR NOT {listed} OR p.part -> 'values' @> coalesce(to_jsonb(now.value), 'null')
-     OR p.part ->> 'bound' = 'DEFAULT' AND NOT EXISTS (SELECT FROM jsonb_array_elements(m.plan -> 'partitions') o
-          WHERE o -> 'values' @> coalesce(to_jsonb(now.value), 'null')) AS belongs) b
+ CROSS JOIN LATERAL (SELECT now.leaf IS NULL OR NOT {listed} OR (p.part ->> 'bound' = 'DEFAULT') = NOT EXISTS (  -- by the type's own equality
+     SELECT FROM jsonb_array_elements(m.plan -> 'partitions') o, jsonb_array_elements_text(o -> 'values') v
+      WHERE v::{key_type} IS NOT DISTINCT FROM now.value AND (p.part ->> 'bound' = 'DEFAULT' OR o = p.part)) AS belongs) b
  WHERE m.id = {migration} GROUP BY p.part, p.place ORDER BY p.place
 
 -- name: create_plans
@@ -226,8 +231,14 @@ CREATE FUNCTION pg_temp.trials() RETURNS TABLE (promise text, sql text, seen tex
 #variable_conflict use_column
 DECLARE
   unheard_of CONSTANT text[] := ARRAY['no such value', gen_random_uuid()::text, '-2147483647', '-32767', '0001-01-01', '192.0.2.1', '~', 'false', 'true'];
-  trial record; step text; value text; found jsonb; cause text;
+  trial record; step text; value text; found jsonb; cause text; part text; held jsonb := '{{}}';
 BEGIN
+  -- Of a partition that lists no values: one that a row of it has.
+  FOR part IN SELECT p ->> 'name' FROM runbook.migration m, jsonb_array_elements(m.plan -> 'partitions') p WHERE m.id = {migration} AND p -> 'values' = '[]' LOOP
+    EXECUTE (SELECT format('SELECT jsonb_build_object(%L, jsonb_build_array(%I::text)) FROM ONLY %I.%I LIMIT 1',
+                           part, m.plan ->> 'key', m.plan -> 'table' ->> 'schema_name', part) FROM runbook.migration m WHERE m.id = {migration}) INTO found;
+    held := held || coalesce(found, '{{}}');
+  END LOOP;
   FOR trial IN
     WITH t AS (
       SELECT m.plan, m.plan ->> 'key' AS key, to_regclass({root})::text AS root, m.plan -> 'table' ->> 'schema_name' AS schema,
@@ -242,16 +253,17 @@ BEGIN
         FROM runbook.migration m WHERE m.id = {migration}),
     target AS (  -- a value of another partition than the row's own
       SELECT CASE WHEN second IS NULL THEN first
-                  ELSE format('CASE WHEN s.%I IN (%s) THEN %3$s::%4$s ELSE %5$s::%4$s END', key, listed, second, key_type, first) END AS another,
-             CASE WHEN second IS NULL THEN format('s.%I NOT IN (%s)', key, listed) ELSE 'true' END AS movable
-        FROM (SELECT t.key, t.plan ->> 'key_type' AS key_type, min(v.first) FILTER (WHERE v.n = 1) AS first,
-                     min(v.listed) FILTER (WHERE v.n = 1) AS listed, min(v.first) FILTER (WHERE v.n = 2) AS second
+                  ELSE format('CASE WHEN s.tableoid = %s THEN %s::%s ELSE %s::%3$s END', leaf, second, key_type, first) END AS another,
+             CASE WHEN second IS NULL THEN format('s.tableoid <> %s', leaf) ELSE 'true' END AS movable
+        FROM (SELECT t.plan ->> 'key_type' AS key_type, min(v.first) FILTER (WHERE v.n = 1) AS first,
+                     min(v.leaf) FILTER (WHERE v.n = 1) AS leaf, min(v.first) FILTER (WHERE v.n = 2) AS second
                 FROM t LEFT JOIN LATERAL (
-                     SELECT min(quote_literal(v)) AS first, string_agg(quote_literal(v), ', ') AS listed,
+                     SELECT min(quote_literal(v)) AS first, to_regclass(format('%I.%I', t.schema, p ->> 'name'))::oid::bigint AS leaf,
                             row_number() OVER (ORDER BY (p ->> 'rows')::bigint, place) AS n
-                       FROM jsonb_array_elements(t.plan -> 'partitions') WITH ORDINALITY p(p, place) CROSS JOIN jsonb_array_elements_text(p -> 'values') v
+                       FROM jsonb_array_elements(t.plan -> 'partitions') WITH ORDINALITY p(p, place)
+                      CROSS JOIN jsonb_array_elements_text(coalesce(nullif(p -> 'values', '[]'), held -> (p ->> 'name'))) v
                       WHERE v IS NOT NULL GROUP BY p, place) v ON true
-               GROUP BY 1, 2) v),
+               GROUP BY 1) v),
     reference AS (
       SELECT r ->> 'name' AS key_name, r ->> 'table' AS table_name, r ->> 'composite' AS composite, (r ->> 'adds_column')::boolean AS adds_column,
              r.place, k.names, k.joined, k.present, a.columns, a.replaced, format('s.%I = $2::%s', r.r -> 'referenced' ->> 0, a.type) AS known,
@@ -319,8 +331,8 @@ BEGIN
     UNION ALL
     SELECT 6, 0, format('A %s that no partition takes is refused', key),
            CASE WHEN NOT (plan ->> 'takes_any_value')::boolean THEN
-             ARRAY[format('INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE VALUES (%s) RETURNING jsonb_build_object(''seen'', ''it was accepted'', ''ok'', false)',
-                          root, columns, only_key)] END,
+             ARRAY[format('INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE VALUES (%s) RETURNING jsonb_build_object(''seen'', ''it was accepted'', ''ok'', %s)',
+                          root, columns, only_key, CASE plan ->> 'partition_by' WHEN 'list' THEN 'false' ELSE 'NULL::boolean' END)] END,
            NULL, '23514', '', labels
       FROM t
     ORDER BY 1, 2

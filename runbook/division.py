@@ -1,0 +1,215 @@
+"""How a table is divided: LIST, RANGE or HASH partitions, from the parameters and from the rows that are there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook.database import Session
+from runbook.errors import BadInput
+from runbook.parameters import Parameters, PartitionValue
+from runbook.plan import Column, Partition, Table, fit
+from runbook.statements import trusted
+
+Value = str | None
+Wanted = dict[str, list[PartitionValue] | str]
+MOST = 1000  # partitions; more of them make every plan slow and exhaust the lock table
+FORMS = {"day": "YYYY_MM_DD", "week": 'IYYY"w"IW', "month": "YYYY_MM", "year": "YYYY"}
+FINITE = {"D": "isfinite({})", "N": "{}::text NOT IN ('NaN', 'Infinity', '-Infinity')"}  # what steps can reach
+
+
+@dataclass(frozen=True)
+class Division:
+    """The partitions, and what the rows that are there say of them; `homeless` are values that fit none, with counts.
+
+    `frequent` is the value of most rows where rows share values (by list); `nulls` counts the rows that NULL makes homeless.
+    """
+
+    partitions: tuple[Partition, ...]
+    rows: int
+    nulls: int = 0
+    frequent: Value = None
+    homeless: tuple[tuple[str, int], ...] = field(default_factory=tuple)
+
+
+def divide(session: Session, given: Parameters, table: Table, key: Column) -> Division:
+    """The partitions that the parameters ask for; raises BadInput when they contradict each other or the key's type."""
+    _refuse_contradictions(given, table)
+    maker = {"list": _list, "range": _range, "hash": _hash}[given.partition_by]
+    try:
+        found = maker(session, given, table, key)
+    except (psycopg.errors.UndefinedFunction, psycopg.DataError) as error:
+        raise BadInput(
+            f"{key.name} ({key.type}) cannot be divided by {given.partition_by} like that ({error.diag.message_primary}): choose"
+            " another key, partition_by, every or partitions."
+        ) from None
+    if wrong := [each.name for each in found.partitions if not each.name or len(each.name.encode()) > 63 or "\0" in each.name]:
+        raise BadInput(f"{wrong[0]!r} cannot be a partition's name: give it 1 to 63 bytes.")
+    if sum(partition.bound == "DEFAULT" for partition in found.partitions) > 1:
+        raise BadInput("partitions has more than one default partition: keep one.")
+    if not found.partitions:
+        raise BadInput(f"{table.name} has no rows to take the partitions from: name them in partitions.")
+    if len(found.partitions) > MOST:
+        raise BadInput(f"That makes more than {MOST:,} partitions of {table.name}, and so many serve nobody: make them larger.")
+    return found
+
+
+def _refuse_contradictions(given: Parameters, table: Table) -> None:
+    meant = {"every": "range", "modulus": "hash"}
+    for name, kind in meant.items():
+        if getattr(given, name) and given.partition_by != kind:
+            raise BadInput(
+                f'{name} is for partition_by = "{kind}", and {table.name} is to be partitioned by {given.partition_by}.'
+            )
+
+
+def _list(session: Session, given: Parameters, table: Table, key: Column) -> Division:
+    """As given, or one a value that occurs, named after table and value."""
+    place = _place(table, key)
+    wanted: Wanted | None = given.partitions
+    if wanted is None:
+        values = [row["value"] for row in session.rows("draft.values", **place, most=MOST + 2) if row["value"] is not None]
+        if len(values) > MOST:
+            raise BadInput(
+                f"{key.name} has more than {MOST:,} values: name the partitions, or choose partition_by range or hash."
+            )
+        names: dict[str, list[PartitionValue] | str] = {}
+        for value in sorted(values):
+            names[fit(f"{table.name}_{value}", names)] = [value]
+        wanted = names
+    found, values = [], list[Value]()
+    for name, each in wanted.items():
+        if _is_default(name, each):
+            found.append(Partition(name=name, bound="DEFAULT"))
+            continue
+        if not each:
+            raise BadInput(f'{name} has no value: give it at least one, or "default".')
+        own = tuple(None if value is None else as_key(session, key, value) for value in each)
+        values += own
+        bound = sql.SQL("FOR VALUES IN ({})").format(sql.SQL(", ").join(map(sql.Literal, own))).as_string(None)
+        found.append(Partition(name=name, bound=bound, values=own))
+    if twice := [value for value, times in Counter(values).items() if times > 1]:
+        raise BadInput(f"{', '.join(map(repr, twice))} stands in more than one partition: a value can have only one.")
+    filled = _filled(session, given, key)
+    if None in values and filled is not None:
+        raise BadInput(
+            f"null_value says what NULL becomes, and partitions has one for NULL: {table.name} can have only one of them."
+        )
+    # Which value is whose is for the type's own equality to say: 1.0 is 1.00.
+    counted = session.rows(
+        "draft.placed", **place, values=[value for value in values if value is not None], filled=filled, most=MOST
+    )
+    rows: Counter[Value] = Counter({row["given"]: row["rows"] for row in counted if row["given"] is not None})
+    rows[None] = nulls = sum(row["rows"] for row in counted if row["value"] is None)
+    sized = [each.model_copy(update={"rows": sum(rows[value] for value in each.values)}) for each in found]
+    left = {str(row["value"]): row["rows"] for row in counted if row["given"] is None and row["value"] is not None}
+    frequent = next(
+        (row["value"] for row in counted if row["value"] is not None), next((v for v in values if v is not None), None)
+    )
+    return _settled(sized, sum(row["rows"] for row in counted), 0 if None in values else nulls, frequent, left)
+
+
+def _range(session: Session, given: Parameters, table: Table, key: Column) -> Division:
+    """Bounds as given ([from, to]; null is MINVALUE or MAXVALUE), or steps over the range of the rows and `ahead` more."""
+    place, kind, filled = _place(table, key), session.value("draft.category", type=key.type), _filled(session, given, key)
+    finite = trusted(FINITE.get(kind, "true").format(sql.Identifier(key.name).as_string(None)))
+    extent = session.row("draft.extent", **place, finite=finite if given.every else trusted("true"))
+    wanted = dict(given.partitions or {})
+    if given.every:
+        wanted = _steps(session, given, table, key, extent, kind) | wanted
+    elif given.partitions is None:
+        raise BadInput(
+            'partition_by is "range": say every (day, week, month, year or a number), or give partitions their bounds.'
+        )
+    found, bounds = [], []
+    for name, values in wanted.items():
+        if _is_default(name, values):
+            found.append(Partition(name=name, bound="DEFAULT"))
+            continue
+        if len(values) != 2:
+            raise BadInput(
+                f"{name} has {len(values)} bounds: give it two, the first that it takes and the first that it does not."
+            )
+        low, high = (None if value is None else as_key(session, key, value) for value in values)
+        bounds += [bound for bound in (low, high) if bound is not None]
+        text = sql.SQL("FOR VALUES FROM ({}) TO ({})").format(
+            sql.SQL("MINVALUE") if low is None else sql.Literal(low), sql.SQL("MAXVALUE") if high is None else sql.Literal(high)
+        )
+        found.append(Partition(name=name, bound=text.as_string(None), values=(low, high)))
+    rows = session.rows("draft.range_counts", **place, bounds=bounds, filled=filled) if bounds else []
+    begin: dict[Value, int] = {row["lower"]: row["rows"] for row in rows}
+    sized = [each if each.bound == "DEFAULT" else each.model_copy(update={"rows": begin.pop(each.values[0], 0), "values": ()})
+             for each in found]  # fmt: skip
+    left = {f"from {value}" if value else "below the first bound": count for value, count in begin.items()}
+    return _settled(sized, extent["rows"], extent["nulls"] if filled is None else 0, None, left)
+
+
+def _steps(session: Session, given: Parameters, table: Table, key: Column, extent: dict[str, Any], kind: str) -> Wanted:
+    every, low, high = str(given.every), extent["low"], extent["high"]
+    place = {"type": trusted(key.type), "low": low, "high": high, "ahead": given.ahead, "most": MOST + 1}
+    if kind == "D" and every in FORMS:
+        rows = session.rows("draft.time_steps", **place, unit=every, step=f"1 {every}", form=FORMS[every])
+    elif kind == "N" and every.isdecimal() and int(every) > 0:
+        rows = session.rows("draft.number_steps", **place, step=int(every))
+    else:
+        raise BadInput(
+            f"every is {given.every!r}, which does not fit {key.name} ({key.type}): a date or time takes day, week, month or year, a"
+            " number takes a positive whole number."
+        )
+    return {fit(f"{table.name}_{row['name']}"): [row["lower"], row["upper"]] for row in rows}
+
+
+def _hash(session: Session, given: Parameters, table: Table, key: Column) -> Division:
+    """`modulus` partitions, named after the table and the remainder, or by `partitions` ({"name": [remainder]})."""
+    if given.modulus < 2:
+        raise BadInput('partition_by is "hash": say modulus, the number of partitions, at least 2.')
+    if given.modulus > MOST:
+        raise BadInput(f"modulus is {given.modulus:,}, and more than {MOST:,} partitions serve nobody: make it smaller.")
+    named: Wanted = given.partitions or {fit(f"{table.name}_{remainder}"): [remainder] for remainder in range(given.modulus)}
+    remainders = [values[0] if isinstance(values, list) and len(values) == 1 else None for values in named.values()]
+    if sorted(map(str, remainders)) != sorted(map(str, range(given.modulus))):
+        raise BadInput(
+            f'partitions by hash must name each remainder from 0 to {given.modulus - 1} once, as {{"name": [0]}}: leave partitions out,'
+            " or complete it."
+        )
+    counted = session.row("draft.rows", **_place(table, key))
+    rows = counted["rows"] // given.modulus  # an estimate: the remainder is only known of a table that stands
+    found = [Partition(name=name, bound=f"FOR VALUES WITH (MODULUS {given.modulus}, REMAINDER {remainder})", rows=rows)
+             for name, remainder in zip(named, remainders, strict=True)]  # fmt: skip
+    return Division(tuple(found), counted["rows"], counted["nulls"] if _filled(session, given, key) is None else 0)
+
+
+def _place(table: Table, key: Column) -> dict[str, Any]:
+    return {"key": (key.name,), "table": (table.schema_name, table.name), "type": trusted(key.type)}
+
+
+def _filled(session: Session, given: Parameters, key: Column) -> str | None:
+    return None if given.null_value is None else as_key(session, key, given.null_value)
+
+
+def _is_default(name: str, values: list[PartitionValue] | str) -> bool:
+    if isinstance(values, str) and values.lower() != "default":
+        raise BadInput(f'{name} has the value {values!r}: give a list of values, or "default".')
+    return isinstance(values, str)
+
+
+def _settled(found: list[Partition], rows: int, nulls: int, frequent: Value, left: dict[str, int]) -> Division:
+    """What fits no other partition goes into the default one, where there is one."""
+    homeless = tuple(sorted(left.items(), key=lambda item: -item[1]))
+    if any(partition.bound == "DEFAULT" for partition in found):
+        total, homeless = sum(left.values()), ()
+        found = [each.model_copy(update={"rows": total}) if each.bound == "DEFAULT" else each for each in found]
+    return Division(tuple(found), rows, nulls, frequent, homeless)
+
+
+def as_key(session: Session, key: Column, value: object) -> str:
+    """The value as the key's type prints it; raises BadInput when the type does not take it."""
+    try:
+        with session.connection.transaction():
+            return str(session.value("draft.literal", value=str(value), type=trusted(key.type)))
+    except (psycopg.DataError, psycopg.IntegrityError):
+        raise BadInput(f"{value!r} is not a value that {key.name} ({key.type}) can have: correct it in partitions.") from None
