@@ -48,7 +48,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "fill_function": sql.Identifier(run.staging, f"fill_{number}"),
         "filled": sql.Identifier(run.staging, run.plan.internal("filled")),
         "fill_trigger": sql.Identifier(fit(f"zzz_runbook_fill_{reference.role_column}")),
-        "minority": sql.Identifier(run.staging, f"minority_{number}"),
+        "minority": sql.Identifier(run.staging, run.plan.internal(f"minority_{number}")),
         "insert_trigger": sql.Identifier(f"runbook_reference_insert_{number}"),
         "update_trigger": sql.Identifier(f"runbook_reference_update_{number}"),
         "check_name": sql.Identifier(fit(f"{reference.table}_{reference.role_column}_present")),
