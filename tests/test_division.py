@@ -75,7 +75,7 @@ CASES = {
     "timestamptz by hash": Case("timestamptz", f"({DAY}) AT TIME ZONE 'UTC'", by_hash(), 3),
     "boolean by hash": Case("boolean", "n % 3 = 0", by_hash(2), 2),
 }  # fmt: skip
-SHORT = {"numeric by list, equal but for its scale", "enum by range", "timestamptz by month", "uuid by hash"}  # fmt: skip
+SHORT = {"numeric by list, equal but for its scale", "enum by range", "timestamptz by month", "uuid by hash"}
 TABLES = """
 CREATE TYPE mood AS ENUM ('a', 'b', 'c');
 CREATE DOMAIN letter AS text CHECK (length(VALUE) < 9);
