@@ -100,6 +100,21 @@ def partition_tree(frame: pd.DataFrame) -> Picture:
     return _draw("Partitions and their sizes", "MB", names, Bars("table", BLUE, list(table), [""] * len(names)), sizes, left=True)
 
 
+def over_time(frame: pd.DataFrame, column: str, title: str) -> Picture:
+    """A line for each partition through the looks at it; `frame` has at, name and the column."""
+    picture = Picture(figsize=(9, 3.4), layout="constrained")
+    axes = picture.add_subplot(frameon=False)
+    for number, (name, line) in enumerate(frame.groupby("name")):
+        colour, dashes = (BLUE, ORANGE, RED, SKY)[number % 4], ("-", "--", ":")[number // 4 % 3]
+        axes.plot(line["at"], line[column], color=colour, linestyle=dashes, marker="o", markersize=4, label=_plain(name))
+    axes.set_title(_plain(title, 70), loc="left", fontsize=11)
+    axes.set(ylabel=column, ylim=(0, None), axisbelow=True)
+    axes.grid(axis="y", color="#e5e7eb")
+    axes.tick_params(axis="x", rotation=20, labelsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    return picture
+
+
 def lock_timeline(swap: Swap) -> Picture:
     """Each attempt of the swap on the clock, in seconds, and in the last one the time for which names were locked."""
     names, locked = [f"attempt {n}" for n, _ in enumerate(swap.attempts, 1)], [0.0] * (len(swap.attempts) - 1) + [swap.locked_s]

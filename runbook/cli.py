@@ -72,6 +72,8 @@ def main() -> None:
                                                          every step but the cut-over, then the way back
     runbook rollback --database service=shop -f orders.yaml
                                                          the way back, from any step
+    runbook monitor --database service=shop -f orders.yaml
+                                                         how the partitions fare, every day
     runbook lab                                          the same notebooks by hand, in JupyterLab
 
     A password comes from PGPASSWORD, PGPASSFILE or the service file, never from a command line.
@@ -121,7 +123,7 @@ def gather(file: Path | None, pairs: Any, database: str | None, users: int | Non
 @main.command()
 @options(users=True, out=True)
 @click.option("--from", "first", callback=step, default="00_plan", show_default=True, help="Begin with this step.")
-@click.option("--to", "last", callback=step, default="06_verify", show_default=True, help="End with this step.")
+@click.option("--to", "last", callback=step, default=FORWARD[-1], show_default=True, help="End with this step.")
 @click.option("--reset", is_flag=True, help="Begin the embedded example afresh; nothing else can be reset.")
 def run(
     file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path, first: str, last: str, reset: bool
@@ -189,6 +191,17 @@ def _rehearsed(where: str, table: str) -> str:
 def finish(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """End the way back: drop the log and the retired table (notebook 91)."""
     perform(("91_finish",), gather(file, pairs, database), out)
+
+
+@main.command()
+@options(out=True)
+def monitor(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
+    """How the partitions fare, to be run every day (notebook 08); exit code 1 when a threshold is passed.
+
+    \b
+    runbook monitor -f orders.yaml -p max_default_rows 1000 -p min_pruning_percent 80
+    """
+    perform(("08_monitor",), gather(file, pairs, database), out)
 
 
 def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Callable[[], str] = str) -> None:

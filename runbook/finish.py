@@ -43,10 +43,18 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
         raise ApprovalMissing(f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves.")
     if added(run) and run.plan.legacy_inserts == "fill" and not force_strict:
         last = action.session.row("rollback.last_filled", **names(run, added(run)[0]))
-        if last["rows"] and last["hours"] < unneeded_for_h:
+        hours = min(last["hours"], last["trigger_hours"])
+        if hours < unneeded_for_h:
+            needed = (
+                f"Old code still inserts without the role column: {last['rows']:,} rows, the last"
+                if last["rows"]
+                else "It is only"
+            )
+            since = f"{needed} {hours:.1f} h ago" + (
+                "" if last["rows"] else " that the fill trigger came, and nobody has needed it yet"
+            )
             raise OutOfOrder(
-                f"Old code still inserts without the role column: {last['rows']} rows, the last {last['hours']:.1f} h ago. "
-                f"Change it, or set"
+                f"{since}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, or set"
                 " force_strict to end the trigger's help all the same."
             )
     return action.finish(

@@ -24,12 +24,12 @@ from runbook.redaction import known_secrets, redact
 from runbook.statements import Value
 
 P = ParamSpec("P")
-STEPS = ("plan", "backup", "partition", "restore", "foreign_keys", "cutover", "verify")
-REPAIR = ("plan", "restore", "foreign_keys", "verify")
+STEPS = ("plan", "backup", "partition", "restore", "foreign_keys", "cutover", "verify", "application")
+REPAIR = ("plan", "restore", "foreign_keys", "verify", "application")
 NOTEBOOKS = {
     "plan": "00_plan", "backup": "01_backup", "partition": "02_partition", "restore": "03_restore",
-    "foreign_keys": "04_foreign_keys", "cutover": "05_cutover", "verify": "06_verify",
-    "rollback": "90_rollback", "finish": "91_finish",
+    "foreign_keys": "04_foreign_keys", "cutover": "05_cutover", "verify": "06_verify", "application": "07_application",
+    "monitor": "08_monitor", "rollback": "90_rollback", "finish": "91_finish",
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ class Run:
         """The steps, what the ledger says of each, and the plan's hash."""
         history = self.database.frame("ledger.history", migration=self.migration)
         lines = []
-        for step in REPAIR if self.plan.restore_from == "backup" else STEPS:
+        for step in (*(REPAIR if self.plan.restore_from == "backup" else STEPS), "monitor"):
             done = history[(history.step == step) & (history.state == "done")]
             checked = done[done.action == "check"]
             last = history[history.step == step].tail(1)
@@ -142,7 +142,7 @@ class Run:
             if found and (not again or (step in STEPS[:5] and _finished(session, self.migration, "cutover", "swap"))):
                 yield Action(self, session, 0, found)
                 return
-            if step in STEPS:
+            if step in STEPS and step != "application":  # that one is of use at any time
                 self._refuse_out_of_order(session, step)
                 self.refuse_outdated(session)
             number = session.value(

@@ -66,6 +66,14 @@ class Parameters(BaseModel):
     unneeded_for_h: Annotated[int, Field(ge=0)] = 24
     force_strict: bool = False
     drop_backup: bool = False
+    # 07 and 08: the application's statements, and what fails a look
+    queries: str = ""
+    max_default_rows: Annotated[int, Field(ge=0)] = 0
+    max_new_values: Annotated[int, Field(ge=0)] = 0
+    max_dead_percent: Annotated[int, Field(ge=0, le=100)] = 50
+    min_pruning_percent: Annotated[int, Field(ge=0, le=100)] = 0
+    max_filled_rows: Annotated[int | None, Field(ge=0)] = None
+    max_log_mib: Annotated[int, Field(ge=0)] = 1024
 
 
 def check(given: dict[str, Any]) -> Parameters:

@@ -1,17 +1,18 @@
-"""SQL as a reader wants it: the very statements that will run, highlighted in a notebook, plain in a terminal."""
+"""Text as a reader wants it: highlighted in a notebook, plain in a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from html import escape
 
 from psycopg import sql
 
 
-class Sheet:
-    """Statements in their order; shows itself as highlighted SQL, prints itself as a script that psql takes."""
+class Listing:
+    """A text in a language that Pygments knows; with a title, a notebook shows it folded away under that."""
 
-    def __init__(self, statements: Iterable[sql.Composable]) -> None:
-        self.text = "\n\n".join(each.as_string(None).strip().rstrip(";") + ";" for each in statements)
+    def __init__(self, text: str, language: str, title: str = "") -> None:
+        self.text, self.language, self.title = text, language, title
 
     def __repr__(self) -> str:
         return self.text
@@ -19,7 +20,15 @@ class Sheet:
     def _repr_html_(self) -> str:
         from pygments import highlight
         from pygments.formatters import HtmlFormatter
-        from pygments.lexers import PostgresLexer
+        from pygments.lexers import get_lexer_by_name
 
         plain = HtmlFormatter(noclasses=True, style="friendly", nobackground=True, prestyles="font-family: monospace")
-        return str(highlight(self.text, PostgresLexer(), plain))
+        shown = str(highlight(self.text, get_lexer_by_name(self.language), plain))
+        return f"<details><summary>{escape(self.title)}</summary>{shown}</details>" if self.title else shown
+
+
+class Sheet(Listing):
+    """The very statements that will run, in their order; prints itself as a script that psql takes."""
+
+    def __init__(self, statements: Iterable[sql.Composable]) -> None:
+        super().__init__("\n\n".join(each.as_string(None).strip().rstrip(";") + ";" for each in statements), "postgres")

@@ -28,5 +28,8 @@ DROP TABLE IF EXISTS {retired}
 ALTER TABLE {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
 
 -- name: last_filled
--- How long ago the fill trigger was last needed, in hours; NULL when never.
-SELECT (extract(epoch FROM clock_timestamp() - max(at)) / 3600)::float8 AS hours, count(*) AS rows FROM {filled}
+-- Hours since the fill trigger came with the swap, and since it was last needed (the same when it never was).
+SELECT h.trigger_hours, coalesce((extract(epoch FROM clock_timestamp() - max(f.at)) / 3600)::float8, h.trigger_hours) AS hours, count(f.at) AS rows
+  FROM (SELECT coalesce(extract(epoch FROM clock_timestamp() - max(finished_at)) / 3600, 1e6)::float8 AS trigger_hours FROM runbook.action
+         WHERE migration = {migration} AND (step, action) IN (('cutover', 'swap'), ('foreign_keys', 'check')) AND state = 'done') h
+  LEFT JOIN {filled} f ON true GROUP BY h.trigger_hours

@@ -12,9 +12,9 @@ from runbook import embedded
 from runbook.statements import folder
 from tests.servers import wheel
 
-FORWARD = ("00_plan", "01_backup", "02_partition", "03_restore", "04_foreign_keys", "05_cutover", "06_verify")
-REPAIR = ("00_plan", "03_restore", "04_foreign_keys", "06_verify")
-EVERY = (*FORWARD, "90_rollback", "91_finish")
+FORWARD = ("00_plan", "01_backup", "02_partition", "03_restore", "04_foreign_keys", "05_cutover", "06_verify", "07_application")
+REPAIR = ("00_plan", "03_restore", "04_foreign_keys", "06_verify", "07_application")
+EVERY = (*FORWARD, "08_monitor", "90_rollback", "91_finish")
 CLINIC_FILE = str(folder("notebooks") / "clinic.yaml")
 CLINIC: dict[str, Any] = {
     "table": "users",

@@ -1,0 +1,130 @@
+"""08: how the partitions fare, day by day: what is seen stays in the ledger, and a threshold that is passed fails the look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import psycopg
+from psycopg import sql
+
+from runbook import queries
+from runbook.application import filled
+from runbook.database import Session
+from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.ledger import Action, Evidence, Run, recorded
+from runbook.points import partitioned, stage
+from runbook.statements import spelled
+
+MIB = 1024 * 1024
+FEW_DEAD = 50  # autovacuum's own threshold: below it a share says nothing
+
+
+@recorded("monitor", "look", again=True)
+def look(action: Action, file: str = "") -> Evidence:
+    """See how the partitions fare: sizes, rows, scans, pruning, what has no partition of its own, what the way back costs.
+
+    Only reads, after 91_finish too. Raises OutOfOrder before the cut-over: there are no partitions to look at.
+    """
+    run, session = action.run, action.session
+    if not partitioned(run):
+        raise OutOfOrder(f"{run.plan.full_name} is not partitioned yet: 08_monitor is for the time after 05_cutover.")
+    root = spelled(run.plan.source)
+    leaves = session.rows("monitor.partitions", root=root)
+    values = [(leaf["name"], *row.values()) for leaf in leaves if leaf["bound"] == "DEFAULT"
+              for row in session.rows("monitor.default_rows", **run.names, leaf=_leaf(run, leaf["name"]))]  # fmt: skip
+    before = session.run("monitor.first_values", **run.names).fetchone()
+    names = [value for _, value, _ in values] if run.plan.partition_by == "list" else []
+    known = names if before is None else before["values"]
+    share, asked = _pruning(run, session, {leaf["name"] for leaf in leaves}, file)
+    facts: dict[str, Any] = {
+        "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
+        "default_rows": sum(rows for _, _, rows in values), "new_values": [each for each in names if each not in known],
+        "pruning_percent": share, "statements": asked, "filled_rows": int(filled(run)["since yesterday"].sum()),
+        "log_bytes": session.value("monitor.log", back=spelled(run.names["back"])),
+    }  # fmt: skip
+    size, rows = sum(leaf["bytes"] for leaf in leaves), sum(leaf["rows"] for leaf in leaves)
+    return action.finish(
+        f"{len(leaves)} partitions of {run.plan.full_name} hold {rows:,} rows in {size / 1e6:,.1f} MB; {_told(facts)}.",
+        rows,
+        **facts,
+    )
+
+
+def _leaf(run: Run, name: str) -> sql.Identifier:
+    return sql.Identifier(run.plan.table.schema_name, name)
+
+
+def _told(facts: dict[str, Any]) -> str:
+    log, share = facts["log_bytes"], facts["pruning_percent"]
+    return (
+        f"{facts['default_rows']:,} in a DEFAULT one, {len(facts['new_values'])} new values; "
+        + (f"{share:.0f} % of {facts['statements']:,} calls prune" if share is not None else "what prunes is not known")
+        + f"; {facts['filled_rows']:,} rows needed the fill trigger since yesterday; "
+        + (f"the log of the way back has {log / MIB:,.1f} MiB" if log is not None else "there is no way back any more")
+    )
+
+
+def _pruning(run: Run, session: Session, partitions: set[str], file: str) -> tuple[float | None, int]:
+    """How many of 100 calls prune, of those that read the table, and how many calls these are."""
+    pruned = calls = 0
+    found, _ = queries.statements(run, session, file)
+    with stage(run, session):
+        for times, text in found:
+            try:
+                prunes = queries.explained(session, text, partitions)["prunes"]
+            except psycopg.Error:  # not a statement that can be planned alone, or not any more
+                continue
+            calls, pruned = calls + times * (prunes is not None), pruned + times * bool(prunes)
+    return (100 * pruned / calls if calls else None), calls
+
+
+def partitions(run: Run) -> pd.DataFrame:
+    """Each partition as it was seen last."""
+    return pd.DataFrame(_seen(run)["partitions"])
+
+
+def indexes(run: Run) -> pd.DataFrame:
+    """Each partition's indexes, and how often each was used."""
+    return pd.DataFrame(_seen(run)["indexes"], columns=["partition", "index", "scans", "bytes"])
+
+
+def history(run: Run) -> pd.DataFrame:
+    """Every look of this migration so far, a line for each partition."""
+    return run.frame("monitor.history")
+
+
+def _seen(run: Run) -> dict[str, Any]:
+    seen = run.finished("monitor", "look")
+    if seen is None:
+        raise OutOfOrder(f"Nobody has looked at {run.plan.full_name} yet: run 08_monitor from its beginning.")
+    return seen.facts
+
+
+@recorded("monitor", "check", again=True)
+def check(
+    action: Action, max_default_rows: int = 0, max_new_values: int = 0, max_dead_percent: int = 50, min_pruning_percent: int = 0,
+    max_filled_rows: int | None = None, max_log_mib: int = 1024,
+) -> Evidence:  # fmt: skip
+    """Raises PromiseBroken, with a sentence for each, where the last look passed a threshold."""
+    run, seen = action.run, _seen(action.run)
+    dead = [f"{leaf['name']} ({leaf['dead']:,} of {leaf['dead'] + leaf['rows']:,})" for leaf in seen["partitions"]
+            if leaf["dead"] > FEW_DEAD and 100 * leaf["dead"] > max_dead_percent * (leaf["dead"] + leaf["rows"])]  # fmt: skip
+    share, log, new = seen["pruning_percent"], (seen["log_bytes"] or 0) / MIB, seen["new_values"]
+    passed = {
+        f"{seen['default_rows']:,} rows lie in the DEFAULT partition (max_default_rows is {max_default_rows:,}): give their values"
+        " a partition.": seen["default_rows"] > max_default_rows,
+        f"New values of {run.plan.key} came that have no partition: {', '.join(new[:10])} (max_new_values is {max_new_values})."
+        : len(new) > max_new_values,
+        f"More than {max_dead_percent} % of the rows are dead in {', '.join(dead)}: VACUUM it, and see what holds autovacuum up."
+        : bool(dead),
+        f"Only {share or 0:.0f} % of the calls prune (min_pruning_percent is {min_pruning_percent}): 07_application says which do not."
+        : share is not None and share < min_pruning_percent,
+        f"{seen['filled_rows']:,} rows needed the fill trigger since yesterday (max_filled_rows is {max_filled_rows}): 07_application"
+        " says what to change.": max_filled_rows is not None and seen["filled_rows"] > max_filled_rows,
+        f"The log of the way back has {log:,.0f} MiB (max_log_mib is {max_log_mib:,}): end it with 91_finish, or take it with"
+        " 90_rollback.": log > max_log_mib,
+    }  # fmt: skip
+    if said := [sentence for sentence, is_so in passed.items() if is_so]:
+        raise PromiseBroken(f"{run.plan.full_name}: {' '.join(said)}")
+    return action.finish(f"No threshold is passed on {run.plan.full_name}.", thresholds=len(passed))

@@ -1,0 +1,140 @@
+"""The table, and those around it, as they were and as they must be; and as SQLAlchemy's models, by sqlacodegen."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    DefaultClause,
+    ForeignKeyConstraint,
+    Index,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    UniqueConstraint,
+    inspect,
+    text,
+)
+from sqlalchemy.exc import SAWarning
+
+from runbook.ledger import Run
+from runbook.plan import with_key
+from runbook.references import added
+from runbook.statements import spelled
+
+
+def tables(run: Run, *, new: bool) -> MetaData:
+    """The table, those that reference it and those that these reference: as they were, or in the final, strict state.
+
+    Read from the live catalogue; only what the other side of the cut-over differs in comes from the plan. Partitions, and
+    the keys to them that the server keeps for itself, are left out: nobody writes to them by name.
+    """
+    plan, metadata = run.plan, MetaData()
+    live = plan.restore_from == "backup" or run.finished("cutover", "swap") is not None
+    leaves = {(row["schema"], row["name"]) for row in run.frame("application.leaves").to_dict("records")}
+    with warnings.catch_warnings(), run.database.engine().connect() as connection:
+        warnings.simplefilter("ignore", SAWarning)  # of types that it does not know, and of expressions
+        inspector = inspect(connection)
+        roles: dict[tuple[str, str], list[str]] = {(plan.table.schema_name, plan.table.name): []}
+        for reference in plan.references:
+            roles.setdefault((reference.schema_name, reference.table), [])
+        for reference in added(run):
+            roles[reference.schema_name, reference.table].append(reference.role_column)
+        own = {where: Table(where[1], metadata, schema=_schema(where[0], inspector)) for where in roles}
+        for where, table in own.items():
+            inspector.reflect_table(table, None, exclude_columns=() if new and live else roles[where])
+        default = inspector.default_schema_name
+        for table in list(metadata.tables.values()):
+            if (table.schema or default, table.name) in leaves:
+                metadata.remove(table)
+        for table in metadata.tables.values():
+            for key in [key for key in table.foreign_key_constraints if key.referred_table not in metadata.tables.values()]:
+                _drop_key(table, key)
+    if new != live:
+        _reshape(run, own, new)
+    if new:
+        for reference in added(run):
+            column = own[reference.schema_name, reference.table].c[reference.role_column]
+            if plan.frequent_value is not None:
+                said = f"{spelled(plan.frequent_value)}::{re.sub('[(].*?[)]', '', plan.key_type)}"
+                column.server_default = DefaultClause(text(said))
+    return metadata
+
+
+def _schema(name: str, inspector: Any) -> str | None:
+    return None if name == inspector.default_schema_name else name
+
+
+def _drop_key(table: Table, key: ForeignKeyConstraint) -> None:
+    table.constraints.discard(key)
+    for element in key.elements:
+        table.foreign_keys.discard(element)
+        element.parent.foreign_keys.discard(element)
+
+
+def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
+    """What partitioning changes, done or undone: keys, the partition key's NOT NULL, the role columns."""
+    plan = run.plan
+    source = own[plan.table.schema_name, plan.table.name]
+    key = source.c[plan.key]
+    if plan.primary_key:
+        primary = plan.new_primary_key if new else plan.primary_key
+        for column in source.c:
+            column.primary_key = False
+        name = next((index.name for index in plan.indexes if index.primary), None)
+        source.append_constraint(PrimaryKeyConstraint(*(source.c[column] for column in primary), name=name))
+    key.nullable = any(None in each.values for each in plan.partitions) if new else plan.key_nullable
+    for index in plan.indexes:
+        if index.unique and not index.primary and index.columns and plan.key not in index.columns:
+            columns = [source.c[column] for column in index.columns]
+            for there in [each for each in named(source) if each.name == index.name]:
+                (source.indexes if isinstance(there, Index) else source.constraints).discard(there)
+            if not new and index.constraint_type == "u":
+                source.append_constraint(UniqueConstraint(*columns, name=index.name))
+            elif not new:
+                Index(index.name, *columns, unique=True)
+    for reference in plan.references:
+        table = own[reference.schema_name, reference.table]
+        for there in [each for each in table.foreign_key_constraints if each.name == reference.name]:
+            _drop_key(table, there)
+        columns_, referenced = reference.columns, reference.referenced
+        if new and reference.adds_column:
+            if reference.role_column not in table.c:
+                table.append_column(Column(reference.role_column, key.type, nullable=not reference.not_null))
+            columns_, referenced = (*columns_, reference.role_column), with_key(referenced, plan.key)
+        table.append_constraint(_key(reference.name, columns_, [source.c[column] for column in referenced],
+                                     reference.composite if new else reference.definition))  # fmt: skip
+
+
+def _key(name: str, columns: Iterable[str], referenced: list[Column[Any]], definition: str) -> ForeignKeyConstraint:
+    action = r"(CASCADE|RESTRICT|NO ACTION|SET (?:NULL|DEFAULT)(?: \([^)]*\))?)"
+    found = {when: re.search(f" ON {when.upper()} {action}", definition) for when in ("delete", "update")}
+    said = {f"on{when}": match[1] for when, match in found.items() if match and match[1] != "NO ACTION"}
+    deferred = {"deferrable": True, "initially": "DEFERRED" if " INITIALLY DEFERRED" in definition else None}
+    return ForeignKeyConstraint(list(columns), referenced, name=name, **said, **(deferred if " DEFERRABLE" in definition else {}))  # type: ignore[arg-type]
+
+
+def sqlalchemy(run: Run, metadata: MetaData) -> str:
+    """Typed declarative models, by sqlacodegen; a relationship keeps its name when its key becomes a composite one."""
+    from sqlacodegen.generators import DeclarativeGenerator
+
+    class Models(DeclarativeGenerator):
+        """With the one name corrected: for a key of (user_id) sqlacodegen says `user`, for (user_id, user_role) `users`."""
+
+        def generate_relationship_name(self, relationship: Any, global_names: set[str], local_names: set[str]) -> None:
+            super().generate_relationship_name(relationship, global_names, local_names)
+            key = relationship.constraint
+            names = {(each.table, each.name): each for each in run.plan.references}
+            reference = names.get((key.table.name, key.name)) if key is not None else None
+            if reference and len(reference.columns) == 1 and len(key.columns) > 1 and relationship.source.table is key.table:
+                relationship.name = self.find_free_name(re.sub(r"_id$", "", reference.columns[0]), global_names, local_names)
+
+    return str(Models(metadata, run.database.engine(), []).generate())
+
+
+def named(table: Table) -> list[Any]:
+    return [*table.constraints, *table.indexes]

@@ -1,0 +1,242 @@
+"""07: the points in which a partitioned table differs for an application, each tried, with what takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pandas as pd
+import psycopg
+from psycopg import sql
+
+from runbook import references
+from runbook.database import Session, noted
+from runbook.errors import RunbookError
+from runbook.ledger import Run
+from runbook.plan import Reference, identifiers
+from runbook.statements import statement, trusted
+
+# A statement of sql/application.sql: what changes, and what to do; `…_instead` beside it is the replacement.
+POINTS = {
+    "locks": ("A look-up without {key} locks every partition and its indexes", "name {key} in it, or raise max_locks_per_transaction"),
+    "conflict": ("ON CONFLICT on a unique key that lacks {key} has no constraint any more", "name {key} too, or no target"),
+    "duplicate": ("Errors name the partition, and the partition's own constraint", "look at SQLSTATE 23505, not at names"),
+    "double": ("Unique means unique in each partition, unless a guard refuses it", 'plan with unique = "global", or look before'),
+    "upsert": ("An upsert cannot change {key}", "an UPDATE of its own moves the row"),
+    "inserted": ("RETURNING xmax = 0 (or xmin) of an insert fails", "DO NOTHING returns only what was inserted; 18 has OLD and NEW"),
+    "null_key": ("A {key} that is NULL is a row without a partition", "give it a value; treat 23514 like 23502"),
+    "copy_out": ("COPY of the table to a file fails", "COPY a query"),
+    "freeze": ("COPY FREEZE fails", "leave FREEZE out, or load a table before it is attached"),
+    "place": ("A ctid is a place in every partition: ten of them find more than ten rows", "the primary key, or one partition at a time"),
+    "size": ("pg_total_relation_size does not count the partitions", "sum over pg_partition_tree"),
+    "analyzed": ("Autovacuum never analyzes the root", "ANALYZE it after bulk changes, and every night"),
+    "triggers": ("A changed {key} never fires AFTER UPDATE row triggers", "act on DELETE and INSERT, before it, or for each statement"),
+    "prepared": ("A prepared SELECT * fails once when its table gains a column", "name the columns, or prepare it again"),
+    "moving": ("A row that another session moves gives 40001, in foreign keys' checks too", "repeat the transaction"),
+}  # fmt: skip
+OF_REFERENCES = {
+    "insert": ("An insert into {table} that does not name {role}: {legacy}", "name {role}"),
+    "wrong_role": ("A {role} that is not its row's is refused, and never corrected", "take it from the row, as above"),
+}
+LEGACY = {"fill": "it is filled in, until the final state refuses it", "strict": "refused, unless the default is right"}
+WAITED = (
+    "A STABLE function that runs through the instant of the cut-over can miss the last rows",
+    "call it again",
+    "",
+    "only at that instant",
+)
+
+
+def shown(rows: list[dict[str, Any]], columns: list[str]) -> Any:
+    styled = pd.DataFrame(rows, columns=columns).style.hide(axis="index").format(escape="html", precision=2, na_rep="")
+    return styled.map(lambda _: "text-align: left; vertical-align: top; white-space: pre-wrap")
+
+
+def partitioned(run: Run) -> bool:
+    """Whether the table itself is partitioned by now."""
+    return run.plan.restore_from == "backup" or run.finished("cutover", "swap") is not None
+
+
+@contextmanager
+def stage(run: Run, session: Session) -> Iterator[None]:
+    """A transaction that is rolled back, in which nobody is waited for long; names are looked for where the table is."""
+    with session.transaction(lock_timeout="300ms"):
+        session.run("queries.path", path=f"{run.names['schema'].as_string(None)}, public")
+        yield
+        raise psycopg.Rollback
+
+
+def copy_table(run: Run, session: Session) -> None:
+    """Before the cut-over: the table to be, with some rows, as a temporary table of the same name."""
+    plan, key = run.plan, run.names["key"]
+    session.run("application.copy_table", **run.names)
+    for each in plan.partitions:
+        session.run("application.copy_partition", **run.names, leaf=(each.name,), bound=trusted(each.bound))
+    if plan.partition_by == "range" and not plan.takes_any_value:
+        session.run("application.copy_partition", **run.names, leaf=("unplaced",), bound=sql.SQL("DEFAULT"))
+    session.run("application.copy_key", **run.names)
+    listed = [map(sql.Literal, each.values) for each in plan.partitions if each.values and plan.partition_by == "list"]
+    wanted = [sql.SQL("s.{} IN ({})").format(key, sql.SQL(", ").join(values)) for values in listed]
+    for some in wanted or [sql.SQL("true").format()]:
+        session.run("application.copy_rows", **run.names, some=some)
+
+
+def _columns(session: Session, relation: sql.Identifier, without: str) -> list[str]:
+    found = session.rows("application.columns", relation=relation.as_string(None))
+    return [row["name"] for row in found if row["name"] != without]
+
+
+def _copy_reference(run: Run, session: Session, reference: Reference, its: dict[str, Any]) -> dict[str, Any]:
+    """As `copy_table`, a table that references it, with the composite key and what `legacy_inserts` says; its names."""
+    table, number = sql.Identifier("pg_temp", run.plan.table.name), run.plan.references.index(reference)
+    own = {
+        "reference": sql.Identifier("pg_temp", reference.table),
+        "source": table,
+        "filled": sql.Identifier("pg_temp", "filled"),
+    }
+    own["fill_function"] = sql.Identifier("pg_temp", f"fill_{number}")
+    definition = reference.composite.replace(run.plan.source.as_string(None), table.as_string(None))
+    named = (
+        its | own | {"definition": trusted(definition), "original": reference.identifier, "copy": sql.Identifier(reference.table)}
+    )
+    session.run("application.copy_reference", **named)
+    if run.plan.legacy_inserts == "fill":
+        for each in ("create_filled", "create_fill", "drop_default"):
+            session.run(f"foreign_keys.{each}", **named)
+    return named
+
+
+def _names(run: Run, there: bool) -> dict[str, Any]:
+    """The placeholders of the points: the table itself, or its temporary copy."""
+    plan, schema = run.plan, run.plan.table.schema_name if there else "pg_temp"
+    table, largest = sql.Identifier(schema, plan.table.name), max(plan.partitions, key=lambda each: each.rows).name
+    key, columns = sql.Identifier(plan.key), [column.name for column in plan.copied]
+
+    def with_key(value: sql.Composable) -> sql.Composable:
+        return sql.SQL(", ").join(value if name == plan.key else sql.Identifier(name) for name in columns)
+
+    sample = [statement("application.sample", **run.names, leaf=sql.Identifier(schema, each.name)) for each in
+              sorted(plan.partitions, key=lambda each: -each.rows)]  # fmt: skip
+    own = [each for each in plan.partitions if each.name != largest and each.values and each.values[0] is not None]
+    return run.names | {
+        "table": table, "relation": sql.Literal(table.as_string(None)), "leaf": sql.Identifier(schema, largest),
+        "columns_elsewhere": with_key(sql.SQL("(SELECT {} FROM another_key)").format(key)), "columns_without": with_key(sql.SQL("NULL")),
+        "overriding": sql.SQL("OVERRIDING SYSTEM VALUE " if any(column.identity == "a" for column in plan.columns) else ""),
+        "s_is_o": _same(plan.new_primary_key), "s_is_o_before": _same(plan.primary_key or (plan.key,)),
+        "first": sql.Identifier((plan.primary_key or (plan.key,))[0]), "frequent": sql.Literal(plan.frequent_value),
+        "some": sql.SQL(" UNION ALL ").join(sample), "fallback": sql.Literal(own[0].values[0] if own else None),
+    }  # fmt: skip
+
+
+def _same(columns: Iterable[str]) -> sql.Composable:
+    return sql.SQL(" AND ").join(sql.SQL("s.{0} = o.{0}").format(sql.Identifier(name)) for name in columns)
+
+
+def show(run: Run) -> Any:
+    """Every point in which a partitioned table differs, tried in a transaction that is rolled back, and its replacement.
+
+    On the table itself once it is partitioned; before, on a temporary copy of some rows. 40001 needs two sessions and a
+    commit: it is shown on a table of its own.
+    """
+    with run.action("application", "points", again=True) as action:
+        session, there, rows = action.session, partitioned(run), list[dict[str, Any]]()
+
+        def tell(name: str, told: tuple[str, str], names: dict[str, Any]) -> None:
+            words = {"key": run.plan.key, "legacy": run.plan.legacy_inserts, "table": "", "role": ""} | names.get("words", {})
+            rows.append({"what changes": told[0].format(**words), "what to do": told[1].format(**words)})
+            for each, asked, seen in ((name, "statement", "seen"), (f"{name}_instead", "instead", "seen then")):
+                with suppress(RunbookError):  # not every point has a replacement that is a statement
+                    tried = statement(f"application.{each}", **{name: value for name, value in names.items() if name != "words"})
+                    rows[-1] |= {asked: _plain(tried), seen: _try(session, tried)}
+
+        with stage(run, session):
+            if not there:
+                copy_table(run, session)
+            names = _names(run, there)
+            tell("locks", POINTS["locks"], names)
+            session.run("application.samples", **names)
+            for name, told in POINTS.items():
+                if name == "conflict":
+                    for index in run.plan.indexes:
+                        if index.unique and index.columns and run.plan.key not in index.columns:
+                            target = sql.SQL("({})").format(names["new_pk"]) if index.primary else sql.SQL("")
+                            tell(name, told, names | {"unique_columns": identifiers(index.columns), "target": target})
+                elif name not in ("locks", "moving") and (name != "double" or there or run.plan.unique == "per_partition"):
+                    tell(name, told, names)
+            for reference in references.added(run):
+                its = references.names(run, reference) | {k: names[k] for k in ("table", "frequent")}
+                columns = _columns(session, reference.identifier, reference.role_column)
+                pairs = zip(reference.referenced, reference.columns, strict=True)
+                its |= {
+                    "its_columns": identifiers(columns), "columns_listed": identifiers(reference.columns),
+                    "r_columns": sql.SQL(", ").join(sql.Identifier("r", name) for name in columns),
+                    "s_is_its": sql.SQL(" AND ").join(sql.SQL("s.{} = its.{}").format(*map(sql.Identifier, each)) for each in pairs),
+                    "words": {"table": reference.table, "role": reference.role_column, "legacy": LEGACY[run.plan.legacy_inserts]},
+                }  # fmt: skip
+                with session.connection.transaction(force_rollback=True):
+                    try:
+                        with session.connection.transaction():
+                            its = its if there else _copy_reference(run, session, reference, its)
+                            session.run("application.take", **its)
+                    except psycopg.Error as error:  # its rows are referenced themselves, or somebody holds them
+                        rows.append({"what changes": f"Inserts into {reference.table} were not tried", "seen": _refusal(error)})
+                        continue
+                    for name, told in OF_REFERENCES.items():
+                        tell(name, told, its)
+        rows.append(_moving(run, session))
+        rows.append(dict(zip(("what changes", "what to do", "statement", "seen"), WAITED, strict=True)))
+        where = "itself" if there else "on a temporary copy of some rows"
+        action.finish(f"{len(rows)} points were shown on {run.plan.full_name} {where}.", len(rows), points=rows)
+    return shown(rows, ["what changes", "statement", "seen", "what to do", "instead", "seen then"])
+
+
+def _plain(asked: sql.Composed) -> str:
+    return "\n".join(line for line in asked.as_string(None).splitlines() if not line.startswith("--"))
+
+
+def _refusal(error: psycopg.Error) -> str:
+    named = f" ({error.diag.constraint_name} of {error.diag.table_name})" if error.diag.constraint_name else ""
+    return f"{error.sqlstate}: {error.diag.message_primary}{named}"
+
+
+def _try(session: Session, asked: sql.Composed) -> str:
+    """What becomes of it, in a savepoint that is rolled back: an error, the first value that it returns, or how many rows."""
+    text = _plain(asked)
+    try:
+        with (
+            session.connection.transaction(force_rollback=True),
+            noted(session.statements, text.partition("\n")[0][:120]) as rows,
+        ):
+            cursor = session.connection.cursor()
+            if text.startswith("COPY"):
+                with cursor.copy(asked) as copy:
+                    for _ in copy if "TO STDOUT" in text else ():
+                        pass
+                return "it works"
+            cursor.execute(asked)
+            while cursor.nextset():
+                pass
+            rows.append(cursor.rowcount)
+            row = cursor.fetchone() if cursor.description else None
+            if row is not None:
+                return ", ".join(map(str, row.values()))
+            return "it works" if cursor.rowcount < 0 else f"{cursor.rowcount} row" + "s" * (cursor.rowcount != 1)
+    except psycopg.Error as error:
+        return _refusal(error)
+
+
+def _moving(run: Run, session: Session) -> dict[str, Any]:
+    row = dict(zip(("what changes", "what to do"), POINTS["moving"], strict=True))
+    session.run("application.moving")
+    try:
+        with run.database.session("application") as other, session.transaction(lock_timeout="300ms"):
+            session.run("application.moving_waits")
+            other.run("application.moving_moves")
+            tried = sql.SQL("FETCH waiting").format()
+            row |= {"statement": _plain(statement("application.moving_waits")) + ";\nFETCH waiting", "seen": _try(session, tried)}
+            raise psycopg.Rollback
+        again = statement("application.moving_again")
+        return row | {"instead": _plain(again), "seen then": _try(session, again)}
+    finally:
+        session.run("application.moving_gone")

@@ -1,0 +1,150 @@
+"""The application's real statements: where they are found, and what the planner makes of each, before and after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook.database import Session
+from runbook.errors import BadInput
+from runbook.ledger import Run
+from runbook.points import copy_table, partitioned, shown, stage
+from runbook.statements import rendered, trusted
+
+ANALYZED = 16  # the first version with EXPLAIN (GENERIC_PLAN)
+
+
+def statements(run: Run, session: Session, file: str = "") -> tuple[list[tuple[int, str]], str]:
+    """(calls, text) of each statement that names the table or a view of it, and where they are from.
+
+    From `file`, where one is named: statements that end with a semicolon at a line's end, $1 for what varies. Else from
+    pg_stat_statements, where that is. Raises BadInput for a file that cannot be read.
+    """
+    names = [run.plan.table.name, *(name for _, name in run.plan.view_tables)]
+    mentioned = re.compile(rf'(?<![\w$])"?({"|".join(map(re.escape, names))})"?(?![\w$])', re.IGNORECASE)
+    if file:
+        try:
+            text = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"queries names {file}, which cannot be read: {error}. Give a file of SQL statements.") from None
+        parts = re.split(r";[ \t]*(?:\n|$)", re.sub(r"(?m)^\s*--.*\n", "", text + "\n"))
+        return [(1, part.strip()) for part in parts if mentioned.search(part)], file
+    view = session.value("queries.statistics")
+    try:
+        with session.transaction():
+            rows = session.rows("queries.statements", statistics=trusted(view)) if view else []
+    except psycopg.errors.ObjectNotInPrerequisiteState:  # created, but not in shared_preload_libraries
+        view, rows = None, []
+    found = [(row["calls"], row["query"]) for row in rows if mentioned.search(row["query"])]
+    return found, "pg_stat_statements" if view else ""
+
+
+def explained(session: Session, text: str, partitions: set[str]) -> dict[str, Any]:
+    """The planner's cost for any values, the partitions that the plan reads, and whether it prunes; None where it reads none.
+
+    A generic plan shows what it can skip only when it is about to run: GENERIC_PLAN lists every partition. So the plan is
+    asked for twice: by its prepared form, with NULL for each value, for what it skips; by GENERIC_PLAN for the rest.
+    """
+    cursor = session.connection.cursor()
+    try:
+        with session.connection.transaction(force_rollback=True):
+            cursor.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+            # binary: the extended protocol, which takes one statement only, whatever stands in the text.
+            cursor.execute(sql.SQL("PREPARE runbook_query AS {}").format(trusted(text)), binary=True)
+            values = sql.SQL(", ").join([sql.NULL] * session.value("queries.parameters"))
+            form = sql.SQL("({})").format(values) if values.as_string(None) else sql.SQL("")
+            skips = plan = session.value(sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE runbook_query{}").format(form))
+            if session.connection.info.server_version // 10000 >= ANALYZED:
+                plan = session.value(sql.SQL("EXPLAIN (FORMAT JSON, GENERIC_PLAN) {}").format(trusted(text)))
+    finally:
+        if session.connection.info.transaction_status != psycopg.pq.TransactionStatus.INERROR:
+            cursor.execute("DEALLOCATE ALL")
+    nodes = list(_nodes(skips[0]["Plan"]))
+    reads = {
+        node["Relation Name"] for node in nodes if node.get("Relation Name") in partitions and node["Node Type"] != "ModifyTable"
+    }
+    skipped = any(node.get("Subplans Removed") for node in nodes)
+    known = bool(reads) or skipped
+    return {
+        "cost": plan[0]["Plan"]["Total Cost"],
+        "reads": sorted(reads),
+        "prunes": len(reads) < len(partitions) if known else None,
+    }
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for below in plan.get("Plans", ()):
+        yield from _nodes(below)
+
+
+@contextmanager
+def _side(run: Run, session: Session, after: bool) -> Iterator[None]:
+    """The database as it was, or will be: names mean the other table by temporary views, which the planner sees through."""
+    there = partitioned(run)
+    with stage(run, session):
+        if there == after:
+            yield
+            return
+        texts = [session.value("queries.view_of", view=sql.Identifier(*each).as_string(None)) for each in run.plan.view_tables]
+        if there or _built(run):
+            table = run.names["retired" if there else "shadow"]
+            session.run("queries.redirect", name=run.names["name"], text=sql.SQL("SELECT * FROM {}").format(table))
+        else:
+            copy_table(run, session)
+        for (_, name), text in zip(run.plan.view_tables, texts, strict=True):
+            session.run("queries.redirect", name=(name,), text=rendered(unqualified(run, text.rstrip(";"))))
+        yield
+
+
+def _built(run: Run) -> bool:
+    """Whether the shadow has its rows and its indexes."""
+    return run.finished("restore", "check") is not None
+
+
+def unqualified(run: Run, text: str) -> str:
+    """The text with the table, and its views, named without their schema."""
+    places = [(run.plan.table.schema_name, run.plan.table.name), *run.plan.view_tables]
+    for schema, name in places:
+        text = re.sub(rf'(?<![\w$".])"?{re.escape(schema)}"?\s*\.\s*(?="?{re.escape(name)}(?![\w$]))', "", text)
+    return text
+
+
+def compare(run: Run, file: str = "") -> Any:
+    """Each statement before (the source, or the retired table) and after (the shadow, or the result): cost, partitions, pruning.
+
+    Before 03 there is no shadow: then a temporary copy of some rows shows what is pruned, and no cost.
+    """
+    with run.action("application", "queries", again=True) as action:
+        session, partitions = action.session, {each.name for each in run.plan.partitions}
+        found, where = statements(run, session, file)
+        rows: list[dict[str, Any]] = [{"calls": calls, "statement": text} for calls, text in found]
+        there = partitioned(run)
+        for after, cost in ((False, "cost before"), (True, "cost after")):
+            if there and not after and (run.plan.restore_from == "backup" or run.state == "finished"):
+                continue  # nothing is left of what was before
+            with _side(run, session, after):
+                for row in rows:
+                    try:
+                        plan = explained(session, unqualified(run, str(row["statement"])), partitions)
+                    except psycopg.Error as error:
+                        row["not explained"] = f"{error.sqlstate}: {error.diag.message_primary}"
+                        continue
+                    row[cost] = plan["cost"] if there or not after or _built(run) else None
+                    if after:
+                        row |= {"prunes": plan["prunes"], "reads": ", ".join(plan["reads"])}
+        whole = [row for row in rows if row.get("prunes") is False]
+        dearer = [row for row in rows if (row.get("cost after") or 0) > 1.2 * (row.get("cost before") or float("inf"))]
+        sentence = f"{len(rows)} statements from {where}: {len(whole)} read every partition, {len(dearer)} cost more than before."
+        if not where:
+            sentence = "There is no pg_stat_statements: name a file of statements in queries to see what becomes of them."
+        action.finish(sentence, len(rows), said=sentence, statements=rows)
+    return shown(rows, ["calls", "statement", "cost before", "cost after", "prunes", "reads", "not explained"]).set_caption(
+        sentence
+    )
