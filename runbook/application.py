@@ -90,12 +90,13 @@ def _difference(old: str, new: str, name: str) -> Listing:
 
 def filled(run: Run) -> pd.DataFrame:
     """How many rows still needed the fill trigger since yesterday, for each referencing table."""
-    place, tables = sql.Identifier(run.staging, "filled"), [reference.table for reference in references.added(run)]
+    wanted = references.added(run)
+    place = references.names(run, wanted[0])["filled"] if wanted else sql.Identifier(run.staging, "filled")
     with run.database.session("application") as session:
         there = session.value("application.has_filled", filled=place.as_string(None))
     if not there:
         return pd.DataFrame(columns=["table", "since yesterday", "rows", "last"])
-    return run.frame("application.filled", filled=place, tables=tables)
+    return run.frame("application.filled", filled=place, tables=[reference.table for reference in wanted])
 
 
 @recorded("application", "check", again=True)

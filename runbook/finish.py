@@ -45,16 +45,10 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
         last = action.session.row("rollback.last_filled", **names(run, added(run)[0]))
         hours = min(last["hours"], last["trigger_hours"])
         if hours < unneeded_for_h:
-            needed = (
-                f"Old code still inserts without the role column: {last['rows']:,} rows, the last"
-                if last["rows"]
-                else "It is only"
-            )
-            since = f"{needed} {hours:.1f} h ago" + (
-                "" if last["rows"] else " that the fill trigger came, and nobody has needed it yet"
-            )
+            needed = f"Old code inserted {last['rows']:,} rows without the role column, the last {hours:.1f} h ago"
+            never = f"Nothing has needed the fill trigger yet, but it came only {hours:.1f} h ago"
             raise OutOfOrder(
-                f"{since}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, or set"
+                f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, or set"
                 " force_strict to end the trigger's help all the same."
             )
     return action.finish(

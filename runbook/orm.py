@@ -82,12 +82,15 @@ def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
     source = own[plan.table.schema_name, plan.table.name]
     key = source.c[plan.key]
     if plan.primary_key:
-        primary = plan.new_primary_key if new else plan.primary_key
+        name = next((index.name for index in plan.indexes if index.primary), None)
         for column in source.c:
             column.primary_key = False
-        name = next((index.name for index in plan.indexes if index.primary), None)
-        source.append_constraint(PrimaryKeyConstraint(*(source.c[column] for column in primary), name=name))
-    key.nullable = any(None in each.values for each in plan.partitions) if new else plan.key_nullable
+        unique = new and plan.takes_null
+        primary = [source.c[column] for column in (plan.new_primary_key if new else plan.primary_key)]
+        source.append_constraint(PrimaryKeyConstraint(*([] if unique else primary), name=None if unique else name))
+        if unique:
+            source.append_constraint(UniqueConstraint(*primary, name=name))
+    key.nullable = plan.takes_null if new else plan.key_nullable
     for index in plan.indexes:
         if index.unique and not index.primary and index.columns and plan.key not in index.columns:
             columns = [source.c[column] for column in index.columns]

@@ -10,7 +10,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import references
+from runbook import partition, references
 from runbook.database import Session, noted
 from runbook.errors import RunbookError
 from runbook.ledger import Run
@@ -69,17 +69,18 @@ def stage(run: Run, session: Session) -> Iterator[None]:
 
 def copy_table(run: Run, session: Session) -> None:
     """Before the cut-over: the table to be, with some rows, as a temporary table of the same name."""
-    plan, key = run.plan, run.names["key"]
-    session.run("application.copy_table", **run.names)
-    for each in plan.partitions:
-        session.run("application.copy_partition", **run.names, leaf=(each.name,), bound=trusted(each.bound))
+    plan, names = run.plan, run.plan.names("pg_temp")
+    for each in partition.tables(plan, "pg_temp"):
+        session.run(each)
     if plan.partition_by == "range" and not plan.takes_any_value:
-        session.run("application.copy_partition", **run.names, leaf=("unplaced",), bound=sql.SQL("DEFAULT"))
-    session.run("application.copy_key", **run.names)
+        session.run("partition.create_unplaced", **names)
+    name = next((index.name for index in plan.indexes if index.primary), "key")
+    key = trusted(plan.new_primary_constraint)
+    session.run("restore.add_constraint", table=names["shadow"], constraint=(name,), definition=key)
     listed = [map(sql.Literal, each.values) for each in plan.partitions if each.values and plan.partition_by == "list"]
-    wanted = [sql.SQL("s.{} IN ({})").format(key, sql.SQL(", ").join(values)) for values in listed]
+    wanted = [sql.SQL("s.{} IN ({})").format(names["key"], sql.SQL(", ").join(values)) for values in listed]
     for some in wanted or [sql.SQL("true").format()]:
-        session.run("application.copy_rows", **run.names, some=some)
+        session.run("application.copy_rows", **names, some=some)
 
 
 def _columns(session: Session, relation: sql.Identifier, without: str) -> list[str]:

@@ -9,17 +9,8 @@ SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace 
 SELECT a.attname AS name, a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS required FROM pg_attribute a
  WHERE a.attrelid = {relation}::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
 
--- name: copy_table
-CREATE TEMP TABLE {name} (LIKE {source} INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING IDENTITY) PARTITION BY {partition_by} ON COMMIT DROP
-
--- name: copy_partition
-CREATE TEMP TABLE {leaf} PARTITION OF {name} {bound} ON COMMIT DROP
-
--- name: copy_key
-ALTER TABLE {name} ADD PRIMARY KEY ({new_pk})
-
 -- name: copy_rows
-INSERT INTO {name} ({columns}) OVERRIDING SYSTEM VALUE SELECT {s_columns} FROM {source} s WHERE {some} LIMIT 200 ON CONFLICT DO NOTHING
+INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {s_columns} FROM {source} s WHERE {some} LIMIT 200 ON CONFLICT DO NOTHING
 
 -- name: copy_reference
 CREATE TEMP TABLE {copy} (LIKE {original} INCLUDING DEFAULTS INCLUDING GENERATED) ON COMMIT DROP;

@@ -1,0 +1,139 @@
+"""08: what is seen of the partitions is true, stays in the ledger, and fails the look where a threshold is passed."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from runbook import application, charts, finish, monitor, verify
+from runbook.cli import main
+from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.ledger import of
+from tests import migration
+from tests.walk import CLINIC_FILE, dump
+
+WITH_REST = {"users_patients": ["user"], "users_doctors": ["doctor"], "users_admins": ["admin"], "users_rest": "default"}
+NURSE = "INSERT INTO users (email, password, first_name, last_name, role) VALUES ('n%s@clinic.example', 'x', 'N', 'N', 'nurse')"
+
+
+@pytest.fixture
+def migrated(clinic):
+    return migration.forward(clinic)
+
+
+def seen(run) -> dict:
+    monitor.look(run)
+    return run.finished("monitor", "look").facts
+
+
+def test_it_is_for_the_time_after_the_cutover(clinic):
+    with pytest.raises(OutOfOrder, match=r"public\.users is not partitioned yet: 08_monitor is for the time after 05_cutover"):
+        monitor.look(migration.plan(clinic))
+
+
+def test_what_is_seen_is_what_is_there(migrated, sql, clinic):
+    sql("VACUUM ANALYZE users")
+    before = dump(clinic)
+    facts = seen(migrated)
+    assert {leaf["name"]: leaf["rows"] for leaf in facts["partitions"]} == {
+        "users_patients": 949,
+        "users_doctors": 50,
+        "users_admins": 1,
+    }
+    sizes = dict(sql("SELECT relid::text, pg_total_relation_size(relid) FROM pg_partition_tree('users') WHERE isleaf"))
+    assert {leaf["name"]: leaf["bytes"] for leaf in facts["partitions"]} == sizes
+    assert (facts["default_rows"], facts["new_values"], facts["filled_rows"], facts["pruning_percent"]) == (0, [], 0, None)
+    assert facts["log_bytes"] == sql(f"SELECT pg_total_relation_size('runbook_{migrated.migration}.changes_back')")[0][0]
+    assert {index["index"] for index in facts["indexes"]} >= {"users_patients_pkey", "users_doctors_email_key"}
+    assert "No threshold is passed" in monitor.check(migrated).sentence
+    assert dump(clinic) == before, "it only reads"
+
+
+def test_every_look_stays_in_the_ledger_and_is_drawn(migrated):
+    for _ in range(2):
+        monitor.look(migrated)
+    looks = monitor.history(migrated)
+    assert len(looks) == 6 and looks["id"].nunique() == 2
+    assert charts.over_time(looks, "rows", "Rows per partition")._repr_png_().startswith(b"\x89PNG")
+
+
+def test_new_values_and_rows_without_a_partition_of_their_own_fail_it(clinic, sql):
+    run = migration.forward(clinic, partitions=WITH_REST)
+    assert seen(run)["new_values"] == []
+    monitor.check(run)
+    sql(NURSE % 1)
+    for _ in range(2):  # it stays new until it has a partition
+        assert seen(run)["new_values"] == ["nurse"]
+        with pytest.raises(
+            PromiseBroken, match=r"public\.users: 1 rows lie in the DEFAULT partition .*New values of role .*: nurse"
+        ):
+            monitor.check(run)
+    monitor.check(run, max_default_rows=1, max_new_values=1)
+
+
+def test_dead_rows_a_long_log_and_old_code_pass_their_thresholds(migrated, sql):
+    sql("ALTER TABLE users_patients SET (autovacuum_enabled = off)")
+    for _ in range(3):
+        sql("UPDATE users_patients SET phone = phone")
+    sql(
+        "INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT (SELECT id FROM users LIMIT 1), (SELECT id FROM doctors LIMIT 1), now()"
+    )
+    facts = seen(migrated)
+    assert facts["filled_rows"] == 1 and facts["log_bytes"] > 0
+    monitor.check(migrated, max_dead_percent=100)
+    with pytest.raises(PromiseBroken, match=r"More than 50 % of the rows are dead in users_patients \(2,\d+ of"):
+        monitor.check(migrated)
+    with pytest.raises(PromiseBroken, match=r"1 rows needed the fill trigger since yesterday \(max_filled_rows is 0\)"):
+        monitor.check(migrated, max_dead_percent=100, max_filled_rows=0)
+    with pytest.raises(PromiseBroken, match=r"The log of the way back has \d+ MiB \(max_log_mib is 0\)"):
+        monitor.check(migrated, max_dead_percent=100, max_log_mib=0)
+
+
+def test_the_share_of_calls_that_prune_is_weighed(migrated, tmp_path):
+    (tmp_path / "queries.sql").write_text(
+        "SELECT * FROM users WHERE role = $1;\nSELECT * FROM users WHERE id = $1;\n"
+        "SELECT * FROM users WHERE email = $1;\nSELECT 1 FROM users WHERE role = 'user';\nSELECT nothing FROM users;\n"
+    )
+    monitor.look(migrated, str(tmp_path / "queries.sql"))
+    assert migrated.finished("monitor", "look").facts["pruning_percent"] == 50
+    monitor.check(migrated, min_pruning_percent=50)
+    with pytest.raises(PromiseBroken, match="Only 50 % of the calls prune"):
+        monitor.check(migrated, min_pruning_percent=51)
+
+
+def test_it_goes_on_after_the_end(migrated):
+    verify.check(migrated)
+    migration.walk(migrated, migration.END)
+    run = of(migrated.database, "users")
+    assert seen(run)["log_bytes"] is None
+    assert "there is no way back any more" in run.finished("monitor", "look").sentence
+    monitor.check(run)
+
+
+def test_a_threshold_that_is_passed_is_exit_code_1(clinic, sql, tmp_path):
+    migration.forward(clinic, partitions=WITH_REST)
+    sql(NURSE % 1)
+    given = ["monitor", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
+    failed = CliRunner().invoke(main, given)
+    assert failed.exit_code == 1
+    assert "rows lie in the DEFAULT partition" in failed.stderr
+
+
+def test_91_waits_until_nothing_has_needed_the_trigger_for_so_long(migrated, sql):
+    verify.check(migrated)
+    with pytest.raises(OutOfOrder, match="Nothing has needed the fill trigger yet, but it came only"):
+        finish.require(migrated, "ann")
+    sql("UPDATE runbook.action SET finished_at = finished_at - interval '30 hours'")
+    sql(
+        "INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT (SELECT id FROM users LIMIT 1), (SELECT id FROM doctors LIMIT 1), now()"
+    )
+    assert application.filled(migrated)["rows"].sum() == 1
+    with pytest.raises(OutOfOrder, match="Old code inserted 1 rows without the role column"):
+        finish.require(migrated, "ann")
+    sql(f"UPDATE runbook_{migrated.migration}.filled SET at = at - interval '25 hours'")
+    finish.require(migrated, "ann")
+    finish.drop(migrated)
+    assert sql("SELECT column_default FROM information_schema.columns WHERE column_name = 'user_role'") == [
+        ("'user'::character varying",)
+    ]
+    assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE '%runbook%'") == [(0,)]
