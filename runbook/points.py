@@ -10,7 +10,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import partition, references
+from runbook import cutover, partition, references
 from runbook.database import Session, noted
 from runbook.errors import RunbookError
 from runbook.ledger import Run
@@ -81,6 +81,9 @@ def copy_table(run: Run, session: Session) -> None:
     wanted = [sql.SQL("s.{} IN ({})").format(names["key"], sql.SQL(", ").join(values)) for values in listed]
     for some in wanted or [sql.SQL("true").format()]:
         session.run("application.copy_rows", **names, some=some)
+    if cutover.refuses_moves(run):
+        here = {"source": names["shadow"], "keep_function": sql.Identifier("pg_temp", "keep_partition")}
+        session.run("cutover.refuse_moves", **names | here)
 
 
 def _columns(session: Session, relation: sql.Identifier, without: str) -> list[str]:

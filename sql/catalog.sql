@@ -215,6 +215,7 @@ SELECT pg_describe_object(d.classid, d.objid, d.objsubid) AS object
              LATERAL (VALUES (y.oid), (y.typarray)) v(t) WHERE c.oid = {oid} AND y.oid = c.reltype)
         OR d.refclassid = 'pg_constraint'::regclass AND d.refobjid IN (SELECT oid FROM pg_constraint WHERE conrelid = {oid}))
    AND NOT (d.classid = 'pg_class'::regclass AND d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {oid}))
+   AND NOT (d.classid = 'pg_class'::regclass AND d.objid = {oid})  -- a generated column, on 14
    AND NOT (d.classid = 'pg_class'::regclass AND (SELECT relkind FROM pg_class WHERE oid = d.objid) IN ('S', 't'))
    AND NOT (d.classid = 'pg_type'::regclass)
    AND d.classid NOT IN ('pg_attrdef'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass, 'pg_statistic_ext'::regclass,

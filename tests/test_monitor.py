@@ -136,4 +136,4 @@ def test_91_waits_until_nothing_has_needed_the_trigger_for_so_long(migrated, sql
     assert sql("SELECT column_default FROM information_schema.columns WHERE column_name = 'user_role'") == [
         ("'user'::character varying",)
     ]
-    assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE '%runbook%'") == [(0,)]
+    assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE '%runbook_fill%'") == [(0,)]
