@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook.database import Session
 from runbook.errors import BadInput
-from runbook.plan import Carried, Column, Index, Named, Reference, Table, fit, with_key
+from runbook.plan import Carried, Column, Guard, Index, Named, Reference, Table, fit, with_key
 from runbook.statements import trusted
 
 Row = dict[str, Any]
@@ -67,6 +67,18 @@ def indexes_of(session: Session, table: Table, key: str, leaves: list[str], vers
             )
         )  # fmt: skip
     return tuple(found)
+
+
+def guards_of(session: Session, oid: int, key: str) -> tuple[Guard, ...]:
+    """A guard for every unique key that lacks the partition key, the old primary key too."""
+    rows = session.rows("catalog.guards", oid=oid, key=key)
+    return tuple(Guard.model_validate({**row, "table": fit(f"{row['index']}_values")}) for row in rows)
+
+
+def guard_schema(session: Session, table: Table) -> str:
+    """A free name for the schema of the guards."""
+    stem = table.name if table.schema_name == "public" else f"{table.schema_name}_{table.name}"
+    return fit(f"{stem}_unique", {row["name"] for row in session.rows("catalog.schemas")})
 
 
 def checks_of(session: Session, oid: int) -> tuple[Named, ...]:

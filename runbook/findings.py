@@ -300,14 +300,30 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
 
 
 def _uniqueness(plan: Plan) -> Iterator[Finding]:
+    guards = {guard.index: guard.table for guard in plan.guards}
     for index in plan.indexes:
-        if index.unique and plan.key not in index.columns:
-            what = ", ".join(index.columns) or index.name
+        if not index.unique or plan.key in index.columns:
+            continue
+        what = ", ".join(index.columns) or index.name
+        instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else ""
+        if index.name in guards:
+            yield _warning(
+                index.name, f"{what} stays unique in the whole of {plan.full_name}: triggers keep {plan.guard_schema}.{guards[index.name]}, one small"
+                f" write more for every row. ON CONFLICT ({what}) stops working, and ON CONFLICT DO NOTHING skips a duplicate in the row's own"
+                " partition only; elsewhere it is an error (23505).", instead,
+            )  # fmt: skip
+        else:
             yield _warning(
                 index.name, f"{what} was unique in {plan.full_name} and becomes unique per partition: the same {what} may stand once in each;"
                 f" the way back closes once that happens, and ON CONFLICT ({what}) stops working.",
-                f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else "",
+                instead or 'unique = "global" keeps it unique.',
             )  # fmt: skip
+    for guard in plan.guards:
+        if guard.deferrable:
+            yield _note(
+                guard.index,
+                f"{guard.index} is deferrable: a duplicate in another partition is found at the commit, whatever SET CONSTRAINTS says.",
+            )
     yield _note(plan.full_name, f"Look-ups that do not name {plan.key} visit every partition.")
     yield _note(
         plan.full_name,

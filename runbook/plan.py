@@ -80,6 +80,22 @@ class Index(Fact):
     leaf_names: dict[str, str]
 
 
+class Guard(Fact):
+    """A table with one unique index, which keeps a key unique over all partitions that no root's index can keep.
+
+    `parts` holds the name, the expression over a row, and collation and operator class of each key column; `watched`
+    are the table's columns that the key is made of.
+    """
+
+    index: str
+    table: str
+    parts: tuple[tuple[str, str, str], ...]
+    predicate: str | None
+    nulls_not_distinct: bool
+    deferrable: bool
+    watched: tuple[str, ...]
+
+
 class Reference(Fact):
     """A foreign key that points at the source, and the composite one that will take its place."""
 
@@ -172,6 +188,8 @@ class Plan(Fact):
     frequent_value: str | None
     null_value: str | None
     unique: str
+    guards: tuple[Guard, ...] = ()
+    guard_schema: str = ""
     legacy_inserts: str
     backup: str
     backup_method: str

@@ -16,6 +16,7 @@ from psycopg import sql
 from psycopg.errors import QueryCanceled
 
 from runbook import changes, compare, pace, repair
+from runbook import unique as unique_keys
 from runbook.changes import Rewritten
 from runbook.database import Session
 from runbook.errors import AlreadyRunning, NotEqual, PromiseBroken
@@ -34,6 +35,8 @@ def script(run: Run) -> Statements:
     yield statement("restore.copy_all", **run.names)
     for _, _, each in index_builds(run):
         yield from each
+    for each in unique_keys.builds(run):
+        yield from each
     yield from adopt(run)
     yield from finish_storage(run)
 
@@ -47,6 +50,7 @@ def preview(run: Run) -> Sheet:
         [
             one,
             *(each for _, _, each_ in index_builds(run) for each in each_),
+            *(each for each_ in unique_keys.builds(run) for each in each_),
             *adopt(run),
             *finish_storage(run),
         ]
@@ -248,7 +252,7 @@ def _timing(index: Index) -> sql.SQL:
 
 
 def adopt(run: Run) -> Statements:
-    """The root's primary key and indexes, which adopt those of the partitions."""
+    """The root's primary key and indexes, which adopt those of the partitions; then the guards' triggers."""
     names = run.names
     for index in run.plan.indexes:
         name = sql.Identifier(index.name)
@@ -276,6 +280,7 @@ def adopt(run: Run) -> Statements:
                 constraint=name,
                 comment=index.constraint_comment,
             )
+    yield from unique_keys.attach(run)
 
 
 def finish_storage(run: Run) -> Statements:
@@ -302,7 +307,7 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
         for row in session.rows("restore.built", leaf_text=spelled((run.staging, partition.name))):
             built[partition.name, row["name"]] = row["adopted"]
     builds = list(index_builds(run))
-    pending = [each[:1] for leaf, name, each in builds if (leaf, name) not in built]
+    pending = [each[:1] for leaf, name, each in builds if (leaf, name) not in built] + unique_keys.pending(run, session)
     holder = session.connection.info.backend_pid
     parallel(run, workers, pending, lambda worker, each: _build(run, worker, each, holder))
     with session.transaction(lock_timeout="5s"):
@@ -326,6 +331,8 @@ def _build(run: Run, session: Session, statements: list[sql.Composed], holder: i
 
 def drop_indexes(run: Run) -> Statements:
     """The inverse: a copy that begins again wants none."""
+    yield from unique_keys.remove(run)
+    yield from unique_keys.prepare(run)
     tables = [(run.names["shadow"], None), *((sql.Identifier(run.staging, each.name), each.name) for each in run.plan.partitions)]
     for table, leaf in tables:
         for index in run.plan.indexes:

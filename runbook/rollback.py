@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from psycopg import errors, sql
 
-from runbook import changes, compare, cutover, foreign_keys, locks, partition, repair
+from runbook import changes, compare, cutover, foreign_keys, locks, partition, repair, unique
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.database import Session
 from runbook.errors import OutOfOrder, PromiseBroken
@@ -67,6 +67,7 @@ def unswap_statements(run: Run) -> Statements:
         yield rendered(view.definition)
     yield from cutover.positions(run, retire=False)
     yield statement("rollback.drop_partitioned", **names)
+    yield from unique.remove(run)
     if cutover.refuses_moves(run):
         yield statement("cutover.allow_moves", **names)
     for each in plan.carried:

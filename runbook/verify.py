@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import psycopg
 
-from runbook import backup, changes, embedded
+from runbook import backup, changes, embedded, unique
 from runbook import compare as comparing
 from runbook.database import Session
 from runbook.errors import BadInput, NotEqual, PromiseBroken
@@ -122,6 +122,8 @@ def structure(run: Run) -> pd.DataFrame:
         look.names["tree"] = statement("verify.tree", **look.names)
         for part in ("partitions", "columns", "indexes", "references", "constraints", "carried"):
             look.ask(f"verify.{part}")
+        for guard in run.plan.guards:
+            look.ask("verify.guard", **{**look.names, **unique.names(run.plan, guard, run.staging), "name_text": guard.index})
         look.ask("verify.logged", reason=_no_way_back(run))
     return look.frame
 

@@ -284,3 +284,26 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM (
 -- name: filenode
 -- Which file the table lies in: another one means rewritten or truncated, and that the copy must start again.
 SELECT pg_relation_filenode({oid}::oid)
+
+-- name: guards
+-- Unique keys that lack the partition key: the name, expression, collation and operator class of each part; and the columns
+-- that they are made of.
+SELECT x.relname AS index, p.parts, pg_get_expr(i.indpred, i.indrelid) AS predicate,
+       coalesce((to_jsonb(i) ->> 'indnullsnotdistinct')::boolean, false) AS nulls_not_distinct, NOT i.indimmediate AS deferrable,
+       ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum > 0 AND (a.attnum = ANY (i.indkey::int2[])
+                OR EXISTS (SELECT FROM pg_depend g WHERE g.classid = 'pg_class'::regclass AND g.objid = i.indexrelid
+                              AND g.refobjid = i.indrelid AND g.refobjsubid = a.attnum)) ORDER BY a.attnum) AS watched
+  FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
+ CROSS JOIN LATERAL (
+       SELECT jsonb_agg(jsonb_build_array('k' || n, pg_get_indexdef(i.indexrelid, n, false),
+                concat_ws(' ', 'COLLATE ' || (SELECT format('%I.%I', cn.nspname, c.collname) FROM pg_collation c JOIN pg_namespace cn ON cn.oid = c.collnamespace
+                                               WHERE c.oid = i.indcollation[n - 1]),
+                          (SELECT format('%I.%I', o.nspname, c.opcname) FROM pg_opclass c JOIN pg_namespace o ON o.oid = c.opcnamespace
+                            WHERE c.oid = i.indclass[n - 1] AND NOT c.opcdefault))) ORDER BY n) AS parts
+         FROM generate_series(1, i.indnkeyatts) n) p
+ WHERE i.indrelid = {oid} AND i.indisunique AND i.indisvalid
+   AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attname = {key} AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
+ ORDER BY i.indisprimary DESC, x.relname
+
+-- name: schemas
+SELECT nspname::text AS name FROM pg_namespace

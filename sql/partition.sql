@@ -19,6 +19,18 @@ CREATE TABLE {leaf} PARTITION OF {shadow} {bound} WITH (autovacuum_enabled = off
 -- Takes the rows that no partition takes, so that an unknown key never stops a replay; must be empty at the cut-over.
 CREATE TABLE {unplaced} PARTITION OF {shadow} DEFAULT
 
+-- name: create_sample
+CREATE TEMPORARY TABLE runbook_sample AS SELECT {s_columns} FROM ONLY {source} s LIMIT {size}
+
+-- name: insert_sample
+INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT * FROM pg_temp.runbook_sample
+
+-- name: empty_sample
+TRUNCATE {tables}
+
+-- name: size_of
+SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relname = ANY ({names}::text[])
+
 -- name: own
 ALTER TABLE {table} OWNER TO {owner}
 

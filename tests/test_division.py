@@ -97,7 +97,7 @@ def prepare(sql: Any, type_: str, values: str) -> None:
 def there_and_back(database: str, sql: Any, table: str = "things", key: str = "kind", **given: Any) -> runbook.ledger.Run:
     """Plan, migrate, verify every promise, write, roll back; the dump is what it was but for these writes."""
     before = dump(database, "--exclude-schema=runbook*")
-    run = migration.forward(database, table=table, key=key, **{"unique": "per_partition", **given})
+    run = migration.forward(database, table=table, key=key, **given)
     verify.check(run)
     migration.back(run)
     assert dump(database, "--exclude-schema=runbook*") == before
@@ -109,7 +109,7 @@ def test_a_key_of_any_type_divides_the_table(database, sql, case):
     key_type, values, given, leaves = CASES[case]
     prepare(sql, key_type, values)
     before = dump(database, "--exclude-schema=runbook*")
-    run = migration.plan(database, "things", "kind", unique="per_partition", **given)
+    run = migration.plan(database, "things", "kind", **given)
     assert len(run.plan.partitions) == leaves
     assert run.plan.partition_by == "hash" or sum(partition.rows for partition in run.plan.partitions) == 60
     migration.walk(run, migration.FORWARD)
@@ -146,7 +146,7 @@ def test_null_becomes_the_value_that_was_chosen(database, sql, given):
     prepare(sql, "text" if by_letter else "integer", LETTER if by_letter else "n")
     sql("ALTER TABLE things ALTER kind DROP NOT NULL; UPDATE things SET kind = NULL WHERE id % 10 = 0")
     with pytest.raises(PlanBlocked, match="6 rows whose kind is NULL"):
-        migration.plan(database, "things", "kind", unique="per_partition", **given)
+        migration.plan(database, "things", "kind", **given)
     there_and_back(database, sql, null_value="a" if by_letter else 1, **given)
 
 
@@ -178,7 +178,7 @@ def test_a_partition_for_null_is_refused_where_rows_are_referenced(database, sql
     prepare(sql, "text", LETTER)
     sql("ALTER TABLE things ALTER kind DROP NOT NULL")
     with pytest.raises(PlanBlocked, match="cannot be referenced by a composite key"):
-        migration.plan(database, "things", "kind", unique="per_partition", partitions={"p": ["a", "b", "c"], "q": [None]})
+        migration.plan(database, "things", "kind", partitions={"p": ["a", "b", "c"], "q": [None]})
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_division_that_cannot_be_is_refused_before_anything_is_made(database, 
     prepare(sql, "integer", "n")
     before = dump(database, "--exclude-schema=runbook*")
     with pytest.raises((BadInput, PlanBlocked), match=said):
-        migration.plan(database, "things", "kind", unique="per_partition", **given)
+        migration.plan(database, "things", "kind", **given)
     assert dump(database, "--exclude-schema=runbook*") == before
 
 
@@ -213,7 +213,7 @@ def test_a_key_that_cannot_be_compared_is_refused(database, sql, key_type):
     sql(f"CREATE TABLE things (id int PRIMARY KEY, kind {key_type} NOT NULL)")
     for given in ({"partitions": {"rest": "default"}}, by_hash(2), by_range(partitions={"rest": "default"})):
         with pytest.raises((BadInput, PlanBlocked), match=r"cannot be divided|refuses to partition"):
-            migration.plan(database, "things", "kind", unique="per_partition", **given)
+            migration.plan(database, "things", "kind", **given)
 
 
 KEYS = {
@@ -261,9 +261,9 @@ def test_on_delete_set_null_leaves_the_key_column_alone(database, sql):
     given = by_range(every=20)
     if sql("SHOW server_version_num")[0][0].startswith("14"):
         with pytest.raises(PlanBlocked, match="SET NULL"):
-            migration.plan(database, "things", "kind", unique="per_partition", **given)
+            migration.plan(database, "things", "kind", **given)
         return
-    run = migration.forward(database, table="things", key="kind", unique="per_partition", **given)
+    run = migration.forward(database, table="things", key="kind", **given)
     sql(
         "DELETE FROM notes WHERE thing_id = 4; UPDATE notes SET maybe_id = 4, maybe_kind = NULL WHERE id = 6; DELETE FROM things WHERE id = 4"
     )
@@ -293,10 +293,7 @@ def test_tables_of_one_name_in_two_schemas_do_not_meet(database, sql):
             f" INSERT INTO {schema}.things SELECT n, n % 3, '{schema}' FROM generate_series(1, 40) n;"
             f" INSERT INTO {schema}.notes SELECT n, n FROM generate_series(1, 40) n")  # fmt: skip
     before = dump(database, "--exclude-schema=runbook*")
-    runs = [
-        migration.forward(database, table=name, key="kind", unique="per_partition", **KINDS["range"])
-        for name in ("other.things", "public.things")
-    ]
+    runs = [migration.forward(database, table=name, key="kind", **KINDS["range"]) for name in ("other.things", "public.things")]
     for run in runs:
         verify.check(run)
     assert sql("SELECT DISTINCT note FROM other.things") == [("other",)]

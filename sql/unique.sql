@@ -1,0 +1,79 @@
+-- Guards: what was unique in the source stays unique over all partitions. Each is a table of the key's values with one
+-- unique index of the original name, so that a duplicate waits, fails and is reported as it was before.
+
+-- name: create_schema
+CREATE SCHEMA {guards};
+ALTER SCHEMA {guards} OWNER TO {owner}
+
+-- name: fill
+CREATE TABLE {guard} AS SELECT {values} FROM {shadow} r {where}
+
+-- name: create_index
+CREATE UNIQUE INDEX {index} ON {guard} ({parts}) {nulls}
+
+-- name: defer
+-- To the commit, also where the key was checked at the end of each statement: the trigger's statements are smaller ones.
+ALTER TABLE {guard} ADD CONSTRAINT {index} UNIQUE USING INDEX {index} DEFERRABLE INITIALLY DEFERRED
+
+-- name: settle
+-- REPLICA IDENTITY FULL, or deletes fail where a publication covers it.
+ALTER TABLE {guard} REPLICA IDENTITY FULL;
+ANALYZE {guard}
+
+-- name: own
+ALTER TABLE {guard} OWNER TO {owner}
+
+-- name: create_function
+-- SECURITY DEFINER: the application's role has no rights on the guard. enable_seqscan off: a plan made while the guard was
+-- small must not stay. A row that moves is deleted and inserted, in this order.
+CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+#variable_conflict use_column
+BEGIN
+  IF TG_OP <> 'INSERT' THEN
+    {release};
+  END IF;
+  IF TG_OP <> 'DELETE' THEN
+    INSERT INTO {guard} SELECT {values} FROM ({new_row}) r {where};
+  END IF;
+  RETURN NULL;
+END $$;
+ALTER FUNCTION {function}() OWNER TO {owner}
+
+-- name: release
+DELETE FROM {guard} g USING (SELECT {values} FROM ({old_row}) r {where}) o WHERE {g_is_o}
+
+-- name: release_one
+-- Of a deferrable key there may be two for a while: one of them goes, and not one that somebody else takes.
+DELETE FROM {guard} WHERE ctid = ANY (ARRAY(
+      SELECT g.ctid FROM {guard} g, (SELECT {values} FROM ({old_row}) r {where}) o WHERE {g_is_o} LIMIT 1 FOR UPDATE OF g))
+
+-- name: attach
+-- AFTER row triggers, cloned to every partition: a BEFORE trigger would turn a harmless ON CONFLICT DO NOTHING into an error.
+-- ALWAYS: a session in replica mode is held to it, too, as it is to an index.
+CREATE TRIGGER {row_trigger} AFTER INSERT OR DELETE ON {shadow} FOR EACH ROW EXECUTE FUNCTION {function}();
+CREATE TRIGGER {update_trigger} AFTER UPDATE ON {shadow} FOR EACH ROW
+  WHEN (ROW({old_watched})::record OPERATOR(pg_catalog.*<>) ROW({new_watched})::record) EXECUTE FUNCTION {function}();
+ALTER TABLE {shadow} ENABLE ALWAYS TRIGGER {row_trigger};
+ALTER TABLE {shadow} ENABLE ALWAYS TRIGGER {update_trigger}
+
+-- name: attach_leaf
+-- On 14 and 15 ALWAYS on the root does not reach the partitions.
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {row_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger}
+
+-- name: create_truncate_function
+-- Of a partition that was emptied no row tells which values went: whatever the whole table lacks goes.
+CREATE FUNCTION {truncate_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  EXECUTE $delete$DELETE FROM {guard} g WHERE NOT EXISTS (SELECT FROM (SELECT {values} FROM $delete$ || coalesce(pg_partition_root(TG_RELID), TG_RELID)::regclass::text
+          || $delete$ r {where}) o WHERE {g_is_o})$delete$;
+  RETURN NULL;
+END $$;
+ALTER FUNCTION {truncate_function}() OWNER TO {owner}
+
+-- name: attach_truncate
+CREATE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION {truncate_function}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger}
+
+-- name: remove
+DROP SCHEMA IF EXISTS {guards} CASCADE

@@ -1,0 +1,180 @@
+"""What was unique stays unique: a guard waits, fails and reports as the index did that partitioning took away."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import psycopg
+import pytest
+
+import runbook
+from runbook import verify
+from runbook.errors import PromiseBroken
+from tests import migration
+from tests.walk import dump
+
+PAYLOAD = "(email, password, first_name, last_name, role)"
+VALUES = "VALUES ('{email}', 'p', 'N', 'N', '{role}')"
+
+
+def insert(email: str, role: str) -> str:
+    return f"INSERT INTO users {PAYLOAD} {VALUES.format(email=email, role=role)}"
+
+
+def version(sql: Any) -> int:
+    return int(sql("SHOW server_version_num")[0][0]) // 10000
+
+
+@pytest.fixture
+def guarded(clinic: str) -> runbook.ledger.Run:
+    return migration.forward(clinic, unique="global")
+
+
+def refusals(sql: Any) -> list[tuple[str | None, ...]]:
+    """What a duplicate of each unique key ends in, with its constraint and its message."""
+    seen: list[tuple[str | None, ...]] = []
+    same_id = (
+        f"INSERT INTO users (id, {PAYLOAD[1:]} SELECT id, 'other@x', 'p', 'N', 'N', 'doctor' FROM users WHERE email = 'one@x'"
+    )
+    for statement in (insert("one@x", "doctor"), same_id):
+        with pytest.raises(psycopg.errors.UniqueViolation) as refused:
+            sql(statement)
+        seen.append((refused.value.sqlstate, refused.value.diag.constraint_name, refused.value.diag.message_primary))
+    return seen
+
+
+def test_a_duplicate_is_refused_as_it_was_before(clinic, sql):
+    sql(insert("one@x", "user"))
+    before = refusals(sql)
+    run = migration.forward(clinic, unique="global")
+    verify.check(run)
+    assert refusals(sql) == before
+    migration.back(run)
+    assert refusals(sql) == before
+    assert sql("SELECT to_regnamespace('users_unique')") == [(None,)]
+
+
+@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+def test_of_two_sessions_with_one_email_one_waits_and_one_fails(clinic, sql, guarded, outcome):
+    waits, errors = threading.Event(), []
+
+    def second() -> None:
+        with psycopg.connect(clinic, autocommit=True, application_name="second") as connection:
+            waits.set()
+            try:
+                connection.execute(insert("both@x", "doctor"))
+            except psycopg.errors.UniqueViolation as error:
+                errors.append(error.diag.constraint_name)
+
+    with psycopg.connect(clinic) as first:
+        first.execute(insert("both@x", "user"))
+        thread = threading.Thread(target=second)
+        thread.start()
+        waits.wait()
+        while not sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'second' AND wait_event_type = 'Lock'"):
+            assert thread.is_alive(), "it did not wait"
+        getattr(first, outcome)()
+        thread.join()
+    kept = sql("SELECT role FROM users WHERE email = 'both@x'")
+    assert (len(errors), kept) == ((1, [("user",)]) if outcome == "commit" else (0, [("doctor",)]))
+
+
+def test_every_way_to_write_is_held_to_it(clinic, sql, guarded):
+    sql(insert("one@x", "user") + ";" + insert("two@x", "doctor"))
+    for statement in (
+        "UPDATE users SET email = 'one@x' WHERE email = 'two@x'",
+        f"INSERT INTO users_doctors {PAYLOAD} {VALUES.format(email='one@x', role='doctor')}",
+        "WITH moved AS (UPDATE users SET email = 'one@x', role = 'admin' WHERE email = 'two@x' RETURNING 1) SELECT * FROM moved",
+        f"SET session_replication_role = replica; {insert('one@x', 'admin')}",
+    ):
+        if version(sql) == 14 and "moved" in statement:
+            continue
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            sql(statement)
+    with (
+        psycopg.connect(clinic) as connection,
+        pytest.raises(psycopg.errors.UniqueViolation),
+        connection.cursor().copy(f"COPY users {PAYLOAD} FROM STDIN") as copy,
+    ):
+        copy.write_row(("one@x", "p", "N", "N", "admin"))
+    if version(sql) > 14:
+        sql("UPDATE users SET role = 'doctor' WHERE email = 'one@x'; UPDATE users SET role = 'user' WHERE email = 'one@x'")
+    sql("BEGIN; DELETE FROM users WHERE email = 'one@x'; " + insert("one@x", "admin") + "; ROLLBACK")
+    sql("DELETE FROM users WHERE email = 'two@x';" + insert("two@x", "admin"))
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql(insert("one@x", "admin"))
+    verify.check(guarded)
+
+
+def test_what_was_emptied_is_free_again(clinic, sql, guarded):
+    email = sql("SELECT email FROM users_doctors LIMIT 1")[0][0]
+    sql("TRUNCATE users_doctors CASCADE")
+    sql(insert(email, "user"))
+    verify.structure(guarded)
+    assert not [each for each in verify.seen(guarded) if "unique in the whole" in each.promise and each.verdict != "pass"]
+
+
+def test_a_guard_that_was_switched_off_breaks_a_promise(clinic, sql, guarded):
+    trigger = sql("SELECT tgname FROM pg_trigger WHERE tgrelid = 'users'::regclass AND tgname LIKE '%email%keep' LIMIT 1")[0][0]
+    sql(
+        f"ALTER TABLE users_doctors DISABLE TRIGGER {trigger}; {insert('unguarded@x', 'doctor')}; ALTER TABLE users_doctors ENABLE ALWAYS TRIGGER {trigger}"
+    )
+    with pytest.raises(PromiseBroken, match="unique in the whole table"):
+        verify.check(guarded)
+
+
+KEYS = {
+    "on an expression": "CREATE UNIQUE INDEX things_one ON things (lower(a), b)",
+    "partial": "CREATE UNIQUE INDEX things_one ON things (a) WHERE b > 10",
+    "with INCLUDE": "ALTER TABLE things ADD CONSTRAINT things_one UNIQUE (a) INCLUDE (b)",
+    "deferrable": "ALTER TABLE things ADD CONSTRAINT things_one UNIQUE (a) DEFERRABLE INITIALLY DEFERRED",
+    "where NULL is a value": "ALTER TABLE things ADD CONSTRAINT things_one UNIQUE NULLS NOT DISTINCT (a)",
+    "with a collation and an order": 'CREATE UNIQUE INDEX things_one ON things (a COLLATE "C" text_pattern_ops DESC NULLS LAST)',
+}
+DOUBLES = {"on an expression": ("'A20'", 20), "where NULL is a value": ("NULL", 1)}
+
+
+@pytest.mark.parametrize(
+    "form", [each if each in ("on an expression", "deferrable") else pytest.param(each, marks=pytest.mark.long) for each in KEYS]
+)
+def test_a_unique_key_of_any_form_is_kept(database, sql, form):
+    if form == "where NULL is a value" and version(sql) == 14:
+        pytest.skip("PostgreSQL 14 has no NULLS NOT DISTINCT")
+    sql("CREATE TABLE things (id int PRIMARY KEY, kind text NOT NULL, a text, b int)")
+    sql(
+        "INSERT INTO things SELECT n, CASE WHEN n % 2 = 0 THEN 'x' ELSE 'y' END, nullif('a' || n, 'a1'), n FROM generate_series(1, 40) n"
+    )
+    sql(KEYS[form])
+    before = dump(database, "--exclude-schema=runbook*")
+    run = migration.forward(database, table="things", key="kind")
+    verify.check(run)
+    a, b = DOUBLES.get(form, ("'a20'", 20))
+    double = f"INSERT INTO things SELECT 99, k, {a}, {b} FROM unnest(ARRAY['x', 'y']) k WHERE k <> (SELECT kind FROM things WHERE b = {b})"
+    with pytest.raises(psycopg.errors.UniqueViolation) as refused:
+        sql(double)
+    assert refused.value.diag.constraint_name == "things_one"
+    if form == "partial":
+        sql(
+            "INSERT INTO things VALUES (99, 'x', 'a9', 9); UPDATE things SET b = 1 WHERE id = 99; DELETE FROM things WHERE id = 99"
+        )
+    if form == "deferrable":
+        sql("BEGIN; UPDATE things SET a = CASE id WHEN 2 THEN 'a3' ELSE 'a2' END WHERE id IN (2, 3);"
+            " UPDATE things SET a = 'a' || id WHERE id IN (2, 3); COMMIT")  # fmt: skip
+    verify.check(run)
+    migration.back(run)
+    assert dump(database, "--exclude-schema=runbook*") == before
+
+
+def test_the_plan_says_what_each_choice_costs_and_which_targets_stop(clinic, sql):
+    for choice, said in (("global", "stays unique in the whole"), ("per_partition", "becomes unique per partition")):
+        draft = runbook.draft(database=clinic, table="users", key="role", partitions=migration.PARTITIONS, unique=choice)
+        findings = draft.findings().to_string()
+        assert said in findings
+        assert "ON CONFLICT (email) stops working" in findings
+        assert "ON CONFLICT (id, role)" in findings
+    costs = draft.uniqueness().set_index("unique")
+    assert list(costs.index) == ["per_partition", "global"]
+    assert (costs["µs a row"] > 0).all()
+    assert costs["MB more"]["global"] > costs["MB more"]["per_partition"] == 0
+    assert sql("SELECT count(*) FROM pg_class WHERE relname LIKE '%values'") == [(0,)]
