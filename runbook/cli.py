@@ -236,6 +236,9 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                 given = {"plan": ledger.of(target(where), table).plan.hash} | given
     except KeyboardInterrupt:
         stopped, error_name = "Interrupted between two cells.", "KeyboardInterrupt"
+    except Exception as error:  # told by whoever called; the record must not say that all went well
+        stopped = redact(f"{name} stopped: {type(error).__name__}: {error}", record.secrets)
+        raise
     finally:
         bar.close()
         head = _seal(record, where, table, stopped or "completed")

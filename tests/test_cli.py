@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import conninfo_to_dict
 
-from runbook import cli, embedded
+from runbook import archive, cli, embedded
 from tests.walk import CLINIC_FILE, walk
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -141,3 +141,18 @@ def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, 
     assert again.exit_code == 0, again.output
     assert [line.split()[1] for line in again.stdout.splitlines()[:3]] == ["already", "already", "done"]
     assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
+
+
+def test_a_failure_of_the_record_itself_is_not_told_as_success(
+    clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(archive.Run, "add", full)
+    result = command("run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path), "--to", "plan")
+    assert isinstance(result.exception, OSError)
+    (kept,) = tmp_path.glob("*/manifest.json")
+    manifest = json.loads(kept.read_text())
+    assert manifest["state"] == "failed"
+    assert manifest["result"] == "00_plan stopped: OSError: No space left on device"
