@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 from psycopg.conninfo import conninfo_to_dict
 
 HIDDEN = "***"
+PICTURES = ("image/png", "image/jpeg")
 NAMED = r"(?:pg|ssl)?(?:password|passwd|passphrase)|(?:access_|auth_|api_?)?token|secret|api_?key|signature"
 # Where a secret stands, whoever's it is.
 PLACES = [
@@ -39,7 +40,13 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
     A secret of fewer than four characters is hidden in such places only: elsewhere it would take numbers with it.
     """
-    if given := _given(frozenset(secrets)):
+    return _redact(text, frozenset(secrets))
+
+
+@lru_cache(maxsize=10_000)
+def _redact(text: str, secrets: frozenset[str]) -> str:
+    """Remembered: a notebook is written after every cell, and most of it was there before."""
+    if given := _given(secrets):
         text = given.sub(HIDDEN, text)
     for place, hidden in PLACES:
         text = place.sub(hidden, text)
@@ -69,9 +76,8 @@ def redacted(value: Any, secrets: Iterable[str]) -> Any:
         return [redacted(item, secrets) for item in value]
     if not isinstance(value, Mapping):
         return value
-    kept = {key: item for key, item in value.items() if key in ("image/png", "image/jpeg")}
     named = {key: HIDDEN for key, item in value.items() if isinstance(item, str) and item and _is_named(key)}
-    return {key: redacted(item, secrets) for key, item in value.items()} | kept | named
+    return {key: item if key in PICTURES else redacted(item, secrets) for key, item in value.items()} | named
 
 
 def redacted_notebook(text: str, secrets: Iterable[str]) -> str:
