@@ -104,7 +104,7 @@ def test_a_step_before_its_time(untouched: str) -> None:
 def test_a_step_whose_predecessor_has_not_been_completed(clinic: str) -> None:
     walk(clinic, "00_plan")
     before = dump(clinic)
-    for step in FORWARD[2:]:
+    for step in FORWARD[2:-1]:  # 07 is of use at any time
         with pytest.raises(OutOfOrder, match=r"rests on 01_backup, which has not been completed .*: run 01_backup first"):
             walk(clinic, step)
     assert dump(clinic) == before
