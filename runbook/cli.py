@@ -188,6 +188,18 @@ def _rehearsed(where: str, table: str) -> str:
 
 @main.command()
 @options(out=True)
+def add(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
+    """Add partitions to a table that was partitioned: a new value, the next months (notebook 20).
+
+    \b
+    runbook add -f orders.yaml -p add '{"orders_asia": ["jp", "cn"]}' -p approved_by ann
+    runbook add -f visits.yaml -p approved_by cron     by range: `ahead` more steps, where they are lacking
+    """
+    perform(("20_add_partitions",), gather(file, pairs, database), out)
+
+
+@main.command()
+@options(out=True)
 def finish(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """End the way back: drop the log and the retired table (notebook 91)."""
     perform(("91_finish",), gather(file, pairs, database), out)

@@ -72,26 +72,17 @@ def _list(session: Session, given: Parameters, table: Table, key: Column) -> Div
     place = _place(table, key)
     wanted: Wanted | None = given.partitions
     if wanted is None:
-        values = [row["value"] for row in session.rows("draft.values", **place, most=MOST + 2) if row["value"] is not None]
-        if len(values) > MOST:
+        occur = [row["value"] for row in session.rows("draft.values", **place, most=MOST + 2) if row["value"] is not None]
+        if len(occur) > MOST:
             raise BadInput(
                 f"{key.name} has more than {MOST:,} values: name the partitions, or choose partition_by range or hash."
             )
         names: dict[str, list[PartitionValue] | str] = {}
-        for value in sorted(values):
+        for value in sorted(occur):
             names[fit(f"{table.name}_{value}", names)] = [value]
         wanted = names
-    found, values = [], list[Value]()
-    for name, each in wanted.items():
-        if _is_default(name, each):
-            found.append(Partition(name=name, bound="DEFAULT"))
-            continue
-        if not each:
-            raise BadInput(f'{name} has no value: give it at least one, or "default".')
-        own = tuple(None if value is None else as_key(session, key, value) for value in each)
-        values += own
-        bound = sql.SQL("FOR VALUES IN ({})").format(sql.SQL(", ").join(map(sql.Literal, own))).as_string(None)
-        found.append(Partition(name=name, bound=bound, values=own))
+    found = list_bounds(session, wanted, key)
+    values = [value for each in found for value in each.values]
     if twice := [value for value, times in Counter(values).items() if times > 1]:
         raise BadInput(f"{', '.join(map(repr, twice))} stands in more than one partition: a value can have only one.")
     filled = _filled(session, given, key)
@@ -113,6 +104,21 @@ def _list(session: Session, given: Parameters, table: Table, key: Column) -> Div
     return _settled(sized, sum(row["rows"] for row in counted), 0 if None in values else nulls, frequent, left)
 
 
+def list_bounds(session: Session, wanted: Wanted, key: Column) -> list[Partition]:
+    """The partitions by list that are asked for, as SQL; raises BadInput for what the key's type cannot have."""
+    found = []
+    for name, each in wanted.items():
+        if _is_default(name, each):
+            found.append(Partition(name=name, bound="DEFAULT"))
+            continue
+        if not each:
+            raise BadInput(f'{name} has no value: give it at least one, or "default".')
+        own = tuple(None if value is None else as_key(session, key, value) for value in each)
+        bound = sql.SQL("FOR VALUES IN ({})").format(sql.SQL(", ").join(map(sql.Literal, own))).as_string(None)
+        found.append(Partition(name=name, bound=bound, values=own))
+    return found
+
+
 def _range(session: Session, given: Parameters, table: Table, key: Column) -> Division:
     """Bounds as given ([from, to]; null is MINVALUE or MAXVALUE), or steps over the range of the rows and `ahead` more."""
     place, kind, filled = _place(table, key), session.value("draft.category", type=key.type), _filled(session, given, key)
@@ -120,12 +126,24 @@ def _range(session: Session, given: Parameters, table: Table, key: Column) -> Di
     extent = session.row("draft.extent", **place, finite=finite if given.every else trusted("true"))
     wanted = dict(given.partitions or {})
     if given.every:
-        wanted = _steps(session, given, table, key, extent, kind) | wanted
+        wanted = steps(session, given, table.name, key, extent["low"], extent["high"]) | wanted
     elif given.partitions is None:
         raise BadInput(
             'partition_by is "range": say every (day, week, month, year or a number), or give partitions their bounds.'
         )
-    found, bounds = [], []
+    found = range_bounds(session, wanted, key)
+    bounds = [bound for each in found for bound in each.values if bound is not None]
+    rows = session.rows("draft.range_counts", **place, bounds=bounds, filled=filled) if bounds else []
+    begin: dict[Value, int] = {row["lower"]: row["rows"] for row in rows}
+    sized = [each if each.bound == "DEFAULT" else each.model_copy(update={"rows": begin.pop(each.values[0], 0), "values": ()})
+             for each in found]  # fmt: skip
+    left = {f"from {value}" if value else "below the first bound": count for value, count in begin.items()}
+    return _settled(sized, extent["rows"], extent["nulls"] if filled is None else 0, None, left)
+
+
+def range_bounds(session: Session, wanted: Wanted, key: Column) -> list[Partition]:
+    """The partitions by range that are asked for, as SQL, their values the two bounds; raises BadInput as `list_bounds` does."""
+    found = []
     for name, values in wanted.items():
         if _is_default(name, values):
             found.append(Partition(name=name, bound="DEFAULT"))
@@ -135,21 +153,16 @@ def _range(session: Session, given: Parameters, table: Table, key: Column) -> Di
                 f"{name} has {len(values)} bounds: give it two, the first that it takes and the first that it does not."
             )
         low, high = (None if value is None else as_key(session, key, value) for value in values)
-        bounds += [bound for bound in (low, high) if bound is not None]
         text = sql.SQL("FOR VALUES FROM ({}) TO ({})").format(
             sql.SQL("MINVALUE") if low is None else sql.Literal(low), sql.SQL("MAXVALUE") if high is None else sql.Literal(high)
         )
         found.append(Partition(name=name, bound=text.as_string(None), values=(low, high)))
-    rows = session.rows("draft.range_counts", **place, bounds=bounds, filled=filled) if bounds else []
-    begin: dict[Value, int] = {row["lower"]: row["rows"] for row in rows}
-    sized = [each if each.bound == "DEFAULT" else each.model_copy(update={"rows": begin.pop(each.values[0], 0), "values": ()})
-             for each in found]  # fmt: skip
-    left = {f"from {value}" if value else "below the first bound": count for value, count in begin.items()}
-    return _settled(sized, extent["rows"], extent["nulls"] if filled is None else 0, None, left)
+    return found
 
 
-def _steps(session: Session, given: Parameters, table: Table, key: Column, extent: dict[str, Any], kind: str) -> Wanted:
-    every, low, high = str(given.every), extent["low"], extent["high"]
+def steps(session: Session, given: Parameters, table: str, key: Column, low: Value, high: Value) -> Wanted:
+    """Steps as `every` says, from that of `low` to `ahead` beyond that of `high`, each with its bounds."""
+    every, kind = str(given.every), session.value("draft.category", type=key.type)
     place = {"type": trusted(key.type), "low": low, "high": high, "ahead": given.ahead, "most": MOST + 1}
     if kind == "D" and every in FORMS:
         rows = session.rows("draft.time_steps", **place, unit=every, step=f"1 {every}", form=FORMS[every])
@@ -160,7 +173,7 @@ def _steps(session: Session, given: Parameters, table: Table, key: Column, exten
             f"every is {given.every!r}, which does not fit {key.name} ({key.type}): a date or time takes day, week, month or year, a"
             " number takes a positive whole number."
         )
-    return {fit(f"{table.name}_{row['name']}"): [row["lower"], row["upper"]] for row in rows}
+    return {fit(f"{table}_{row['name']}"): [row["lower"], row["upper"]] for row in rows}
 
 
 def _hash(session: Session, given: Parameters, table: Table, key: Column) -> Division:

@@ -29,7 +29,7 @@ REPAIR = ("plan", "restore", "foreign_keys", "verify", "application")
 NOTEBOOKS = {
     "plan": "00_plan", "backup": "01_backup", "partition": "02_partition", "restore": "03_restore",
     "foreign_keys": "04_foreign_keys", "cutover": "05_cutover", "verify": "06_verify", "application": "07_application",
-    "monitor": "08_monitor", "rollback": "90_rollback", "finish": "91_finish",
+    "monitor": "08_monitor", "add": "20_add_partitions", "rollback": "90_rollback", "finish": "91_finish",
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ class Parameters(BaseModel):
     every: str | int = ""
     ahead: Annotated[int, Field(ge=0)] = 3
     modulus: Annotated[int, Field(ge=0)] = 0
+    add: Annotated[dict[str, list[PartitionValue]] | None, Parsed] = None
     unique: Literal["global", "per_partition"] = "global"
     null_value: str | int | None = None
     legacy_inserts: Literal["fill", "strict"] = "fill"

@@ -119,7 +119,7 @@ def structure(run: Run) -> pd.DataFrame:
     with _look(run, "structure") as look, look.session.transaction(), look.session.qualified():
         oid = look.ask("verify.oid")[0]["oid"]
         look.names |= {f"{name}_now": statement(f"catalog.{name}", oid=oid, key=run.plan.key) for name in CATALOG}
-        look.names["tree"] = statement("verify.tree", **look.names)
+        look.names["tree"], look.names["added"] = (statement(f"verify.{each}", **look.names) for each in ("tree", "added"))
         for part in ("partitions", "columns", "indexes", "references", "constraints", "carried"):
             look.ask(f"verify.{part}")
         for guard in run.plan.guards:

@@ -32,15 +32,23 @@ SELECT c.relname AS name, coalesce(p.relname, '') AS parent, t.level,
                        FROM pg_partition_tree(t.relid) b) b
  ORDER BY ARRAY(SELECT a.relid::oid FROM pg_partition_ancestors(t.relid) WITH ORDINALITY a(relid, place) ORDER BY a.place DESC)
 
+-- name: added
+-- What 20 added since, as the ledger has it.
+SELECT jsonb_array_elements_text(a.evidence -> 'partitions') FROM runbook.action a
+ WHERE a.migration = {migration} AND a.step = 'add' AND a.action LIKE 'attach %' AND a.state = 'done'
+
 -- name: partitions
 SELECT 'It is partitioned as planned' AS promise, string_agg(now.name || ' ' || now.bound, '; ' ORDER BY now.level, now.name) AS seen,
        coalesce(bool_and(now.level > 0 OR lower(now.bound) = lower(format('PARTITION BY %s (%I)', m.plan ->> 'partition_by', m.plan ->> 'key')))
          AND array_agg(now.name ORDER BY now.name) FILTER (WHERE now.level > 0)
-           = (SELECT array_agg((p ->> 'name')::name ORDER BY (p ->> 'name')::name) FROM jsonb_array_elements(m.plan -> 'partitions') p)
+           = (SELECT array_agg(p.name ORDER BY p.name) FROM (
+                SELECT (p ->> 'name')::name AS name FROM jsonb_array_elements(m.plan -> 'partitions') p
+                UNION SELECT p::name FROM ({added}) a(p)) p)
          -- by list every row is looked at; the other bounds must read as planned
          AND bool_and(now.level = 0 OR m.plan ->> 'partition_by' = 'list' OR EXISTS (
                SELECT FROM jsonb_array_elements(m.plan -> 'partitions') p WHERE p ->> 'name' = now.name
-                  AND lower(translate(p ->> 'bound', ' ''', '')) = lower(translate(now.bound, ' ''', '')))), false) AS ok
+                  AND lower(translate(p ->> 'bound', ' ''', '')) = lower(translate(now.bound, ' ''', '')))
+               OR now.name IN (SELECT p::name FROM ({added}) a(p))), false) AS ok
   FROM runbook.migration m LEFT JOIN ({tree}) now ON true WHERE m.id = {migration} GROUP BY m.id
 
 -- name: columns

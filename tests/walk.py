@@ -14,7 +14,7 @@ from tests.servers import wheel
 
 FORWARD = ("00_plan", "01_backup", "02_partition", "03_restore", "04_foreign_keys", "05_cutover", "06_verify", "07_application")
 REPAIR = ("00_plan", "03_restore", "04_foreign_keys", "06_verify", "07_application")
-EVERY = (*FORWARD, "08_monitor", "90_rollback", "91_finish")
+EVERY = (*FORWARD, "08_monitor", "20_add_partitions", "90_rollback", "91_finish")
 CLINIC_FILE = str(folder("notebooks") / "clinic.yaml")
 CLINIC: dict[str, Any] = {
     "table": "users",

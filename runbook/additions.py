@@ -1,0 +1,428 @@
+"""20: more partitions for a table that this runbook partitioned: planned, approved, made as tables and attached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import psycopg
+from psycopg import sql
+
+from runbook import catalog, division, findings, locks
+from runbook.changes import Statements
+from runbook.database import Session
+from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
+from runbook.ledger import Action, Evidence, Run
+from runbook.parameters import Parameters, resolve
+from runbook.plan import Fact, Finding, Partition, fit, identifiers
+from runbook.sheet import Sheet
+from runbook.statements import rendered, spelled, statement, trusted
+
+Row = dict[str, Any]
+STATES = {"O": "ENABLE", "A": "ENABLE ALWAYS", "R": "ENABLE REPLICA", "D": "DISABLE"}
+
+
+class Addition(Fact):
+    """A partition to be: its bound, the rule by which the server knows its rows, and how many of them the default one holds."""
+
+    name: str
+    bound: str
+    rule: str
+    waiting: int
+
+
+class Key(Fact):
+    """A foreign key that points at the table: it has to step aside while rows change their place."""
+
+    name: str
+    schema_name: str
+    table: str
+    definition: str
+    comment: str | None
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        return sql.Identifier(self.schema_name, self.table)
+
+
+class Growth(Fact):
+    """What is to be added to a table, frozen; its hash is what an approver approves."""
+
+    table: str
+    oid: int
+    existing: tuple[str, ...]
+    additions: tuple[Addition, ...]
+    default: tuple[str, str] | None
+    sibling: int
+    keys: tuple[Key, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def hash(self) -> str:
+        """sha256, in hexadecimal, of what is to be added to what; what was found meanwhile does not change it."""
+        told = self.model_dump(mode="json", include={"table", "oid", "default", "keys"})
+        told["additions"] = [(each.name, each.bound) for each in self.additions]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The plan of an addition, for a run whose table is partitioned."""
+
+    run: Run
+    growth: Growth
+
+    def partitions(self) -> pd.DataFrame:
+        """What is to be added, and how many rows of the default partition go over."""
+        columns = ["name", "bound", "waiting"]
+        return pd.DataFrame([each.model_dump(include=set(columns)) for each in self.growth.additions], columns=columns)
+
+    def findings(self) -> pd.DataFrame:
+        """Blockers first, then warnings and notes."""
+        rows = [each.model_dump() for each in self.growth.findings]
+        return pd.DataFrame(rows, columns=["level", "object", "sentence", "way_out"])
+
+    def preview(self) -> Sheet:
+        """The statements, with real names, as they run when nothing has changed since."""
+        with self.run.database.session("add.preview") as session, session.qualified():
+            return Sheet([each for addition in self.growth.additions for each in (
+                *make_statements(self.run, self.growth, session, addition),
+                *attach_statements(self.run, self.growth, session, addition, moving=addition.waiting > 0))])  # fmt: skip
+
+    def upkeep(self) -> Sheet:
+        """How one partition is emptied, vacuumed, re-indexed, detached and attached, and what that locks."""
+        plan, one = self.run.plan, self.run.plan.partitions[0]
+        leaf = sql.Identifier(plan.table.schema_name, one.name)
+        return Sheet([statement("additions.upkeep", root=plan.source, leaf=leaf, bound=trusted(one.bound))])
+
+    def freeze(self) -> Evidence:
+        """Store the plan in the ledger. Raises PlanBlocked with all blockers."""
+        if blockers := [each for each in self.growth.findings if each.level == "blocker"]:
+            raise PlanBlocked(" ".join(f"{each.sentence} {each.way_out}".strip() for each in blockers))
+        with self.run.action("add", f"plan {self.growth.hash[:12]}") as action:
+            names = ", ".join(each.name for each in self.growth.additions) or "nothing"
+            said = f"Plan {self.growth.hash[:12]}: {self.growth.table} gets {names}."
+            return action.evidence or action.finish(said, growth=self.growth.model_dump(mode="json"))
+
+
+def draft(run: Run, **given: Any) -> Draft:
+    """Read the table as it is and decide what is to be added; nothing is changed.
+
+    Raises OutOfOrder before the cut-over, and BadInput for partitions that cannot be added: by hash there are none.
+    """
+    parameters = resolve(**given, table=run.plan.full_name, database=run.database.name)
+    plan = run.plan
+    if plan.restore_from == "source" and run.finished("cutover", "swap") is None and run.state != "finished":
+        raise OutOfOrder(f"{plan.full_name} is not partitioned yet: 05_cutover comes first.")
+    if plan.partition_by == "hash":
+        raise BadInput(
+            f"{plan.full_name} is partitioned by hash, which has every partition that it can have: plan it anew with another modulus."
+        )
+    with run.database.session("add.plan") as session, session.transaction("REPEATABLE READ"), session.qualified():
+        oid, _, _ = catalog.find(session, plan.full_name, run.database.name)
+        return Draft(run, _decide(run, session, oid, parameters))
+
+
+def _decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
+    plan, found = run.plan, list[Finding]()
+    tree = session.rows("additions.tree", oid=oid)
+    default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
+    key = next(column for column in catalog.columns_of(session, oid) if column.name == plan.key)
+    wanted = [each for each in _wanted(run, session, oid, given, key) if not _stands(each, tree)]
+    rules, refused = _rehearse(run, session, tree, wanted)
+    if refused:
+        found.append(_finding("blocker", plan.full_name, refused, "Correct add."))
+    for row in session.rows("draft.free", schema=plan.table.schema_name, names=[each.name for each in wanted]):
+        found.append(
+            _finding(
+                "blocker",
+                row["name"],
+                f"The name {plan.table.schema_name}.{row['name']} is taken.",
+                "Choose another name for the partition.",
+            )
+        )
+    keys = session.rows("additions.referencing", oid=oid)
+    additions = []
+    for each in wanted:
+        rule = rules.get(each.name, "(false)")
+        rows = session.value("additions.waiting", default=default, rule=trusted(rule)) if default else 0
+        additions.append(Addition(name=each.name, bound=each.bound, rule=rule, waiting=rows))
+        found += _moving(each.name, rows, default, keys)
+    if default and additions:
+        size = next(row["table_bytes"] for row in tree if row["bound"] == "DEFAULT")
+        found.append(_finding("warning", default[1], f"{default[1]} ({size / 1e6:,.1f} MB) is read through under ACCESS EXCLUSIVE while a partition is"
+                              " attached: who reads or writes it waits for so long.", "Attach when that is acceptable."))  # fmt: skip
+        if any(row["partitioned"] for row in tree if row["bound"] == "DEFAULT"):
+            found.append(
+                _finding("blocker", default[1], f"{default[1]} is itself partitioned.", "Take its rows out by hand first.")
+            )
+    if not additions:
+        found.append(_finding("note", plan.full_name, f"{plan.full_name} has all these partitions: there is nothing to add."))
+    sibling = next((row["oid"] for row in tree if not row["partitioned"] and row["bound"] != "DEFAULT"), tree[0]["oid"])
+    return Growth(
+        table=plan.full_name, oid=oid, existing=tuple(row["name"] for row in tree), additions=tuple(additions), default=default, sibling=sibling,
+        keys=tuple(Key.model_validate(row | {"schema_name": row["schema"]}) for row in keys),
+        findings=tuple(sorted(found, key=lambda each: findings.LEVELS.index(each.level))),
+    )  # fmt: skip
+
+
+def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Row]) -> Iterator[Finding]:
+    if not rows or default is None:
+        return
+    yield _finding("warning", name, f"{rows:,} rows of {default[1]} go over to {name} while they are locked; no trigger fires, nothing is lost.",
+                   "Correct the rows first if they were not meant for it.")  # fmt: skip
+    for row in keys:
+        table = f"{row['schema']}.{row['table']}"
+        if row["partitioned"]:
+            yield _finding(
+                "blocker",
+                table,
+                f"{table} references the table and is itself partitioned: its key cannot step aside for a moment.",
+                "Drop that key first.",
+            )
+        else:
+            yield _finding(
+                "warning",
+                table,
+                f"{table} is locked, too, while its key {row['name']} steps aside; it is validated again afterwards.",
+            )
+
+
+def _finding(level: str, thing: str, sentence: str, way_out: str = "") -> Finding:
+    return Finding(level=level, object=thing, sentence=sentence, way_out=way_out)
+
+
+def _stands(wanted: Partition, tree: list[Row]) -> bool:
+    """Whether this very partition is there already."""
+    plain = str.maketrans("", "", " '")
+    return any(
+        row["name"] == wanted.name and row["bound"].translate(plain).lower() == wanted.bound.translate(plain).lower()
+        for row in tree
+    )
+
+
+def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Any) -> list[Partition]:
+    """The partitions that are asked for; by steps: from the last bound to `ahead` beyond the last row, or now."""
+    plan = run.plan
+    asked: division.Wanted = dict(given.add or {})
+    if plan.partition_by == "range" and given.every and session.value("additions.ends", oid=oid):
+        kind, named = session.value("draft.category", type=key.type), sql.Identifier(key.name)
+        low = session.value("additions.last_bound", oid=oid, type=trusted(key.type))
+        finite = trusted(division.FINITE.get(kind, "true").format(spelled(named)))
+        now = sql.SQL("localtimestamp::{}" if kind == "D" else "NULL").format(trusted(key.type))
+        high = session.value("additions.highest", root=plan.source, key=named, finite=finite, now=now)
+        asked = division.steps(session, given, plan.table.name, key, low, high) | asked
+    if not asked and not given.every:
+        raise BadInput('add is empty: name the partitions to add, as {"users_nurses": ["nurse"]}, or by range say every.')
+    maker = division.list_bounds if plan.partition_by == "list" else division.range_bounds
+    return maker(session, asked, key)
+
+
+def _rehearse(run: Run, session: Session, tree: list[Row], wanted: list[Partition]) -> tuple[dict[str, str], str]:
+    """What each new partition takes, as the server writes it; or its refusal as a sentence."""
+    rules = {}
+    try:
+        with session.connection.transaction(force_rollback=True):
+            session.run("additions.create_twin", root=run.plan.source, partition_by=run.names["partition_by"])
+            existing = [row["bound"] for row in tree]
+            for number, bound in enumerate([*existing, *(each.bound for each in wanted)]):
+                leaf = f"runbook_twin_{number}"
+                session.run("additions.create_twin_partition", leaf=(leaf,), bound=trusted(bound))
+                if number >= len(existing):
+                    rules[wanted[number - len(existing)].name] = session.value("additions.rule", leaf=f"pg_temp.{leaf}")
+    except psycopg.Error as error:
+        return {}, f"PostgreSQL refuses to add that to {run.plan.full_name}: {error.diag.message_primary}."
+    return rules, ""
+
+
+def _names(run: Run, addition: Addition) -> dict[str, sql.Composable]:
+    schema = run.plan.table.schema_name
+    return {
+        "root": run.plan.source,
+        "leaf": sql.Identifier(schema, addition.name),
+        "bound": trusted(addition.bound),
+        "rule": trusted(addition.rule),
+        "check": sql.Identifier(fit(f"{addition.name}_bounds")),
+        "owner": run.names["owner"],
+    }
+
+
+def make_statements(run: Run, growth: Growth, session: Session, addition: Addition) -> Statements:
+    """The table, as its siblings are, with a check of the bounds; nobody knows it yet."""
+    own, like = _names(run, addition), session.row("catalog.table", oid=growth.sibling)
+    options = f"WITH ({', '.join(like['options'])})" if like["options"] else ""
+    space = f"TABLESPACE {spelled((like['tablespace'],))}" if like["tablespace"] else ""
+    yield statement("additions.make", **own, options=trusted(options), tablespace=trusted(space))
+    schema, leaf = run.plan.table.schema_name, addition.name
+    mine = {row["name"] for row in session.rows("additions.own_indexes", oid=growth.sibling)}
+    for row in session.rows("catalog.indexes", oid=growth.sibling):
+        if row["name"] not in mine:
+            continue
+        name = fit(leaf + (row["name"].removeprefix(like["name"]) if row["name"].startswith(like["name"]) else f"_{row['name']}"))
+        if row["constraint_type"]:
+            yield statement(
+                "restore.add_constraint", table=own["leaf"], constraint=(name,), definition=trusted(row["constraint_definition"])
+            )
+        else:
+            unique = trusted("UNIQUE" if row["unique"] else "")
+            yield statement("restore.create_index", index=(name,), leaf=own["leaf"], unique=unique, tail=trusted(row["tail"]))
+    leaf_text = spelled((schema, leaf))
+    for row in session.rows("additions.truncate_triggers", oid=growth.sibling, leaf_text=leaf_text):
+        yield rendered(row["definition"])
+        if row["always"]:
+            yield statement("additions.set_trigger", table=own["leaf"], state=trusted("ENABLE ALWAYS"), trigger=(row["name"],))
+
+
+def attach_statements(run: Run, growth: Growth, session: Session, addition: Addition, *, moving: bool) -> Statements:
+    """Attach it; before that its rows leave the default partition, while triggers and foreign keys stand aside."""
+    own = _names(run, addition)
+    if moving and growth.default:
+        default = sql.Identifier(*growth.default)
+        columns = identifiers(column.name for column in catalog.columns_of(session, growth.oid) if not column.generated)
+        fired = session.rows("additions.trigger_states", table_text=spelled(growth.default))
+        for key in growth.keys:
+            yield statement("cutover.drop_key", table=key.identifier, constraint=(key.name,))
+        for row in fired:
+            yield statement("additions.set_trigger", table=default, state=trusted("DISABLE"), trigger=(row["name"],))
+        yield statement("additions.move", **own, default=default, columns=columns)
+        for row in fired:
+            yield statement("additions.set_trigger", table=default, state=trusted(STATES[row["state"]]), trigger=(row["name"],))
+    yield statement("additions.attach", **own)
+    # The root's row triggers come along, but on 14 and 15 not whether they fire always.
+    for row in session.rows("additions.trigger_states", table_text=spelled(run.plan.source)):
+        if row["state"] != "O" and row["name"] in _row_triggers(session, growth.oid):
+            yield statement(
+                "additions.set_trigger", table=own["leaf"], state=trusted(STATES[row["state"]]), trigger=(row["name"],)
+            )
+    for key in growth.keys if moving else []:
+        definition = key.definition.removesuffix(" NOT VALID")
+        yield statement("additions.add_key", table=key.identifier, constraint=(key.name,), definition=trusted(definition))
+        if key.comment:
+            yield statement("partition.comment_constraint", table=key.identifier, constraint=(key.name,), comment=key.comment)
+
+
+def _row_triggers(session: Session, oid: int) -> set[str]:
+    return {row["name"] for row in session.rows("additions.row_triggers", oid=oid)}
+
+
+def require_approval(draft: Draft, approved_by: str = "") -> Evidence:
+    """Raises ApprovalMissing without a name; the embedded example approves itself, and says so."""
+    if not approved_by and not draft.run.database.embedded:
+        raise ApprovalMissing(
+            f"Adding partitions to {draft.growth.table} needs an approval: set approved_by to the name of who approves."
+        )
+    who = approved_by or "the embedded example itself, which harms nobody"
+    with draft.run.action("add", f"approval {draft.growth.hash[:12]}", again=True) as action:
+        return action.finish(f"Approved by {who}, for the plan {draft.growth.hash[:12]}.", approved_by=who)
+
+
+def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
+    """Make and attach each partition, in a short transaction each; what stands already is left alone.
+
+    Nobody queues behind it longer than `lock_timeout_ms` an attempt. Raises LockNotGranted, naming who is in the way.
+    """
+    run, growth = draft.run, draft.growth
+    if run.finished("add", f"approval {growth.hash[:12]}") is None:
+        raise ApprovalMissing(
+            f"Adding partitions to {growth.table} has not been approved: run 20_add_partitions from its beginning."
+        )
+    moved, locked = 0, 0.0
+    with run.action("add", f"attach {growth.hash[:12]}", again=True) as action:
+        session = action.session
+        names = [each.name for each in growth.additions]
+        for addition in growth.additions:
+            if any(row["name"] == addition.name for row in session.rows("additions.tree", oid=growth.oid)):
+                continue
+            with session.transaction(lock_timeout="5s"):
+                session.run("additions.drop", leaf=_names(run, addition)["leaf"])
+                for each in list(_qualified(run, growth, session, addition)):
+                    session.run(each)
+            rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms))
+            session.run("additions.analyze", **_names(run, addition))
+            moved, locked = moved + rows, max(locked, seconds)
+        said = f"{growth.table} has {len(names)} more partitions: {', '.join(names) or 'none was lacking'}. {moved:,} rows moved into them"
+        return action.finish(
+            f"{said}; locks were held for {locked * 1000:.0f} ms at most.", moved, partitions=names, locked_s=locked
+        )
+
+
+def _qualified(run: Run, growth: Growth, session: Session, addition: Addition) -> list[sql.Composed]:
+    with session.qualified():
+        return list(make_statements(run, growth, session, addition))
+
+
+def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.Patience) -> tuple[int, float]:
+    """Returns how many rows moved, and for how many seconds the locks were held. The ledger's row commits with it."""
+    run, session = action.run, action.session
+    default = sql.Identifier(*growth.default) if growth.default else None
+    rule, clock = trusted(addition.rule), locks.Clock()
+
+    def waiting() -> int:
+        return int(session.value("additions.waiting", default=default, rule=rule)) if default else 0
+
+    def attempt() -> int:
+        heavy = bool(growth.keys) and waiting() > 0
+        tables: list[sql.Composable] = (
+            [run.plan.source, *(key.identifier for key in growth.keys)] if heavy else [default] if default else []
+        )
+        mode = "ACCESS EXCLUSIVE" if tables else "SHARE UPDATE EXCLUSIVE"
+        with locks.exclusive(session, patience, tables or [sql.SQL("ONLY {}").format(run.plan.source)], mode=mode, clock=clock):
+            rows = waiting()
+            if rows and growth.keys and not heavy:
+                raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile and are referenced")
+            for each in list(attach_statements(run, growth, session, addition, moving=rows > 0)):
+                session.run(each)
+            action.finish(f"{addition.name} is a partition of {growth.table}.", rows, partitions=[addition.name])
+        return rows
+
+    rows = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    return rows, clock.locked
+
+
+def validate(draft: Draft, budget_s: float = 120) -> Evidence:
+    """Validate the keys that stood aside: SHARE UPDATE EXCLUSIVE, readers and writers go on."""
+    run = draft.run
+    with run.action("add", f"validate {draft.growth.hash[:12]}", again=True) as action:
+        session, done = action.session, []
+        for row in session.rows("cutover.validated", table_text=spelled(run.plan.source)):
+            key = next((each for each in draft.growth.keys if (each.name, each.table) == (row["key"], row["name"])), None)
+            if row["validated"] or key is None or key.definition.endswith("NOT VALID"):
+                continue
+            patience = locks.Patience(budget_s, 3000)
+
+            def attempt(key: Key = key) -> None:
+                with session.transaction(lock_timeout="3s"):
+                    session.run("cutover.validate", table=key.identifier, constraint=(key.name,))
+
+            locks.persist(run.database, session, patience, key.name, attempt)
+            done.append(key.name)
+        return action.finish(f"{len(done)} foreign keys were validated again: {', '.join(done) or 'none had to step aside'}.")
+
+
+def tree(run: Run) -> pd.DataFrame:
+    """The partitions with their bounds, as the catalog has them."""
+    return run.frame("partition.staged", shadow_text=spelled(run.plan.source))
+
+
+def check(draft: Draft) -> Evidence:
+    """Raises PromiseBroken unless every new partition stands with its bound, and the keys are valid."""
+    run, growth = draft.run, draft.growth
+    with run.action("add", f"check {growth.hash[:12]}", again=True) as action:
+        with action.session.qualified():
+            there = action.session.rows("additions.tree", oid=growth.oid)
+        lacking = [each.name for each in growth.additions if not _stands(Partition(name=each.name, bound=each.bound), there)]
+        loose = [
+            row["key"]
+            for row in action.session.rows("cutover.validated", table_text=spelled(run.plan.source))
+            if not row["validated"]
+        ]
+        known = {each.name for each in growth.keys if not each.definition.endswith("NOT VALID")}
+        if lacking or known & set(loose):
+            raise PromiseBroken(
+                f"{growth.table} lacks {', '.join([*lacking, *sorted(known & set(loose))])}: run 20_add_partitions again."
+            )
+        return action.finish(f"{len(growth.additions)} partitions of {growth.table} were added and stand, {len(there)} in all.")

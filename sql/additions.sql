@@ -1,0 +1,107 @@
+-- 20: more partitions for a table that is partitioned: each made as a table of its own, checked, and attached.
+
+-- name: tree
+SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind = 'p' AS partitioned, pg_get_expr(c.relpartbound, c.oid) AS bound,
+       pg_table_size(c.oid) AS table_bytes
+  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE i.inhparent = {oid} ORDER BY c.oid
+
+-- name: create_twin
+-- Temporary, and taken back again: the server itself judges the new bounds beside the old ones, and says what each takes.
+CREATE TEMPORARY TABLE runbook_twin (LIKE {root}) PARTITION BY {partition_by}
+
+-- name: create_twin_partition
+CREATE TEMPORARY TABLE {leaf} PARTITION OF pg_temp.runbook_twin {bound}
+
+-- name: rule
+SELECT pg_get_partition_constraintdef({leaf}::regclass) AS rule
+
+-- name: waiting
+-- Rows that the default partition holds because the new one is not there yet.
+SELECT count(*) AS rows FROM ONLY {default} WHERE {rule}
+
+-- name: last_bound
+-- Where the highest partition ends; NULL when nothing ends.
+SELECT (max(CAST(substring(pg_get_expr(c.relpartbound, c.oid) FROM 'TO \(''?(.*?)''?\)$') AS {type})))::text AS upper
+  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+ WHERE i.inhparent = {oid} AND pg_get_expr(c.relpartbound, c.oid) <> 'DEFAULT' AND pg_get_expr(c.relpartbound, c.oid) NOT LIKE '%(MAXVALUE)'
+
+-- name: ends
+SELECT count(*) = 0 AS ends FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+ WHERE i.inhparent = {oid} AND pg_get_expr(c.relpartbound, c.oid) LIKE '%(MAXVALUE)'
+
+-- name: highest
+-- The last row's key, or now.
+SELECT greatest((SELECT {key} FROM {root} WHERE {finite} ORDER BY {key} DESC NULLS LAST LIMIT 1), {now})::text AS highest
+
+-- name: referencing
+-- Foreign keys that point at the table, as they are to be made again.
+SELECT k.conname AS name, n.nspname AS schema, c.relname AS table, c.relkind = 'p' AS partitioned,
+       pg_get_constraintdef(k.oid) AS definition, obj_description(k.oid, 'pg_constraint') AS comment
+  FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE k.confrelid = {oid} AND k.contype = 'f' AND k.conparentid = 0 ORDER BY n.nspname, c.relname, k.conname
+
+-- name: own_indexes
+-- Indexes of a partition that the root does not have: attaching would not make them.
+SELECT indexrelid::regclass::text AS index, (SELECT relname FROM pg_class WHERE oid = indexrelid) AS name FROM pg_index i
+ WHERE indrelid = {oid} AND indisvalid AND NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid)
+
+-- name: truncate_triggers
+-- Triggers on TRUNCATE are no row triggers: a new partition does not inherit them.
+SELECT replace(pg_get_triggerdef(t.oid), ' ON ' || t.tgrelid::regclass || ' ', ' ON ' || {leaf_text} || ' ') AS definition,
+       t.tgname AS name, t.tgenabled = 'A' AS always
+  FROM pg_trigger t WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 32 = 32 ORDER BY t.tgname
+
+-- name: make
+-- ACCESS SHARE on the root. Nobody knows this table yet; its check is what the partition will take.
+CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING STATISTICS EXCLUDING COMMENTS,
+  CONSTRAINT {check} CHECK ({rule})) {options} {tablespace};
+ALTER TABLE {leaf} OWNER TO {owner}
+
+-- name: drop
+DROP TABLE IF EXISTS {leaf}
+
+-- name: trigger_states
+SELECT tgname AS name, tgenabled::text AS state FROM pg_trigger WHERE tgrelid = {table_text}::regclass AND tgconstraint = 0 AND tgenabled <> 'D' ORDER BY 1
+
+-- name: row_triggers
+SELECT tgname AS name FROM pg_trigger WHERE tgrelid = {oid} AND tgconstraint = 0 AND tgtype & 1 = 1
+
+-- name: add_key
+ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition} NOT VALID
+
+-- name: set_trigger
+ALTER TABLE {table} {state} TRIGGER {trigger}
+
+-- name: move
+-- The rows change nothing but their place: no trigger fires, no key refers to them at this moment.
+INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM ONLY {default} WHERE {rule};
+DELETE FROM ONLY {default} WHERE {rule}
+
+-- name: attach
+-- SHARE UPDATE EXCLUSIVE on the root, for which no reader or writer waits; SHARE ROW EXCLUSIVE on tables that reference it; and
+-- ACCESS EXCLUSIVE on the default partition, which is read through. The new table's check spares it that.
+ALTER TABLE {root} ATTACH PARTITION {leaf} {bound};
+ALTER TABLE {leaf} DROP CONSTRAINT {check}
+
+-- name: analyze
+ANALYZE {leaf}
+
+-- name: detach
+-- The inverse, where no row came: ACCESS EXCLUSIVE on the root for an instant.
+ALTER TABLE {root} DETACH PARTITION {leaf};
+DROP TABLE {leaf}
+
+-- name: upkeep
+-- Each of these locks this partition, not the others; readers and writers of the other partitions go on.
+-- Empty it. (TRUNCATE would be refused where foreign keys point at the table.)
+DELETE FROM {leaf};
+-- Readers and writers of this partition go on, too.
+VACUUM (ANALYZE) {leaf};
+-- CONCURRENTLY: readers and writers of this partition go on, too; without it writers of this partition wait.
+REINDEX TABLE CONCURRENTLY {leaf};
+-- Refused while rows of it are referenced, and where there is a default partition: then without CONCURRENTLY, which
+-- takes ACCESS EXCLUSIVE on the root for an instant.
+ALTER TABLE {root} DETACH PARTITION {leaf} CONCURRENTLY;
+-- SHARE UPDATE EXCLUSIVE on the root. With a validated check of its bounds nothing is read through.
+ALTER TABLE {root} ATTACH PARTITION {leaf} {bound}

@@ -1,0 +1,249 @@
+"""A new value on Monday: partitions are added under light locks, and each can be looked after by itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+import runbook
+from runbook import additions, verify
+from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked
+from tests import migration
+from tests.walk import dump, walk
+
+NURSES = {"users_nurses": ["nurse"]}
+REST = {"users_patients": ["user"], "users_rest": "default"}
+
+
+def insert(email: str, role: str) -> str:
+    return f"INSERT INTO users (email, password, first_name, last_name, role) VALUES ('{email}', 'p', 'N', 'N', '{role}')"
+
+
+def add(run: runbook.ledger.Run, **given: Any) -> additions.Draft:
+    draft = additions.draft(run, **given)
+    draft.freeze()
+    additions.require_approval(draft, "a test")
+    additions.add(draft, 300, 30)
+    additions.validate(draft)
+    additions.check(draft)
+    return draft
+
+
+@contextmanager
+def locked(url: str, *statements: str) -> Iterator[psycopg.Connection[Any]]:
+    """A transaction that holds what these statements lock, rolled back at the end."""
+    with psycopg.connect(url) as connection:
+        for statement in statements:
+            connection.execute(statement)  # type: ignore[call-overload]
+        yield connection
+        connection.rollback()
+
+
+@pytest.mark.parametrize("unique", ["global", pytest.param("per_partition", marks=pytest.mark.long)])
+def test_a_new_value_gets_a_partition(clinic, sql, unique):
+    before = dump(clinic, "--exclude-schema=runbook*", "--exclude-table=users_backup")
+    run = migration.forward(clinic, unique=unique)
+    with pytest.raises(psycopg.errors.CheckViolation):
+        sql(insert("nurse@x", "nurse"))
+    add(run, add=NURSES)
+    sql(insert("nurse@x", "nurse"))
+    sql(
+        "INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT u.id, d.id, now() FROM users u, doctors d WHERE u.role = 'nurse' LIMIT 1"
+    )
+    assert sql("SELECT count(*) FROM users_nurses n JOIN appointments a ON (a.user_id, a.user_role) = (n.id, n.role)") == [(1,)]
+    verify.check(run)
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql(insert("nurse@x", "nurse"))
+    if unique == "global":
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            sql(insert("nurse@x", "doctor"))
+    same = (
+        """SELECT replace(pg_get_indexdef(indexrelid), 'users_{0}', 'x') FROM pg_index WHERE indrelid = 'users_{0}'::regclass"""
+    )
+    assert len(sql(same.format("nurses"))) == len(sql(same.format("doctors")))
+    assert add(run, add=NURSES).growth.additions == ()  # once more harms nothing
+    migration.back(run)
+    assert sql("SELECT role FROM users WHERE email = 'nurse@x'") == [("nurse",)]
+    sql(
+        "DELETE FROM appointments WHERE user_id = (SELECT id FROM users WHERE role = 'nurse'); DELETE FROM users WHERE role = 'nurse'"
+    )
+    assert dump(clinic, "--exclude-schema=runbook*", "--exclude-table=users_backup") == before
+
+
+def test_rows_of_the_default_partition_go_over_with_all_that_refers_to_them(clinic, sql):
+    sql("CREATE TABLE audit (what text); CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO audit VALUES (TG_OP); RETURN NULL; END $$;"
+        " CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON users FOR EACH ROW EXECUTE FUNCTION audit()")  # fmt: skip
+    sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey, ADD CONSTRAINT appointments_user_id_fkey"
+        " FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE")  # fmt: skip
+    run = migration.forward(clinic, unique="global", partitions=REST)
+    rows, referring = sql("SELECT count(*) FROM users WHERE role = 'doctor'")[0][0], sql("SELECT count(*) FROM appointments")
+    audited = sql("SELECT count(*) FROM audit")
+    draft = add(run, add={"users_doctors": ["doctor"]})
+    assert draft.growth.additions[0].waiting == rows > 0
+    assert sql("SELECT count(*), count(*) FILTER (WHERE role = 'doctor') FROM users_doctors") == [(rows, rows)]
+    assert sql("SELECT count(*) FROM users_rest WHERE role = 'doctor'") == [(0,)]
+    assert (sql("SELECT count(*) FROM appointments"), sql("SELECT count(*) FROM audit")) == (referring, audited)
+    assert sql("SELECT bool_and(convalidated) FROM pg_constraint WHERE contype = 'f' AND conparentid = 0") == [(True,)]
+    verify.check(run)
+    sql("UPDATE users SET first_name = 'audited' WHERE id = (SELECT id FROM users_rest LIMIT 1)")
+    assert sql("SELECT count(*) FROM audit") == [(audited[0][0] + 1,)]
+    migration.back(run)
+    assert sql("SELECT count(*) FROM users WHERE role = 'doctor'") == [(rows,)]
+
+
+def test_no_write_to_the_default_partition_is_lost_meanwhile(clinic, sql):
+    run = migration.forward(clinic, unique="global", partitions=REST)
+    acknowledged, stop = [], threading.Event()
+
+    def write() -> None:
+        number = 0
+        with psycopg.connect(clinic, autocommit=True) as connection:
+            while not stop.is_set():
+                number += 1
+                connection.execute(insert(f"w{number}@x", ("nurse", "clerk", "user")[number % 3]))  # type: ignore[call-overload]
+                acknowledged.append(f"w{number}@x")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        while len(acknowledged) < 30:
+            assert writer.is_alive()
+        add(run, add=NURSES | {"users_clerks": ["clerk"]})
+    finally:
+        stop.set()
+        writer.join()
+    assert sql("SELECT count(*) FROM users WHERE email LIKE 'w%@x'") == [(len(acknowledged),)]
+    assert sql("SELECT count(*) FROM users_rest WHERE role IN ('nurse', 'clerk')") == [(0,)]
+    verify.check(run)
+
+
+def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(clinic, sql):
+    run = migration.forward(clinic)
+    statements = (insert("open@x", "user"), "SELECT * FROM users", "UPDATE users SET first_name = 'open' WHERE role = 'doctor'")
+    with locked(clinic, *statements):
+        add(run, add=NURSES)
+    assert sql("SELECT count(*) FROM users_nurses") == [(0,)]
+
+
+def test_who_is_in_the_way_is_named_and_nothing_is_changed(clinic, sql):
+    run = migration.forward(clinic)
+    draft = additions.draft(run, add=NURSES)
+    draft.freeze()
+    additions.require_approval(draft, "a test")
+    with (
+        locked(clinic, "LOCK TABLE appointments IN ROW EXCLUSIVE MODE") as other,
+        pytest.raises(LockNotGranted, match=str(other.info.backend_pid)),
+    ):
+        additions.add(draft, 100, 1)
+    assert "users_nurses" not in additions.tree(run)["partition"].to_list()
+    additions.add(draft, 300, 30)
+    additions.check(draft)
+
+
+def test_it_works_after_91_and_for_the_next_months(database, sql):
+    sql(
+        "CREATE TABLE visits (id int PRIMARY KEY, at timestamptz NOT NULL); INSERT INTO visits SELECT n, now() - n * interval '1 day' FROM generate_series(1, 40) n"
+    )
+    given = {"partition_by": "range", "every": "month", "ahead": 0}
+    run = migration.forward(database, table="visits", key="at", **given)
+    verify.check(run)
+    migration.walk(run, migration.END)
+    run = runbook.open(database, "visits")
+    had = len(additions.tree(run))
+    assert len(add(run, every="month", ahead=3).growth.additions) == 3
+    assert len(additions.tree(run)) == had + 3
+    assert add(run, every="month", ahead=3).growth.additions == ()
+    sql("INSERT INTO visits VALUES (99, now() + interval '2 months')")
+    verify.structure(run)
+    assert not [each for each in verify.seen(run) if each.promise == "It is partitioned as planned" and each.verdict != "pass"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "add is empty"),
+        ({"add": {"users_more": ["user"]}}, "would overlap"),
+        ({"add": {"doctors": ["nurse"]}}, "is taken"),
+        ({"add": {"users_nurses": []}}, "has no value"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_and_nothing_is_made(clinic, sql, given, said):
+    run = migration.forward(clinic)
+    before = dump(clinic, "--exclude-schema=runbook")
+    with pytest.raises((BadInput, PlanBlocked), match=said):
+        additions.draft(run, **given).freeze()
+    assert dump(clinic, "--exclude-schema=runbook") == before
+
+
+def test_it_has_its_time_and_its_approval(clinic, database, sql):
+    run = migration.plan(clinic)
+    with pytest.raises(OutOfOrder, match="not partitioned yet"):
+        additions.draft(run, add=NURSES)
+    migration.walk(run, migration.FORWARD)
+    draft = additions.draft(run, add=NURSES)
+    draft.freeze()
+    with pytest.raises(ApprovalMissing):
+        additions.require_approval(draft, "")
+    with pytest.raises(ApprovalMissing):
+        additions.add(draft)
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE TABLE things (id int PRIMARY KEY)")
+    hashed = migration.forward(database, table="things", key="id", partition_by="hash", modulus=2)
+    with pytest.raises(BadInput, match="another modulus"):
+        additions.draft(hashed, add={"more": [2]})
+
+
+def test_the_notebook_adds_a_partition(clinic, sql):
+    migration.forward(clinic)
+    walk(clinic, "20_add_partitions", add=NURSES, approved_by="ann")
+    sql(insert("nurse@x", "nurse"))
+
+
+UPKEEP = {
+    "emptied": ["DELETE FROM users_doctors WHERE id NOT IN (SELECT user_id FROM appointments)"],
+    "vacuumed": ["VACUUM (ANALYZE) users_doctors"],
+    "vacuumed in full": ["VACUUM (FULL) users_doctors"],
+    "re-indexed": ["REINDEX TABLE users_doctors"],
+    "re-indexed concurrently": ["REINDEX TABLE CONCURRENTLY users_doctors"],
+    "detached and attached": [
+        "DELETE FROM appointments WHERE user_role = 'doctor'", "ALTER TABLE users DETACH PARTITION users_doctors CONCURRENTLY",
+        "ALTER TABLE users ATTACH PARTITION users_doctors FOR VALUES IN ('doctor')"],
+}  # fmt: skip
+
+
+SHORT = ("emptied", "detached and attached")
+
+
+@pytest.mark.parametrize("what", [each if each in SHORT else pytest.param(each, marks=pytest.mark.long) for each in UPKEEP])
+def test_one_partition_is_looked_after_while_the_others_are_locked(clinic, sql, what):
+    migration.forward(clinic)
+    # Whoever works with another partition, and even locks it against everybody, neither waits nor is waited for.
+    others = ("users_patients", "users_admins")
+    with locked(clinic, *(f"LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE" for name in others)):
+        with psycopg.connect(clinic, autocommit=True) as connection:
+            connection.execute("SET lock_timeout = '2s'")
+            for statement in UPKEEP[what]:
+                connection.execute(statement)  # type: ignore[call-overload]
+    assert sql("SELECT count(*) FROM users WHERE role = 'user'") == [(949,)]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        pytest.param("DELETE FROM users_doctors WHERE false", marks=pytest.mark.long),
+        "REINDEX TABLE users_doctors",
+        "LOCK TABLE users_doctors",
+    ],
+)
+def test_the_application_works_with_the_other_partitions_meanwhile(clinic, sql, statement):
+    migration.forward(clinic)
+    with locked(clinic, statement), psycopg.connect(clinic) as application:
+        application.execute("SET lock_timeout = '2s'")
+        application.execute(insert("meanwhile@x", "user"))  # type: ignore[call-overload]
+        application.execute("UPDATE users SET first_name = 'meanwhile' WHERE role = 'admin'")
+        assert application.execute("SELECT count(*) FROM users WHERE role = 'user'").fetchone() == (950,)
