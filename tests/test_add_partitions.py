@@ -224,11 +224,11 @@ def test_one_partition_is_looked_after_while_the_others_are_locked(clinic, sql, 
     migration.forward(clinic)
     # Whoever works with another partition, and even locks it against everybody, neither waits nor is waited for.
     others = ("users_patients", "users_admins")
-    with locked(clinic, *(f"LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE" for name in others)):
-        with psycopg.connect(clinic, autocommit=True) as connection:
-            connection.execute("SET lock_timeout = '2s'")
-            for statement in UPKEEP[what]:
-                connection.execute(statement)  # type: ignore[call-overload]
+    locks = [f"LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE" for name in others]
+    with locked(clinic, *locks), psycopg.connect(clinic, autocommit=True) as connection:
+        connection.execute("SET lock_timeout = '2s'")
+        for statement in UPKEEP[what]:
+            connection.execute(statement)  # type: ignore[call-overload]
     assert sql("SELECT count(*) FROM users WHERE role = 'user'") == [(949,)]
 
 

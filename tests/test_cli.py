@@ -21,7 +21,7 @@ from runbook import archive, cli, embedded
 from tests.walk import CLINIC_FILE, walk
 
 Sql = Callable[..., list[tuple[Any, ...]]]
-COMMANDS = ("audit", "finish", "lab", "monitor", "rehearse", "rollback", "run", "sql", "status", "stop")
+COMMANDS = ("add", "audit", "finish", "lab", "monitor", "rehearse", "rollback", "run", "sql", "status", "stop")
 
 
 def command(*words: str) -> Result:
