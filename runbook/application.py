@@ -73,8 +73,9 @@ class Schema:
             f"{drizzle.names[table.c[each]]}: {f'{one}.{drizzle.names[source.c[from_row[each]]]}' if each in from_row else '…'}"
             for each in columns
         )
-        typed = ", ".join(f"{each}={f'{one}.{from_row[each]}' if each in from_row else '…'}" for each in columns)
-        values = ", ".join(f":{from_row[each]}" if each in from_row else "…" for each in columns)
+        plain = {each: re.sub(r"\W", "_", each) for each in (*columns, *from_row.values())}  # as sqlacodegen has them
+        typed = ", ".join(f"{plain[each]}={f'{one}.{plain[from_row[each]]}' if each in from_row else '…'}" for each in columns)
+        values = ", ".join(f":{plain[from_row[each]]}" if each in from_row else "…" for each in columns)
         found = re.search(rf"class (\w+)\(Base\):\n    __tablename__ = {re.escape(repr(table.name))}\n", self.sqlalchemy[1])
         into = reference.identifier.as_string(None)
         yield f"-- {into}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import (
+    CheckConstraint,
     Column,
     DefaultClause,
     ForeignKeyConstraint,
@@ -22,8 +23,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import SAWarning
 
 from runbook.ledger import Run
-from runbook.plan import with_key
-from runbook.references import added
+from runbook.plan import fit, with_key
+from runbook.references import added, names
 from runbook.statements import spelled
 
 
@@ -56,6 +57,14 @@ def tables(run: Run, *, new: bool) -> MetaData:
                 _drop_key(table, key)
     if new != live:
         _reshape(run, own, new)
+    for reference in added(run):
+        table = own[reference.schema_name, reference.table]
+        name = fit(f"{reference.table}_{reference.role_column}_present")
+        for check in [each for each in named(table) if each.name == name and not (new and live)]:
+            table.constraints.discard(check)
+        if new and not live and not reference.not_null:
+            said = names(run, reference)["required"].as_string(None)
+            table.append_constraint(CheckConstraint(text(re.sub(r'"([a-z_][a-z0-9_]*)"', r"\1", said)), name=name))
     if new:
         for reference in added(run):
             column = own[reference.schema_name, reference.table].c[reference.role_column]
@@ -86,6 +95,8 @@ def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
         for column in source.c:
             column.primary_key = False
         unique = new and plan.takes_null
+        for old in [each for each in source.constraints if each.name == name and isinstance(each, UniqueConstraint)]:
+            source.constraints.discard(old)
         primary = [source.c[column] for column in (plan.new_primary_key if new else plan.primary_key)]
         source.append_constraint(PrimaryKeyConstraint(*([] if unique else primary), name=None if unique else name))
         if unique:

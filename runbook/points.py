@@ -25,7 +25,7 @@ POINTS = {
     "double": ("Unique means unique in each partition, unless a guard refuses it", 'plan with unique = "global", or look before'),
     "upsert": ("An upsert cannot change {key}", "an UPDATE of its own moves the row"),
     "inserted": ("RETURNING xmax = 0 (or xmin) of an insert fails", "DO NOTHING returns only what was inserted; 18 has OLD and NEW"),
-    "null_key": ("A {key} that is NULL is a row without a partition", "give it a value; treat 23514 like 23502"),
+    "null_key": ("A {key} that is NULL is refused, where it was not, or as a row without a partition", "give it a value; treat 23514 like 23502"),
     "copy_out": ("COPY of the table to a file fails", "COPY a query"),
     "freeze": ("COPY FREEZE fails", "leave FREEZE out, or load a table before it is attached"),
     "place": ("A ctid is a place in every partition: ten of them find more than ten rows", "the primary key, or one partition at a time"),
@@ -39,6 +39,7 @@ OF_REFERENCES = {
     "insert": ("An insert into {table} that does not name {role}: {legacy}", "name {role}"),
     "wrong_role": ("A {role} that is not its row's is refused, and never corrected", "take it from the row, as above"),
 }
+OVERRIDING = "OVERRIDING SYSTEM VALUE "
 LEGACY = {"fill": "it is filled in, until the final state refuses it", "strict": "refused, unless the default is right"}
 WAITED = (
     "A STABLE function that runs through the instant of the cut-over can miss the last rows",
@@ -72,23 +73,17 @@ def copy_table(run: Run, session: Session) -> None:
     plan, names = run.plan, run.plan.names("pg_temp")
     for each in partition.tables(plan, "pg_temp"):
         session.run(each)
-    if plan.partition_by == "range" and not plan.takes_any_value:
-        session.run("partition.create_unplaced", **names)
     name = next((index.name for index in plan.indexes if index.primary), "key")
     key = trusted(plan.new_primary_constraint)
     session.run("restore.add_constraint", table=names["shadow"], constraint=(name,), definition=key)
     listed = [map(sql.Literal, each.values) for each in plan.partitions if each.values and plan.partition_by == "list"]
     wanted = [sql.SQL("s.{} IN ({})").format(names["key"], sql.SQL(", ").join(values)) for values in listed]
     for some in wanted or [sql.SQL("true").format()]:
-        session.run("application.copy_rows", **names, some=some)
+        with suppress(psycopg.errors.CheckViolation), session.connection.transaction():  # a row that no partition takes
+            session.run("application.copy_rows", **names, some=some)
     if cutover.refuses_moves(run):
         here = {"source": names["shadow"], "keep_function": sql.Identifier("pg_temp", "keep_partition")}
         session.run("cutover.refuse_moves", **names | here)
-
-
-def _columns(session: Session, relation: sql.Identifier, without: str) -> list[str]:
-    found = session.rows("application.columns", relation=relation.as_string(None))
-    return [row["name"] for row in found if row["name"] != without]
 
 
 def _copy_reference(run: Run, session: Session, reference: Reference, its: dict[str, Any]) -> dict[str, Any]:
@@ -125,8 +120,8 @@ def _names(run: Run, there: bool) -> dict[str, Any]:
     own = [each for each in plan.partitions if each.name != largest and each.values and each.values[0] is not None]
     return run.names | {
         "table": table, "relation": sql.Literal(table.as_string(None)), "leaf": sql.Identifier(schema, largest),
-        "columns_elsewhere": with_key(sql.SQL("(SELECT {} FROM another_key)").format(key)), "columns_without": with_key(sql.SQL("NULL")),
-        "overriding": sql.SQL("OVERRIDING SYSTEM VALUE " if any(column.identity == "a" for column in plan.columns) else ""),
+        "columns_elsewhere": with_key(sql.SQL("(SELECT {} FROM runbook_key)").format(key)), "columns_without": with_key(sql.SQL("NULL")),
+        "overriding": sql.SQL(OVERRIDING * any(column.identity == "a" for column in plan.columns)),
         "s_is_o": _same(plan.new_primary_key), "s_is_o_before": _same(plan.primary_key or (plan.key,)),
         "first": sql.Identifier((plan.primary_key or (plan.key,))[0]), "frequent": sql.Literal(plan.frequent_value),
         "some": sql.SQL(" UNION ALL ").join(sample), "fallback": sql.Literal(own[0].values[0] if own else None),
@@ -160,22 +155,27 @@ def show(run: Run) -> Any:
             names = _names(run, there)
             tell("locks", POINTS["locks"], names)
             session.run("application.samples", **names)
+            skipped = {"locks", "moving"} | ({"null_key"} if run.plan.takes_null else set())
+            if not there and run.plan.unique == "global":  # the guard is only on the table itself
+                skipped.add("double")
             for name, told in POINTS.items():
                 if name == "conflict":
                     for index in run.plan.indexes:
                         if index.unique and index.columns and run.plan.key not in index.columns:
                             target = sql.SQL("({})").format(names["new_pk"]) if index.primary else sql.SQL("")
                             tell(name, told, names | {"unique_columns": identifiers(index.columns), "target": target})
-                elif name not in ("locks", "moving") and (name != "double" or there or run.plan.unique == "per_partition"):
+                elif name not in skipped:
                     tell(name, told, names)
             for reference in references.added(run):
                 its = references.names(run, reference) | {k: names[k] for k in ("table", "frequent")}
-                columns = _columns(session, reference.identifier, reference.role_column)
+                found = session.rows("application.columns", relation=reference.identifier.as_string(None))
+                columns = [row["name"] for row in found if row["name"] != reference.role_column]
+                always = any(row["always"] for row in found)
                 pairs = zip(reference.referenced, reference.columns, strict=True)
                 its |= {
-                    "its_columns": identifiers(columns), "columns_listed": identifiers(reference.columns),
+                    "its_columns": identifiers(columns), "columns_listed": identifiers(reference.columns), "its_overriding": sql.SQL(OVERRIDING * always),
                     "r_columns": sql.SQL(", ").join(sql.Identifier("r", name) for name in columns),
-                    "s_is_its": sql.SQL(" AND ").join(sql.SQL("s.{} = its.{}").format(*map(sql.Identifier, each)) for each in pairs),
+                    "s_is_its": sql.SQL(" AND ").join(sql.SQL("s.{} = runbook_its.{}").format(*map(sql.Identifier, each)) for each in pairs),
                     "words": {"table": reference.table, "role": reference.role_column, "legacy": LEGACY[run.plan.legacy_inserts]},
                 }  # fmt: skip
                 with session.connection.transaction(force_rollback=True):

@@ -27,7 +27,9 @@ def statements(run: Run, session: Session, file: str = "") -> tuple[list[tuple[i
     pg_stat_statements, where that is. Raises BadInput for a file that cannot be read.
     """
     names = [run.plan.table.name, *(name for _, name in run.plan.view_tables)]
-    mentioned = re.compile(rf'(?<![\w$])"?({"|".join(map(re.escape, names))})"?(?![\w$])', re.IGNORECASE)
+    mentioned = re.compile(
+        rf'(?<![\w$])"?({"|".join(re.escape(name.replace(chr(34), chr(34) * 2)) for name in names)})"?(?![\w$])', re.IGNORECASE
+    )
     if file:
         try:
             text = Path(file).expanduser().read_text(encoding="utf-8")
@@ -111,8 +113,9 @@ def _built(run: Run) -> bool:
 def unqualified(run: Run, text: str) -> str:
     """The text with the table, and its views, named without their schema."""
     places = [(run.plan.table.schema_name, run.plan.table.name), *run.plan.view_tables]
-    for schema, name in places:
-        text = re.sub(rf'(?<![\w$".])"?{re.escape(schema)}"?\s*\.\s*(?="?{re.escape(name)}(?![\w$]))', "", text)
+    for place in places:
+        schema, name = (re.escape(each.replace('"', '""')) for each in place)
+        text = re.sub(rf'(?<![\w$".])"?{schema}"?\s*\.\s*(?="?{name}(?![\w$]))', "", text)
     return text
 
 

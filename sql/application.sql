@@ -1,12 +1,12 @@
 -- 07: what the application must change. Whatever is tried here is rolled back, on the table itself after the cut-over and
--- on a temporary copy of some rows before it; `a_row` is one of its rows, `another_key` a key of another partition.
+-- on a temporary copy of some rows before it; `runbook_row` is one of its rows, `runbook_key` a key of another partition.
 
 -- name: leaves
 -- Partitions, of whatever table: an application names their root.
 SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relispartition
 
 -- name: columns
-SELECT a.attname AS name, a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS required FROM pg_attribute a
+SELECT a.attname AS name, a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS required, a.attidentity = 'a' AS always FROM pg_attribute a
  WHERE a.attrelid = {relation}::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum
 
 -- name: copy_rows
@@ -21,74 +21,74 @@ INSERT INTO {copy} ({its_columns}, {role_column}) SELECT {r_columns}, s.{key} FR
 ALTER TABLE {copy} ADD CONSTRAINT {constraint} {definition}
 
 -- name: samples
-CREATE TEMP TABLE a_row ON COMMIT DROP AS SELECT * FROM ({some}) s LIMIT 1;
-CREATE TEMP TABLE another_key ON COMMIT DROP AS SELECT {key} FROM ({some}) s OFFSET 1 LIMIT 1;
-INSERT INTO another_key SELECT {fallback}::{key_type} WHERE NOT EXISTS (SELECT FROM another_key) AND {fallback} IS NOT NULL
+CREATE TEMP TABLE runbook_row ON COMMIT DROP AS SELECT * FROM ({some}) s LIMIT 1;
+CREATE TEMP TABLE runbook_key ON COMMIT DROP AS SELECT {key} FROM ({some}) s OFFSET 1 LIMIT 1;
+INSERT INTO runbook_key SELECT {fallback}::{key_type} WHERE NOT EXISTS (SELECT FROM runbook_key) AND {fallback} IS NOT NULL
 
 -- name: sample
 (SELECT {columns} FROM {leaf} LIMIT 1)
 
 -- name: take
 -- A row of a referencing table, if there is one of another role than the most frequent one; it is inserted again then.
-CREATE TEMP TABLE its (LIKE {reference}) ON COMMIT DROP;
+CREATE TEMP TABLE runbook_its (LIKE {reference}) ON COMMIT DROP;
 WITH gone AS (DELETE FROM {reference} WHERE ctid = (
     SELECT place FROM ((SELECT ctid AS place FROM {reference} WHERE ({columns_listed}) IS NOT NULL AND {role_column} IS DISTINCT FROM {frequent} LIMIT 1)
              UNION ALL (SELECT ctid FROM {reference} WHERE ({columns_listed}) IS NOT NULL LIMIT 1)) r LIMIT 1) RETURNING *)
-INSERT INTO its SELECT * FROM gone
+INSERT INTO runbook_its SELECT * FROM gone
 
 -- name: insert
-INSERT INTO {reference} ({its_columns}) SELECT {its_columns} FROM its RETURNING {role_column}
+INSERT INTO {reference} ({its_columns}) {its_overriding}SELECT {its_columns} FROM runbook_its RETURNING {role_column}
 
 -- name: insert_instead
-INSERT INTO {reference} ({its_columns}, {role_column})
-SELECT {its_columns}, (SELECT s.{key} FROM {table} s WHERE {s_is_its}) FROM its RETURNING {role_column}
+INSERT INTO {reference} ({its_columns}, {role_column}) {its_overriding}
+SELECT {its_columns}, (SELECT s.{key} FROM {table} s WHERE {s_is_its}) FROM runbook_its RETURNING {role_column}
 
 -- name: wrong_role
-INSERT INTO {reference} ({its_columns}, {role_column}) SELECT {its_columns}, (
-  SELECT k.{key} FROM (SELECT {key} FROM a_row UNION ALL SELECT {key} FROM another_key) k
-   WHERE k.{key} <> (SELECT s.{key} FROM {table} s WHERE {s_is_its}) LIMIT 1) FROM its
+INSERT INTO {reference} ({its_columns}, {role_column}) {its_overriding}SELECT {its_columns}, (
+  SELECT k.{key} FROM (SELECT {key} FROM runbook_row UNION ALL SELECT {key} FROM runbook_key) k
+   WHERE k.{key} <> (SELECT s.{key} FROM {table} s WHERE {s_is_its}) LIMIT 1) FROM runbook_its
 
 -- name: wrong_role_instead
-INSERT INTO {reference} ({its_columns}, {role_column})
-SELECT {its_columns}, (SELECT s.{key} FROM {table} s WHERE {s_is_its}) FROM its RETURNING {role_column}
+INSERT INTO {reference} ({its_columns}, {role_column}) {its_overriding}
+SELECT {its_columns}, (SELECT s.{key} FROM {table} s WHERE {s_is_its}) FROM runbook_its RETURNING {role_column}
 
 -- name: conflict
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row ON CONFLICT ({unique_columns}) DO NOTHING
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT ({unique_columns}) DO NOTHING
 
 -- name: conflict_instead
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row ON CONFLICT {target} DO NOTHING
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT {target} DO NOTHING
 
 -- name: duplicate
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row
 
 -- name: duplicate_instead
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row ON CONFLICT DO NOTHING
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT DO NOTHING
 
 -- name: double
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns_elsewhere} FROM a_row
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns_elsewhere} FROM runbook_row
 
 -- name: double_instead
-SELECT count(*) FROM {table} s JOIN a_row o ON {s_is_o_before}
+SELECT count(*) FROM {table} s JOIN runbook_row o ON {s_is_o_before}
 
 -- name: upsert
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row
-ON CONFLICT ({new_pk}) DO UPDATE SET {key} = (SELECT {key} FROM another_key)
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row
+ON CONFLICT ({new_pk}) DO UPDATE SET {key} = (SELECT {key} FROM runbook_key)
 
 -- name: upsert_instead
-UPDATE {table} s SET {key} = (SELECT {key} FROM another_key) FROM a_row o WHERE {s_is_o}
+UPDATE {table} s SET {key} = (SELECT {key} FROM runbook_key) FROM runbook_row o WHERE {s_is_o}
 
 -- name: inserted
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row
 ON CONFLICT ({new_pk}) DO UPDATE SET {key} = EXCLUDED.{key} RETURNING xmax = 0 AS inserted
 
 -- name: inserted_instead
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row ON CONFLICT DO NOTHING RETURNING true AS inserted
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT DO NOTHING RETURNING true AS inserted
 
 -- name: null_key
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns_without} FROM a_row
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns_without} FROM runbook_row
 
 -- name: null_key_instead
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM a_row ON CONFLICT DO NOTHING
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT DO NOTHING
 
 -- name: copy_out
 COPY {table} TO STDOUT

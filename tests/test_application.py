@@ -227,3 +227,52 @@ def test_any_type_and_any_name_becomes_a_declaration(database, sql):
         "foreignKey({ columns: [table.orderId, table.orderRegion], foreignColumns: [theOrderSchema.id, theOrderSchema.region] })",
     ):
         assert line in new, line
+
+
+TABLES = {
+    "range, identities, a key that may be NULL": (
+        """CREATE TABLE events (id bigserial PRIMARY KEY, at timestamptz NOT NULL, n int UNIQUE);
+        CREATE TABLE notes (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, event bigint REFERENCES events ON DELETE CASCADE);
+        INSERT INTO events (at, n) SELECT timestamptz '2024-01-15' + i * interval '1 day', i FROM generate_series(1, 100) i;
+        INSERT INTO notes (event) SELECT i FROM generate_series(1, 100) i""",
+        {"table": "events", "key": "at", "partition_by": "range", "every": "month"}),
+    "hash, computed columns": (
+        """CREATE TABLE events (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, tenant uuid NOT NULL DEFAULT gen_random_uuid(), g bigint GENERATED ALWAYS AS (1) STORED);
+        CREATE TABLE notes (id int PRIMARY KEY, event bigint NOT NULL REFERENCES events);
+        INSERT INTO events (tenant) SELECT gen_random_uuid() FROM generate_series(1, 100); INSERT INTO notes SELECT i, i FROM generate_series(1, 100) i""",
+        {"table": "events", "key": "tenant", "partition_by": "hash", "modulus": 4}),
+    "names that are traps": (
+        """CREATE SCHEMA "My ""Shop"; CREATE TABLE "My ""Shop"."runbook row" ("Id %s {x}" int PRIMARY KEY, "the key" text NOT NULL, "select" text, "a;b" text UNIQUE);
+        CREATE TABLE "My ""Shop".its ("x" serial PRIMARY KEY, "ref col" int NOT NULL REFERENCES "My ""Shop"."runbook row");
+        INSERT INTO "My ""Shop"."runbook row" SELECT i, CASE WHEN i % 3 = 0 THEN 'it''s' ELSE 'b {y} %s' END, '', i FROM generate_series(1, 20) i;
+        INSERT INTO "My ""Shop".its ("ref col") SELECT i FROM generate_series(1, 20) i""",
+        {"table": 'My "Shop.runbook row', "key": "the key"}),
+    "no rows": ("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL)", {"table": "t", "key": "k", "partitions": {"t_a": ["a"], "t_b": ["b"]}}),
+    "a partition for NULL": (
+        "CREATE TABLE t (id int PRIMARY KEY, k text); INSERT INTO t VALUES (1, 'a'), (2, NULL), (3, 'b')",
+        {"table": "t", "key": "k", "partitions": {"t_a": ["a"], "t_none": [None], "t_rest": "default"}}),
+}  # fmt: skip
+SHORT = {"range, identities, a key that may be NULL", "names that are traps"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in TABLES])
+def test_any_table_is_shown_before_and_after(database, sql, tmp_path, name):
+    text, given = TABLES[name]
+    sql(text)
+    run, file, before = migration.plan(database, **given), tmp_path / "queries.sql", None
+    source, key = run.plan.source.as_string(None), run.plan.names("")["key"].as_string(None)
+    file.write_text(f"SELECT * FROM {source} WHERE {key} = $1;\nSELECT 1 FROM {source};\n")
+    for last in ("plan", "keys check", "cutover check"):
+        migration.walk(run, migration.FORWARD, last=last) if last != "plan" else None
+        made = [schemas(run), application.Schema(run).inserts().text]
+        assert made == (before or made), last
+        before = made
+        tried = shown(run)
+        assert len(tried) > 12 and not any("not tried" in what for what in tried)
+        queries.compare(run, str(file))
+        found = run.finished("application", "queries").facts["statements"]
+        assert [each["prunes"] for each in found] == [True, False], last
+        application.check(run)
+    monitor.look(run, str(file))
+    assert run.finished("monitor", "look").facts["pruning_percent"] == 50
+    monitor.check(run, max_default_rows=1)
