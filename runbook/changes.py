@@ -68,6 +68,7 @@ def leaves(run: Run, schema: str | None = None) -> list[sql.Identifier]:
 def _names(run: Run, way: Way) -> dict[str, sql.Composable]:
     return {
         **run.names,
+        **(run.plan.listed() if way is BACK else {}),
         "origin": run.names[way.origin],
         "copy": run.names[way.copy],
         "log": run.names[way.log],
@@ -130,6 +131,7 @@ def apply(run: Run, session: Session, way: Way = FORWARD) -> int:
     names = _names(run, way)
     if way is FORWARD:
         references.hand_over(run, session)
+        references.pass_on(run, session)
     session.run("changes.forget_changed", **names)
     session.run("changes.take_changed", **names)
     return session.run("changes.clear", **names).rowcount
@@ -140,6 +142,7 @@ def settle(run: Run, session: Session) -> int:
     with session.transaction("REPEATABLE READ"):
         hold(run, session)
         names = _names(run, FORWARD)
+        references.pass_on(run, session)
         session.run("changes.note_unplaced", **names)
         session.run("changes.forget_all_changed", **names)
         session.run("changes.take_all_changed", **names)

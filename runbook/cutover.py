@@ -93,7 +93,7 @@ def refuses_moves(run: Run) -> bool:
     """Whether a row must not change its partition: on PostgreSQL 14 that is a delete, which its references' keys would act on."""
     return run.plan.server_version == 14 and any(
         f"ON DELETE {action}" in each.composite
-        for each in run.plan.references
+        for each in (*run.plan.references, *run.plan.selves)
         for action in ("CASCADE", "SET NULL", "SET DEFAULT")
     )
 
@@ -107,7 +107,7 @@ def _carry(run: Run) -> Statements:
         if not check.validated:
             yield add(plan.source, check.name, check.definition, check.comment)
     for key in plan.outgoing:
-        definition = key.definition.removesuffix(" NOT VALID")
+        definition = plan.becomes(key).removesuffix(" NOT VALID")
         if plan.server_version >= 18:
             yield add(plan.source, key.name, f"{definition} NOT VALID", key.comment)
         else:
@@ -302,7 +302,7 @@ def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
             yield key.name, statement("cutover.validate", table=leaf, constraint=(key.name,))
         yield (
             key.name,
-            add(plan.source, key.name, key.definition, key.comment),
+            add(plan.source, key.name, plan.becomes(key), key.comment),
         )  # adopts the partitions' keys without a scan
 
 

@@ -42,7 +42,7 @@ class Draft:
         """Who references the table, and the composite key that each will have."""
         return pd.DataFrame(
             [{"table": f"{r.schema_name}.{r.table}", "key": r.name, "is": r.definition, "becomes": r.composite, "new column": r.role_column if r.adds_column else ""}
-             for r in self.plan.references], columns=["table", "key", "is", "becomes", "new column"],
+             for r in (*self.plan.references, *self.plan.selves)], columns=["table", "key", "is", "becomes", "new column"],
         )  # fmt: skip
 
     def size(self) -> pd.DataFrame:
@@ -190,6 +190,8 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
     primary = next((index for index in indexes if index.primary), None)
     views = session.rows("catalog.views", oid=found)
     outgoing = session.rows("catalog.outgoing", oid=found)
+    references = catalog.references_of(session, table, key.name)
+    to_itself = (table.schema_name, table.name)
     backup = parameters.backup or fit(f"{table.name}_backup")
     plan = Plan(
         server_version=version, table=table, fingerprint=session.value("catalog.definition", oid=found),
@@ -197,8 +199,9 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
         partitions=division.partitions, columns=columns,
         takes_any_value=parameters.partition_by == "hash" or any(each.bound == "DEFAULT" for each in division.partitions),
         primary_key=primary.columns if primary else (), indexes=indexes, checks=catalog.checks_of(session, found),
-        outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted({(r["referenced_schema"], r["referenced_table"]) for r in outgoing})),
-        references=catalog.references_of(session, table, key.name),
+        outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted({(r["referenced_schema"], r["referenced_table"]) for r in outgoing} - {to_itself})),
+        references=tuple(each for each in references if (each.schema_name, each.table) != to_itself),
+        selves=tuple(each for each in references if (each.schema_name, each.table) == to_itself),
         views=tuple(Named(name=f"{v['schema']}.{v['name']}", definition=v["definition"].rstrip(";")) for v in views if not v["materialized"]),
         view_tables=tuple((v["schema"], v["name"]) for v in views if not v["materialized"]),
         carried=catalog.carried_of(session, found), frequent_value=division.frequent,

@@ -232,19 +232,13 @@ def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
 
 
 def _references(session: Session, plan: Plan) -> Iterator[Finding]:
-    for reference in plan.references:
+    for reference in (*plan.references, *plan.selves):
         name = f"{reference.schema_name}.{reference.table}"
         if set(reference.referenced) | {plan.key} != set(plan.new_primary_key):
             yield _blocker(
                 name, f"{name} references {', '.join(reference.referenced)} of {plan.full_name}, which is not its primary key.",
                 "Drop that foreign key first.",
             )  # fmt: skip
-        if name == plan.full_name:
-            yield _blocker(
-                name,
-                f"{name} references itself by {reference.name}, which is not supported yet.",
-                "Drop that foreign key first.",
-            )
         if (
             "MATCH FULL" in reference.definition
             and len(reference.columns) > 1

@@ -17,7 +17,7 @@ def statements(run: Run, drop_backup: bool = False) -> Statements:
         yield statement("changes.switch_off_back", **run.names)
         for leaf in changes.leaves(run):
             yield statement("changes.switch_off_back_truncate", leaf=leaf)
-    for reference in added(run):
+    for reference in [*added(run), *run.plan.own_roles]:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
         if run.plan.frequent_value is not None:
             yield statement("rollback.set_default", **names(run, reference))

@@ -226,15 +226,20 @@ def legacy(run: Run) -> Statements:
         yield statement("foreign_keys.switch_off", **names(run, reference))
         if _required_late(run):
             yield statement("foreign_keys.require_role", **names(run, reference))
-        if run.plan.legacy_inserts == "fill":
-            yield statement("foreign_keys.create_filled", **names(run, reference))
-            yield statement("foreign_keys.create_fill", **names(run, reference))
-            yield statement("foreign_keys.drop_default", **names(run, reference))
+    for reference in filled(run):
+        yield statement("foreign_keys.create_filled", **names(run, reference))
+        yield statement("foreign_keys.create_fill", **names(run, reference))
+        yield statement("foreign_keys.drop_default", **names(run, reference))
+
+
+def filled(run: Run) -> list[Reference]:
+    """The references whose rows get their role from a trigger when the writer does not know of it."""
+    return [*added(run), *run.plan.own_roles] if run.plan.legacy_inserts == "fill" else []
 
 
 def without_legacy(run: Run) -> Statements:
     """The inverse: no fill trigger."""
-    for reference in added(run):
+    for reference in [*added(run), *run.plan.own_roles]:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import changes, locks, unique
+from runbook import changes, locks, references, unique
 from runbook.database import Session
 from runbook.errors import PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -25,6 +25,8 @@ def create(run: Run) -> Statements:
     yield from unique.prepare(run)
     yield from tables(run.plan, run.staging)
     plan = run.plan
+    for reference in plan.own_roles:
+        yield statement("foreign_keys.add_own_column", **references.names(run, reference))
     if not plan.takes_any_value:
         yield statement("partition.create_unplaced", **run.names)
     for table in (run.names["shadow"], *changes.leaves(run, run.staging)):

@@ -182,6 +182,7 @@ class Plan(Fact):
     outgoing: tuple[Named, ...]
     referenced_tables: tuple[tuple[str, str], ...]
     references: tuple[Reference, ...]
+    selves: tuple[Reference, ...] = ()
     views: tuple[Named, ...]
     view_tables: tuple[tuple[str, str], ...]
     carried: tuple[Carried, ...]
@@ -235,6 +236,16 @@ class Plan(Fact):
         return [finding for finding in self.findings if finding.level == "blocker"]
 
     @property
+    def own_roles(self) -> list[Reference]:
+        """The references of the table to itself that need a role column: the shadow has it from the beginning, and what is
+        copied into the shadow looks it up."""
+        return list({each.role_column: each for each in self.selves if each.adds_column}.values())
+
+    def becomes(self, key: Named) -> str:
+        """The definition of a foreign key of the table on the partitioned one."""
+        return next((each.composite for each in self.selves if each.name == key.name), key.definition)
+
+    @property
     def copied(self) -> tuple[Column, ...]:
         """Columns that are copied; generated ones are computed again."""
         return tuple(column for column in self.columns if not column.generated)
@@ -278,10 +289,7 @@ class Plan(Fact):
             "key": sql.Identifier(self.key),
             "key_type": trusted(self.key_type),
             "partition_by": sql.SQL("{} ({})").format(trusted(self.partition_by.upper()), sql.Identifier(self.key)),
-            "columns": identifiers(column.name for column in self.copied),
-            "s_columns": sql.SQL(", ").join(self.value(column, "s") for column in self.copied),
-            "s_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(self.value(column, "s") for column in self.copied)),
-            "d_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(sql.Identifier("d", column.name) for column in self.copied)),
+            **self.listed(self.own_roles),
             "s_hash": self.hashed("s"),
             **{f"{alias}_key": self.value(column, alias) for column in self.columns if column.name == self.key for alias in "sv"},
             "pk": identifiers(self.primary_key),
@@ -299,12 +307,29 @@ class Plan(Fact):
                 for name, key in zip(self.primary_key, keys, strict=True)
             ),
             "marker": sql.SQL(", ").join([sql.SQL("NULL")] * len(keys)),
-            "s_is_k": _equal("s", self.primary_key, "k", keys),
-            "d_is_k": _equal("d", self.primary_key, "k", keys),
-            "d_is_s": _equal("d", self.primary_key, "s", list(self.primary_key)),
+            "s_is_k": equal("s", self.primary_key, "k", keys),
+            "d_is_k": equal("d", self.primary_key, "k", keys),
+            "d_is_s": equal("d", self.primary_key, "s", list(self.primary_key)),
             "s_placed": sql.SQL("true")
             if not self._may_be_null
             else sql.SQL("{} IS NOT NULL").format(sql.Identifier("s", self.key)),
+        }
+
+    def listed(self, roles: Iterable[Reference] = ()) -> dict[str, sql.Composable]:
+        """The columns that are copied; to the shadow with the role columns that it has more than its source."""
+        values = {column.name: self.value(column, "s") for column in self.copied}
+        key = next(column for column in self.columns if column.name == self.key)
+        for each in roles:
+            values[each.role_column] = sql.SQL("(SELECT {} FROM ONLY {} m WHERE {})").format(
+                self.value(key, "m"), self.source, equal("m", each.referenced, "s", each.columns)
+            )
+        return {
+            "columns": identifiers(values),
+            "s_columns": sql.SQL(", ").join(
+                sql.SQL("{} AS {}").format(value, sql.Identifier(name)) for name, value in values.items()
+            ),
+            "s_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(values.values())),
+            "d_row": sql.SQL("ROW({})").format(sql.SQL(", ").join(sql.Identifier("d", name) for name in values)),
         }
 
     @property
@@ -339,7 +364,7 @@ def identifiers(names: Iterable[str]) -> sql.Composable:
     return sql.SQL(", ").join(sql.Identifier(name) for name in names)
 
 
-def _equal(left: str, left_names: Iterable[str], right: str, right_names: Iterable[str]) -> sql.Composable:
+def equal(left: str, left_names: Iterable[str], right: str, right_names: Iterable[str]) -> sql.Composable:
     return sql.SQL(" AND ").join(
         sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b))
         for a, b in zip(left_names, right_names, strict=True)

@@ -6,26 +6,15 @@ from psycopg import sql
 
 from runbook.database import Session
 from runbook.ledger import Run
-from runbook.plan import Reference, fit, identifiers
+from runbook.plan import Reference, equal, fit, identifiers
 from runbook.statements import trusted
 
 
 def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
     """The placeholders of one reference. Aliases: r, w referencing rows; s, v source rows; k its log."""
-    number = run.plan.references.index(reference) + 1
+    number = (*run.plan.references, *run.plan.selves).index(reference) + 1
     keys = [f"k{place}" for place, _ in enumerate(reference.columns, 1)]
     literal_key = sql.Literal(run.plan.frequent_value)
-
-    def equal(
-        left: str,
-        left_names: tuple[str, ...] | list[str],
-        right: str,
-        right_names: tuple[str, ...] | list[str],
-    ) -> sql.Composable:
-        return sql.SQL(" AND ").join(
-            sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b))
-            for a, b in zip(left_names, right_names, strict=True)
-        )
 
     def listed(alias: str, columns: tuple[str, ...] | list[str]) -> sql.Composable:
         return sql.SQL(", ").join(sql.Identifier(alias, column) for column in columns)
@@ -62,6 +51,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         if reference.not_null
         else sql.SQL("{} IS NULL OR {} IS NOT NULL").format(present, sql.Identifier(reference.role_column)),
         "unknown": _unknown(run, reference),
+        "s_refers_v": equal("s", columns, "v", referenced),
         "frequent": literal_key,
         "reference_key_aliases": sql.SQL(", ").join(
             sql.SQL("{} AS {}").format(sql.Identifier(column), sql.Identifier(key))
@@ -88,16 +78,23 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
 
 
 def _unknown(run: Run, reference: Reference) -> sql.Composable:
-    """What the fill trigger does about a row that is not there: the foreign key says so, as it did before the migration."""
+    """What the fill trigger does about a row that is not there: the foreign key says so, as it did before the migration.
+    A row may refer to itself, and is not there before it is."""
     role = sql.Identifier(reference.role_column)
+    refuse = sql.SQL("RAISE foreign_key_violation USING MESSAGE = {}, CONSTRAINT = {}, TABLE = {}, SCHEMA = {};").format(
+        f'insert or update on table "{reference.table}" violates foreign key constraint "{reference.name}"',
+        reference.name, reference.table, reference.schema_name,
+    )  # fmt: skip
     if run.plan.frequent_value is not None:
-        return sql.SQL("NEW.{} := {};").format(role, sql.Literal(run.plan.frequent_value))
-    if " DEFERRABLE" in reference.definition:  # it may come later in the transaction
-        return sql.SQL("")
-    message = f'insert or update on table "{reference.table}" violates foreign key constraint "{reference.name}"'
-    return sql.SQL("RAISE foreign_key_violation USING MESSAGE = {}, CONSTRAINT = {}, TABLE = {}, SCHEMA = {};").format(
-        message, reference.name, reference.table, reference.schema_name
-    )
+        refuse = sql.SQL("NEW.{} := {};").format(role, sql.Literal(run.plan.frequent_value))
+    elif " DEFERRABLE" in reference.definition:  # it may come later in the transaction
+        refuse = sql.Composed([])
+    if reference not in run.plan.selves:
+        return refuse
+    pairs = zip(reference.columns, reference.referenced, strict=True)
+    itself = sql.SQL(" AND ").join(sql.SQL("NEW.{} = NEW.{}").format(sql.Identifier(a), sql.Identifier(b)) for a, b in pairs)
+    own = sql.SQL("IF {} THEN NEW.{} := NEW.{}; ELSE {} END IF;")
+    return own.format(itself, role, sql.Identifier(run.plan.key), refuse)
 
 
 def added(run: Run) -> list[Reference]:
@@ -115,3 +112,10 @@ def hand_over(run: Run, session: Session) -> None:
         own = names(run, reference)
         if session.value("foreign_keys.logged", **own):
             session.run("foreign_keys.hand_over", **own)
+
+
+def pass_on(run: Run, session: Session) -> None:
+    """Within a replay: the rows of the table whose own role column follows a row that changed are to be copied again."""
+    for reference in run.plan.own_roles:
+        keys = [f"k{run.plan.primary_key.index(column) + 1}" for column in reference.referenced]
+        session.run("foreign_keys.pass_on", **{**names(run, reference), "s_is_rk": equal("s", reference.columns, "k", keys)})

@@ -179,7 +179,7 @@ def _resync(run: Run, session: Session) -> None:
     )
     with session.transaction("REPEATABLE READ"):
         session.run("changes.hold", origin=run.names["source"])
-        session.run("rollback.resync", **run.names, either_pk=either)
+        session.run("rollback.resync", **{**run.names, **run.plan.listed()}, either_pk=either)
 
 
 def refuse_losses(run: Run, session: Session) -> None:
@@ -187,6 +187,7 @@ def refuse_losses(run: Run, session: Session) -> None:
     with session.qualified():  # as the plan has them
         now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
     before = {column.name: column.type for column in run.plan.columns}
+    before |= {each.role_column: run.plan.key_type for each in run.plan.own_roles}
     if differing := sorted({name for name, _ in now.items() ^ before.items()}):
         raise PromiseBroken(
             f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make "

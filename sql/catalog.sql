@@ -93,11 +93,11 @@ SELECT conname AS name, pg_get_constraintdef(oid) AS definition, convalidated AS
   FROM pg_constraint WHERE conrelid = {oid} AND contype = 'c' ORDER BY conname
 
 -- name: outgoing
--- Foreign keys of the table itself, those to itself excepted.
+-- Foreign keys of the table itself.
 SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalidated AS validated,
        n.nspname AS referenced_schema, c.relname AS referenced_table, obj_description(k.oid, 'pg_constraint') AS comment
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.confrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE k.conrelid = {oid} AND k.contype = 'f' AND k.conparentid = 0 AND k.confrelid <> k.conrelid
+ WHERE k.conrelid = {oid} AND k.contype = 'f' AND k.conparentid = 0
  ORDER BY k.conname
 
 -- name: incoming

@@ -120,6 +120,16 @@ SELECT count(*) FROM {reference_log}
 INSERT INTO {reference_log} SELECT {s_referenced} FROM {source} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k}
  WHERE EXISTS (SELECT FROM {reference} r WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key})
 
+-- name: pass_on
+-- Rows of the table itself that stand in the shadow with another role than that of the row that they refer to.
+INSERT INTO {log} SELECT {s_pk} FROM {source} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_rk}
+ WHERE EXISTS (SELECT FROM {shadow} d WHERE {d_is_s}
+                  AND d.{role_column} IS DISTINCT FROM (SELECT v.{key} FROM ONLY {source} v WHERE {s_refers_v}))
+
+-- name: add_own_column
+ALTER TABLE {shadow} ADD COLUMN {role_column} {key_type};
+ALTER TABLE {shadow} ADD CONSTRAINT {check_name} CHECK ({required})
+
 -- name: wrong
 -- Rows whose role is not their row's; the old foreign key is still in force, so whoever is not among the minority is of
 -- the most frequent value, and only the minority has to be hashed.

@@ -103,7 +103,7 @@ SELECT format('Key %s of %s is composite and valid', r ->> 'name', r ->> 'table'
        coalesce(now.definition || CASE WHEN now.validated THEN '' ELSE ' (never validated)' END, 'missing') AS seen,
        coalesce(now.validated AND translate(now.definition, '" ', '') =
          replace(replace(translate(r ->> 'composite', '" ', ''), 'ONUPDATENOACTION', ''), 'ONDELETENOACTION', ''), false) AS ok
-  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'references') r
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements((m.plan -> 'references') || coalesce(m.plan -> 'selves', '[]')) r
   LEFT JOIN ({incoming_now}) now ON (now.schema, now.table, now.name) = (r ->> 'schema_name', r ->> 'table', r ->> 'name')
  WHERE m.id = {migration}
 
@@ -113,7 +113,8 @@ SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce
          AND replace(now.definition, ' NOT VALID', '') = replace(p.k ->> 'definition', ' NOT VALID', ''), false) AS ok
   FROM runbook.migration m
  CROSS JOIN LATERAL (SELECT 'Check', c FROM jsonb_array_elements(m.plan -> 'checks') c
-                     UNION ALL SELECT 'Foreign key', f FROM jsonb_array_elements(m.plan -> 'outgoing') f) p(kind, k)
+                     UNION ALL SELECT 'Foreign key', f FROM jsonb_array_elements(m.plan -> 'outgoing') f
+                      WHERE NOT coalesce(m.plan -> 'selves', '[]') @> jsonb_build_array(jsonb_build_object('name', f -> 'name'))) p(kind, k)
   LEFT JOIN (SELECT name, definition, validated FROM ({checks_now}) c
              UNION ALL SELECT name, definition, validated FROM ({outgoing_now}) f) now ON now.name = p.k ->> 'name'
  WHERE m.id = {migration}

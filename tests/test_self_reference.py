@@ -1,0 +1,80 @@
+"""A table that references itself: the shadow gains the role column, the composite key points at the partitioned table."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from runbook import verify
+from runbook.ledger import Run
+from tests import migration
+from tests.walk import client
+
+TABLE = """
+CREATE TABLE staff (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, manager_id bigint REFERENCES staff {action},
+  dept text NOT NULL, name text NOT NULL UNIQUE, mentor bigint REFERENCES staff (id) DEFERRABLE INITIALLY DEFERRED);
+CREATE INDEX ON staff (manager_id);
+INSERT INTO staff (dept, name) SELECT (ARRAY['ops', 'ops', 'eng', 'law'])[n % 4 + 1], 'person ' || n FROM generate_series(1, 500) n;
+UPDATE staff SET manager_id = id / 10 + 1 WHERE id > 5;
+UPDATE staff SET mentor = id WHERE id % 50 = 0
+"""
+
+
+def planned(url: str, action: str = "", **given: str) -> Run:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(TABLE.format(action=action).encode())
+        connection.execute("VACUUM ANALYZE staff")
+    return migration.plan(url, "staff", "dept", unique="per_partition", **given)
+
+
+@pytest.mark.parametrize("action", ["", "ON DELETE CASCADE"])
+def test_it_migrates_is_verified_and_goes_back(database, sql, action):
+    run = planned(database, action)
+    before = client("pg_dump", "-s", "-N", "runbook", "--restrict-key=x", "-d", database)
+    migration.walk(run, migration.FORWARD)
+    for part in verify.PARTS.values():
+        part(run)
+    verify.check(run)
+    assert sql("SELECT count(*) FROM staff WHERE manager_id IS NOT NULL AND manager_dept IS NULL") == [(0,)]
+    assert sql("SELECT count(*) FROM staff s JOIN staff m ON m.id = s.manager_id WHERE s.manager_dept <> m.dept") == [(0,)]
+    migration.walk(run, migration.BACK)
+    assert client("pg_dump", "-s", "-N", "runbook", "--restrict-key=x", "-d", database) == before
+
+
+def test_a_manager_who_moves_takes_the_reports_columns_along(database, server, sql):
+    run = planned(database)
+    migration.walk(run, migration.FORWARD, last="copy")
+    sql("UPDATE staff SET dept = 'law' WHERE id = 2")  # its reports were copied with the old value
+    migration.walk(run, migration.FORWARD, first="settle", last="index")
+    sql("UPDATE staff SET dept = 'eng' WHERE id = 3")
+    sql("UPDATE staff SET manager_id = 7 WHERE id = 77")
+    migration.walk(run, migration.FORWARD, first="replay")
+    wrong = "SELECT count(*) FROM staff s LEFT JOIN staff m ON m.id = s.manager_id WHERE s.manager_dept IS DISTINCT FROM m.dept"
+    assert sql(wrong) == [(0,)]
+    if server.version > 14:
+        sql("UPDATE staff SET dept = 'new law' WHERE false")
+        sql("UPDATE staff SET dept = 'law' WHERE id = 4")
+        assert sql(wrong) == [(0,)]
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        sql("UPDATE staff SET manager_id = 100000 WHERE id = 9")
+    migration.walk(run, migration.BACK)
+    assert sql("SELECT manager_id FROM staff WHERE id = 77") == [(7,)]
+
+
+def test_old_code_need_not_know_the_column(database, sql):
+    run = planned(database)
+    migration.walk(run, migration.FORWARD)
+    sql("INSERT INTO staff (dept, name, manager_id) VALUES ('eng', 'new', 3)")
+    assert sql("SELECT manager_dept = (SELECT dept FROM staff WHERE id = 3) FROM staff WHERE name = 'new'") == [(True,)]
+    sql("INSERT INTO staff (id, dept, name, manager_id) OVERRIDING SYSTEM VALUE VALUES (9000, 'law', 'alone', 9000)")
+    assert sql("SELECT manager_dept FROM staff WHERE id = 9000") == [("law",)]
+    sql("UPDATE staff SET manager_id = 4 WHERE id = 9000")
+    assert sql("SELECT s.manager_dept = m.dept FROM staff s JOIN staff m ON m.id = s.manager_id WHERE s.id = 9000") == [(True,)]
+
+
+def test_the_old_key_has_no_row_without_its_column(database, sql):
+    run = planned(database, legacy_inserts="strict")
+    migration.walk(run, migration.FORWARD)
+    with pytest.raises(psycopg.errors.CheckViolation):
+        sql("INSERT INTO staff (dept, name, manager_id) VALUES ('eng', 'new', 3)")
+    migration.walk(run, migration.BACK)
