@@ -70,6 +70,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
             f"{run.plan.backup} holds {rows:,} rows{each_value}, as many and the same as {run.plan.full_name}.",
             rows,
             sums=here,
+            bytes=session.value("backup.bytes", backup_text=spelled(run.names["backup"])),
         )
 
 
@@ -91,7 +92,7 @@ def _as_dump(run: Run, action: Any) -> Evidence:
     rows = sum(row["rows"] for row in here)
     return action.finish(  # type: ignore[no-any-return]
         f"{archive} (sha256 {digest[:16]}…) was restored into a scratch database and holds {rows:,} rows, the same as {run.plan.full_name}.",
-        rows, sums=here, archive=str(archive), sha256=digest,
+        rows, sums=here, archive=str(archive), sha256=digest, bytes=archive.stat().st_size,
     )  # fmt: skip
 
 

@@ -85,6 +85,13 @@ def latency(frame: pd.DataFrame) -> Picture:
     return _beside(frame, "look_up", "Median latency of a look-up, in turns", unit, "{:.3g}", **sides)
 
 
+def forecast(frame: pd.DataFrame) -> Picture:
+    """Seconds of each step, as 00 foretold them and as they were; `frame` has what, unit, forecast and actual."""
+    steps = frame[frame["unit"] == "s"].dropna(subset=["actual"] if frame["actual"].notna().any() else [])
+    sides = {"forecast": "forecast", "actual": "what it took"}
+    return _beside(steps, "what", "What 00 foretold, and what it took", "seconds of work", "{:.2f}", **sides)
+
+
 def _beside(frame: pd.DataFrame, names: str, title: str, unit: str, form: str, **sides: str) -> Picture:
     known = [side for side in sides if frame[side].notna().any()]
     texts = {side: [form.format(each) for each in frame[side]] for side in known}

@@ -319,7 +319,9 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
                 session.run(each_)
     for each_ in finish_storage(run):
         session.run(each_)
-    return action.finish(f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed.")
+    sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
+    sentence = f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed."
+    return action.finish(sentence, **sizes)
 
 
 def _build(run: Run, session: Session, statements: list[sql.Composed], holder: int) -> None:

@@ -18,6 +18,9 @@ COMMENT ON TABLE {backup} IS {comment}
 -- name: exists
 SELECT to_regclass({backup_text}) IS NOT NULL
 
+-- name: bytes
+SELECT pg_table_size({backup_text}::regclass)
+
 -- name: drop
 DROP TABLE IF EXISTS {backup}
 

@@ -63,10 +63,15 @@ INSERT INTO runbook.migration (source, source_oid, plan, plan_hash) VALUES ({sou
 UPDATE runbook.migration SET state = {state} WHERE id = {migration}
 
 -- name: begin_action
-INSERT INTO runbook.action (migration, step, action, operator) VALUES ({migration}, {step}, {action}, {operator}) RETURNING id
+INSERT INTO runbook.action (migration, step, action, operator, evidence)
+VALUES ({migration}, {step}, {action}, {operator}, jsonb_build_object('wal_from', pg_current_wal_insert_lsn())) RETURNING id
 
 -- name: end_action
-UPDATE runbook.action SET state = {state}, finished_at = clock_timestamp(), sentence = {sentence}, rows = {rows}, evidence = {evidence}
+-- With the WAL that was written meanwhile, by whomever.
+UPDATE runbook.action
+   SET state = {state}, finished_at = clock_timestamp(), sentence = {sentence}, rows = {rows},
+       evidence = {evidence}::jsonb || jsonb_build_object('wal_from', evidence -> 'wal_from',
+         'wal_written', pg_current_wal_insert_lsn() - (evidence ->> 'wal_from')::pg_lsn)
  WHERE id = {id}
 
 -- name: fail_action
@@ -83,7 +88,8 @@ SELECT a.sentence, a.rows, a.evidence, a.finished_at, a.operator FROM runbook.ac
 UPDATE runbook.action SET state = 'undone' WHERE migration = {migration} AND step = ANY ({steps}) AND state = 'done'
 
 -- name: history
-SELECT a.step, a.action, a.state, a.started_at, a.finished_at, a.rows, a.sentence, a.operator
+SELECT a.step, a.action, a.state, a.started_at, a.finished_at, a.rows, a.sentence, a.operator,
+       (a.evidence ->> 'wal_written')::float8 AS wal_bytes
   FROM runbook.action a WHERE a.migration = {migration} ORDER BY a.id
 
 -- name: overview

@@ -1,0 +1,124 @@
+"""The forecast: by a sample that nobody notices and that leaves nothing, on any table, and beside it what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+import runbook
+from runbook import forecast
+from runbook.ledger import Run
+from runbook.statements import trusted
+from tests import migration
+from tests.test_repair import BY_HAND, FEW, PLANNED
+from tests.walk import dump
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+DIVIDED: dict[str, tuple[int, dict[str, Any]]] = {
+    "list": (3000, {"key": "kind", "partitions": {"a": ["a"], "b": ["b"], "c": ["c"], "rest": "default"}}),
+    "list, more values than partitions that are tried": (3000, {"key": "step"}),
+    "range": (3000, {"key": "n", "partition_by": "range", "every": 200}),
+    "range, empty": (0, {"key": "n", "partition_by": "range", "partitions": {"low": [None, 0], "high": [0, None]}}),
+    "hash": (3000, {"key": "n", "partition_by": "hash", "modulus": 20}),
+    "hash, empty": (0, {"key": "n", "partition_by": "hash", "modulus": 20}),
+}
+EVENTS = """
+    CREATE SCHEMA "Odd ""one"; CREATE TABLE "Odd ""one".events (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, kind text, step int, n int NOT NULL UNIQUE,
+      twice int GENERATED ALWAYS AS (n * 2) STORED, long text);
+    CREATE TABLE notes (event bigint REFERENCES "Odd ""one".events ON DELETE CASCADE, note text);
+    INSERT INTO "Odd ""one".events (kind, step, n, long) SELECT chr(97 + n % 3), n % 12, n, repeat('x', n % 90) FROM generate_series(1, {rows}) n;
+    INSERT INTO notes SELECT id, 'one' FROM "Odd ""one".events
+"""
+
+
+def events(url: str, sql: Sql, rows: int, **given: Any) -> Run:
+    sql(EVENTS.replace("{rows}", str(rows)))
+    return runbook.draft(database=url, table='Odd "one.events', **given).freeze()
+
+
+def measured(run: Run) -> Any:
+    seen = forecast.measure(run)
+    assert "seconds" in seen.facts, seen.sentence
+    return seen
+
+
+@pytest.mark.parametrize("rows, given", DIVIDED.values(), ids=DIVIDED)
+def test_any_table_has_a_forecast_that_leaves_nothing(database: str, sql: Sql, given: dict[str, Any], rows: int) -> None:
+    run = events(database, sql, rows, **given)
+    before = dump(database)
+    seen = measured(run)
+    assert dump(database) == before
+    assert seen.rows == seen.facts["copied"] == rows  # so few that the sample is the whole
+    assert all(length >= 0 for length in seen.facts["seconds"].values())
+    assert seen.facts["locked_s"] > 0
+    assert forecast.measure(run).sentence.startswith("Already done")
+
+
+def test_the_sample_locks_what_exists_as_a_reader_does(clinic: str, sql: Sql) -> None:
+    run = migration.plan(clinic, unique="global")
+    with run.database.session() as session, session.transaction():
+        forecast.sampled(run, session)
+        held = session.rows(
+            trusted(
+                "SELECT DISTINCT relation::regclass::text AS name, mode FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'relation'"
+                " AND relation IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND xmin <> pg_current_xact_id()::xid)"
+            ).format()
+        )
+        assert {row["name"] for row in held} >= {"users", "appointments"}
+        assert {row["mode"] for row in held} == {"AccessShareLock"}
+        raise psycopg.Rollback
+
+
+def test_writers_are_no_hindrance_and_who_is_one_stops_nobody(clinic: str, sql: Sql) -> None:
+    with psycopg.connect(clinic) as other:
+        other.execute("UPDATE users SET first_name = 'x'; DELETE FROM appointments")
+        measured(migration.plan(clinic))
+        other.execute("LOCK TABLE appointments IN ACCESS EXCLUSIVE MODE")
+        run = migration.plan(clinic, backup="users_backup_2")
+        seen = forecast.measure(run)
+        assert seen.sentence.startswith("There is no forecast, because a sample could not be copied.")
+        assert forecast.beside(run).empty
+
+
+def test_the_forecast_stands_beside_what_it_took(clinic: str, sql: Sql) -> None:
+    run = migration.plan(clinic, unique="global")
+    measured(run)
+    before = forecast.beside(run)
+    assert before["actual"].isna().all()
+    assert before["forecast"].notna().all()
+    migration.walk(run, migration.FORWARD)
+    beside = forecast.beside(run).set_index("what")
+    assert (
+        beside.loc[["01_backup", "02_partition", "03_restore", "04_foreign_keys", "05_cutover", "names locked", "WAL"], "actual"]
+        .gt(0)
+        .all()
+    )
+    assert beside.loc["06_verify"].isna()["actual"]
+    assert beside.loc["rows", "error"] == "+0%"
+    for what in ("the partitions", "their indexes"):  # the sample is the whole clinic
+        assert beside.loc[what, "forecast"] == pytest.approx(beside.loc[what, "actual"], rel=0.35)
+    assert beside.loc["names locked", "error"][-1] == "%"
+    migration.back(run)
+    assert forecast.beside(run).set_index("what").loc["03_restore", "actual"] == beside.loc["03_restore", "actual"]
+
+
+def test_a_migration_under_way_and_a_repair_have_none(clinic: str, sql: Sql) -> None:
+    run = migration.forward(clinic, "shadow")
+    assert "under way" in forecast.measure(run).sentence
+    migration.back(run)
+    sql(f"{BY_HAND}; {FEW}")
+    repair = migration.plan(clinic, partitions=None, backup="users_backup", **PLANNED)
+    assert "A repair has no forecast" in forecast.measure(repair).sentence
+    assert forecast.beside(repair).empty
+
+
+@pytest.mark.parametrize(
+    "free, said", [(None, "only the server's machine can tell"), (10**12, "MB are free)"), (10**6, "NOT ENOUGH")]
+)
+def test_the_disk_that_is_needed_is_held_against_what_is_free(clinic: str, free: int | None, said: str) -> None:
+    facts = {**measured(migration.plan(clinic)).facts, "rows": 1000}
+    assert facts["free_bytes"] > 0  # the tests' server is on this machine
+    assert said in forecast.sentence({**facts, "free_bytes": free})
