@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,20 +15,25 @@ from runbook.cutover import Swap
 from runbook.ledger import Run
 
 BLUE, SKY, ORANGE, RED = "#0072b2", "#56b4e9", "#e69f00", "#d55e00"  # Okabe and Ito: apart for the colour-blind, and in grey
+INCHES, SHOWN_PX = 5.2, 624  # so narrow that its letters are legible on a telephone, where it fills the width
+MOST = 40  # lines of a picture; the table beside it has them all
 
 
 class Picture(Figure):
-    """A figure that shows itself as PNG in any notebook; it needs neither pyplot nor a chosen backend."""
+    """A figure that shows itself as PNG in any notebook, with its content in words; it needs neither pyplot nor a backend."""
+
+    words = ""
 
     def draw(self, renderer: Any) -> None:
         with warnings.catch_warnings():  # a name's emoji that no font has becomes a box, not a page of warnings
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             super().draw(renderer)
 
-    def _repr_png_(self) -> bytes:
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
+        self.savefig(buffer, format="png", dpi=200)
+        shown = {"alt": self.words, "width": SHOWN_PX}
+        return {"image/png": b64encode(buffer.getvalue()).decode(), "text/plain": self.words}, {"image/png": shown}
 
 
 class Bars(NamedTuple):
@@ -40,30 +46,51 @@ class Bars(NamedTuple):
     starts: Sequence[float] | None = None
 
 
-def _plain(text: object, length: int = 44) -> str:
+def _plain(text: object, length: int = 60) -> str:
     """A name as a label: no formula, one line, not too long; a tree's indent stays."""
     line = "".join(character if character.isprintable() else " " for character in str(text))
     return (line if len(line) <= length else f"{line[: length - 1]}…").replace("$", r"\$")
 
 
-def _draw(title: str, unit: str, names: Sequence[object], *sides: Bars, beside: bool = False, left: bool = False) -> Picture:
-    """Horizontal bars, `beside` each other or over each other; labels at the left edge keep a tree's shape."""
-    lines, share = len(names), len(sides) if beside else 1
-    picture = Picture(figsize=(9, min(14.0, 1.3 + 0.3 * max(lines, 2) * (1 + 0.4 * (share - 1)))), layout="constrained")
+def _draw(title: str, unit: str, names: Sequence[object], *sides: Bars, beside: bool = False, tree: bool = False) -> Picture:
+    """Horizontal bars, `beside` each other or over each other; long names stand above their bars, and so does a `tree`."""
+    lines, share = min(len(names), MOST), len(sides) if beside else 1
+    over = tree or max((len(_plain(name)) for name in names), default=0) > 24
+    height, top = 0.2 * share + 0.08 + 0.2 * over, 0.2 * over  # of a line, and of its name, in inches
+    picture = Picture(figsize=(INCHES, 1.0 + height * max(lines, 2) + 0.2 * (len(sides) > 1)), layout="constrained")
     axes = picture.add_subplot(frameon=False)
     for number, side in enumerate(sides):
-        places = [line + (number - (share - 1) / 2) * 0.8 / share * beside for line in range(lines)]
-        bars = axes.barh(places, side.lengths, 0.74 / share, left=side.starts or 0, color=side.colour, label=side.label)
-        axes.bar_label(bars, list(side.texts), padding=3, fontsize=8)
-    axes.set_title(_plain(title, 70), loc="left", fontsize=11)
-    axes.set_yticks(range(lines), [_plain(name) for name in names], ha="left" if left else "right")
-    axes.set(xlabel=unit, ylim=(lines - 0.5, -0.5), axisbelow=True)
-    axes.tick_params(axis="y", length=0, pad=6.4 * max((len(_plain(name)) for name in names), default=1) if left else 3)
+        places = [line * height + top + 0.2 * (number * beside + 0.5) for line in range(lines)]
+        starts = list(side.starts)[:lines] if side.starts else 0
+        edge = RED if side.colour == RED else "#1a1a1a"  # a window of milliseconds shows as a line
+        bars = axes.barh(places, list(side.lengths)[:lines], 0.17, left=starts, color=side.colour, label=side.label,
+                         edgecolor=edge, linewidth=[0.4 * (edge != RED or length > 0) * (3 if edge == RED else 1)
+                                                    for length in list(side.lengths)[:lines]])  # fmt: skip
+        axes.bar_label(bars, list(side.texts)[:lines], padding=3, fontsize=8)
+    of = f", {lines} of {len(names)}" if len(names) > lines else ""
+    axes.set_title(_plain(title, 60) + of, loc="left", fontsize=10)
+    middle = [line * height + top + 0.1 * share for line in range(lines)]
+    axes.set_yticks(middle, [""] * lines if over else [_plain(name) for name in names[:lines]], fontsize=8)
+    for line, name in enumerate(names[:lines] if over else ()):
+        axes.text(0, line * height + 0.17, _plain(name), fontsize=8, transform=axes.get_yaxis_transform())
+    axes.set(ylim=(max(lines, 1) * height, -0.05), axisbelow=True)
+    axes.set_xlabel(unit, fontsize=8)
+    axes.xaxis.set_major_formatter("{x:,.6g}")
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#e5e7eb")
-    axes.margins(x=0.14)
+    axes.margins(x=0.2)
     axes.set_xlim(left=0)
     if len(sides) > 1:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sides), frameon=False, fontsize=8)
+        picture.legend(loc="outside lower left", ncols=len(sides), frameon=False, fontsize=8)
+    several = sum(any(side.texts) for side in sides) > 1
+    said = [
+        ", ".join(f"{side.label * several} {side.texts[line]}".strip() for side in sides if side.texts[line])
+        for line in range(lines)
+    ]
+    picture.words = f"{title}, in {unit}{of}: " + "; ".join(
+        f"{str(name).strip(' └')} {text}".strip() for name, text in zip(names, said, strict=False)
+    )
     return picture
 
 
@@ -102,30 +129,39 @@ def _beside(frame: pd.DataFrame, names: str, title: str, unit: str, form: str, *
 def partition_tree(frame: pd.DataFrame) -> Picture:
     """The partitions under their root, with their sizes; `frame` has name, level, table_bytes and index_bytes."""
     table, index = frame["table_bytes"] / 1e6, frame["index_bytes"] / 1e6
-    names = ["    " * (level - 1) + "└ " * (level > 0) + name for name, level in zip(frame["name"], frame["level"], strict=True)]
-    sizes = Bars("indexes", SKY, list(index), [f"{size:,.2f}" for size in table + index], list(table))
-    return _draw("Partitions and their sizes", "MB", names, Bars("table", BLUE, list(table), [""] * len(names)), sizes, left=True)
+    names = [
+        "\u00a0" * 4 * (level - 1) + "└ " * (level > 0) + name for name, level in zip(frame["name"], frame["level"], strict=True)
+    ]
+    sizes = Bars("indexes", SKY, list(index), [f"{size:,.2f} MB" for size in table + index], list(table))
+    return _draw("Partitions and their sizes", "MB", names, Bars("table", BLUE, list(table), [""] * len(names)), sizes, tree=True)
 
 
 def over_time(frame: pd.DataFrame, column: str, title: str) -> Picture:
-    """A line for each partition through the looks at it; `frame` has at, name and the column."""
-    picture = Picture(figsize=(9, 3.4), layout="constrained")
+    """A line for each partition, of the twelve with most, through the looks at it; `frame` has at, name and the column."""
+    last = frame.sort_values("at").groupby("name")[column].last().nlargest(12)
+    picture = Picture(figsize=(INCHES, 2.6 + 0.18 * ((len(last) + 1) // 2)), layout="constrained")
     axes = picture.add_subplot(frameon=False)
-    for number, (name, line) in enumerate(frame.groupby("name")):
-        colour, dashes = (BLUE, ORANGE, RED, SKY)[number % 4], ("-", "--", ":")[number // 4 % 3]
-        axes.plot(line["at"], line[column], color=colour, linestyle=dashes, marker="o", markersize=4, label=_plain(name))
-    axes.set_title(_plain(title, 70), loc="left", fontsize=11)
-    axes.set(ylabel=column, ylim=(0, None), axisbelow=True)
+    for number, name in enumerate(last.index):
+        line, dashes = frame[frame["name"] == name].sort_values("at"), ("-", "--", ":")[number // 4 % 3]
+        colour, mark = (BLUE, ORANGE, RED, SKY)[number % 4], "osD^"[number % 4]
+        axes.plot(line["at"], line[column], color=colour, linestyle=dashes, marker=mark, markersize=4, label=_plain(name, 28))
+    axes.set_title(_plain(title, 60), loc="left", fontsize=10)
+    axes.set_ylabel(column, fontsize=8)
+    axes.set(ylim=(0, None), axisbelow=True)
     axes.grid(axis="y", color="#e5e7eb")
-    axes.tick_params(axis="x", rotation=20, labelsize=8)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.tick_params(axis="x", rotation=20)
+    picture.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+    seen = f"{title}, the last of {frame['at'].nunique()} looks: "
+    picture.words = seen + "; ".join(f"{name} {value:,.6g} {column}" for name, value in last.items())
     return picture
 
 
 def lock_timeline(swap: Swap) -> Picture:
     """Each attempt of the swap on the clock, in seconds, and in the last one the time for which names were locked."""
     names, locked = [f"attempt {n}" for n, _ in enumerate(swap.attempts, 1)], [0.0] * (len(swap.attempts) - 1) + [swap.locked_s]
-    waiting = Bars("waiting for locks", ORANGE, [length for _, length in swap.attempts], [""] * len(names))
+    lengths = [length for _, length in swap.attempts]
+    waiting = Bars("waiting for locks", ORANGE, lengths, [f"{length * 1000:.0f} ms" for length in lengths])
     return _locked("The swap", "seconds since the swap began", names, [start for start, _ in swap.attempts], waiting, locked)
 
 
@@ -134,15 +170,17 @@ def run_timeline(run: Run) -> Picture:
     history = run.database.frame("ledger.history", migration=run.migration)
     done = history[history["state"] == "done"].drop_duplicates(["step", "action"], keep="last").sort_values("started_at")
     lengths = (done["finished_at"] - done["started_at"]).dt.total_seconds().tolist()
-    names = (done["step"] + " · " + done["action"]).tolist()
-    swap = run.finished("cutover", "swap")
-    locked = [float(swap.facts["locked_s"]) if swap and name == "cutover · swap" else 0.0 for name in names]
+    names = (done["step"].str.replace("_", " ") + " · " + done["action"]).tolist()
+    locked = done["locked_s"].fillna(0.0).tolist()
     starts = [sum(lengths[:line]) for line in range(len(lengths))]
-    work = Bars("at work", BLUE, lengths, [f"{length:.2f} s" for length in lengths])
+    texts = [
+        f"{length:.2f} s" + f", locked {lock * 1000:.0f} ms" * (lock > 0) for length, lock in zip(lengths, locked, strict=True)
+    ]
+    work = Bars("at work", BLUE, lengths, texts)
     return _locked(run.plan.full_name, "seconds of work; pauses are left out", names, starts, work, locked)
 
 
 def _locked(title: str, unit: str, names: list[str], starts: list[float], bars: Bars, locked: list[float]) -> Picture:
     begun = [start + length - lock for start, length, lock in zip(starts, bars.lengths, locked, strict=True)]
-    label = f"names locked, {sum(locked) * 1000:.0f} ms"
+    label = f"names locked, {sum(locked) * 1000:.0f} ms in all"
     return _draw(title, unit, names, bars._replace(starts=starts), Bars(label, RED, locked, [""] * len(locked), begun))

@@ -129,6 +129,7 @@ class Session:
 
     connection: psycopg.Connection[dict[str, Any]]
     statements: list[Statement]
+    locked_s: float = 0.0  # for how long, in all, it kept everybody else from what it locked
 
     def run(self, query: str | sql.Composed, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
         """Run `group.name`, or a composed statement; the cursor has its rows."""

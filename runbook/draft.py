@@ -13,6 +13,7 @@ from runbook import catalog, findings, ledger, partition, repair
 from runbook.database import Database, Session, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked
+from runbook.overview import strip
 from runbook.parameters import Parameters, resolve
 from runbook.plan import Finding, Named, Plan, fit
 from runbook.statements import trusted
@@ -25,6 +26,10 @@ class Draft:
     database: Database
     plan: Plan
     already: str = ""
+
+    def overview(self) -> Any:
+        """The strip of the steps, before the first of them or where the migration in force stands."""
+        return ledger.of(self.database, self.plan.full_name).overview() if self.already else strip(self.plan)
 
     def columns(self) -> pd.DataFrame:
         """The columns as they are."""

@@ -7,13 +7,14 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec
 
 import pandas as pd
+import psycopg
 from psycopg import sql
 
 from runbook.database import Database, Session, target
@@ -97,31 +98,17 @@ class Run:
         with self.database.session("ledger") as session:
             return _finished(session, self.migration, step, action)
 
-    def overview(self) -> pd.DataFrame:
-        """The steps, what the ledger says of each, and the plan's hash."""
-        history = self.database.frame("ledger.history", migration=self.migration)
-        lines = []
-        for step in (*(REPAIR if self.plan.restore_from == "backup" else STEPS), "monitor"):
-            done = history[(history.step == step) & (history.state == "done")]
-            checked = done[done.action == "check"]
-            last = history[history.step == step].tail(1)
-            state = "done" if len(checked) else ("" if last.empty else f"{last.action.iloc[0]}: {last.state.iloc[0]}")
-            when = checked.finished_at.iloc[-1].strftime("%Y-%m-%d %H:%M:%S %Z") if len(checked) else ""
-            lines.append(
-                {
-                    "step": NOTEBOOKS[step],
-                    "state": state,
-                    "when": when,
-                    "by": checked.operator.iloc[-1] if len(checked) else "",
-                }
-            )
-        frame = pd.DataFrame(lines)
-        frame.attrs["plan"] = self.plan.hash
-        return frame.style.hide(
-            axis="index"
-        ).set_caption(  # type: ignore[return-value]
-            f"{self.plan.full_name} by {self.plan.key} · migration {self.migration} ({self.state}) · plan {self.plan.hash[:12]}"
-        )
+    def overview(self) -> Any:
+        """The strip of the steps: what the ledger says of each, and the plan's hash."""
+        from runbook import overview
+
+        return overview.strip(self.plan, self)
+
+    def next(self) -> Any:
+        """Which notebook comes next, and what undo costs now."""
+        from runbook import overview
+
+        return overview.ahead(self)
 
     def statements(self) -> pd.DataFrame:
         """Every statement that this kernel ran for this database: when, which, how long, how many rows."""
@@ -155,6 +142,9 @@ class Run:
             except BaseException as error:
                 self._record_failure(number, error)
                 raise
+            if session.locked_s:
+                with suppress(psycopg.Error):  # what was done is committed, and noted
+                    session.run("ledger.note_locked", id=number, seconds=session.locked_s)
 
     def _record_failure(self, number: int, error: BaseException) -> None:
         """On a connection of its own: the action's may be gone. Where the server is gone too, the row stays 'started'."""

@@ -162,6 +162,7 @@ def exclusive(
     finally:
         clock.queued = time.monotonic() - asked if asked else 0.0
         clock.locked = time.monotonic() - had if had else 0.0
+        session.locked_s += clock.locked
 
 
 def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> None:

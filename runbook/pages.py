@@ -26,6 +26,8 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
  .failed a { color: #00459e; text-decoration: underline }
  @media (max-width: 600px) { .jp-InputPrompt, .jp-OutputPrompt { display: none } .jp-Notebook { padding: 4px } }
 </style>{% endblock %}
+{% block data_png scoped %}{% set alt = output | get_metadata("alt", "image/png") %}{{
+ super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ' if alt else "<img ", 1) }}{% endblock %}
 {% block body_header %}{{ super() }}{{ nb.metadata.get("failed_banner", "") }}{% endblock %}"""
 ELSEWHERE = "script, link, iframe, object, embed, base, form, meta[http-equiv]"
 FETCHING = ("src", "srcset", "poster", "background", "href", "xlink:href", "action", "data")

@@ -74,6 +74,11 @@ UPDATE runbook.action
          'wal_written', pg_current_wal_insert_lsn() - (evidence ->> 'wal_from')::pg_lsn)
  WHERE id = {id}
 
+-- name: note_locked
+-- For how many seconds, in all, the action kept everybody else from what it locked.
+UPDATE runbook.action SET evidence = jsonb_build_object('locked_s', {seconds}::float8) || coalesce(evidence, '{{}}')
+ WHERE id = {id} AND state = 'done'
+
 -- name: fail_action
 -- Only where it is not done: a commit may have arrived although its answer did not.
 UPDATE runbook.action SET state = 'failed', finished_at = clock_timestamp(), sentence = {sentence} WHERE id = {id} AND state = 'started'
@@ -89,8 +94,30 @@ UPDATE runbook.action SET state = 'undone' WHERE migration = {migration} AND ste
 
 -- name: history
 SELECT a.step, a.action, a.state, a.started_at, a.finished_at, a.rows, a.sentence, a.operator,
-       (a.evidence ->> 'wal_written')::float8 AS wal_bytes
+       (a.evidence ->> 'wal_written')::float8 AS wal_bytes, (a.evidence ->> 'locked_s')::float8 AS locked_s
   FROM runbook.action a WHERE a.migration = {migration} ORDER BY a.id
+
+-- name: steps
+-- Of each step the check that was passed last, else what was tried last.
+SELECT s.step, CASE WHEN a.action = 'check' AND a.state = 'done' THEN 'done' WHEN a.id IS NULL THEN '' ELSE a.action || ': ' || a.state END AS state,
+       coalesce(to_char(a.finished_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS "UTC"'), '') AS when, coalesce(a.operator, '') AS by
+  FROM unnest({steps}::text[]) WITH ORDINALITY s (step, n) LEFT JOIN LATERAL (
+       SELECT * FROM runbook.action a WHERE a.migration = {migration} AND a.step = s.step
+        ORDER BY (a.action = 'check' AND a.state = 'done') DESC, a.id DESC LIMIT 1) a ON true ORDER BY s.n
+
+-- name: now
+-- Which steps are left, and what there is to undo: bytes of what the migration keeps, and for how long the swap locked names.
+SELECT m.state, (SELECT array_agg(s.step ORDER BY s.n) FROM unnest({steps}::text[]) WITH ORDINALITY s (step, n)
+                  WHERE NOT EXISTS (SELECT FROM runbook.action a
+                                     WHERE a.migration = m.id AND a.step = s.step AND a.action = 'check' AND a.state = 'done')) AS left,
+       w.id IS NOT NULL AS swapped, (w.evidence ->> 'locked_s')::float8 AS locked_s,
+       coalesce((SELECT sum(pg_total_relation_size(c.oid)) FROM pg_class c
+                  WHERE c.relnamespace = to_regnamespace({staging_text}) AND c.relkind = 'r'), 0)::bigint AS staging,
+       coalesce(pg_total_relation_size(to_regclass({backup_text})), 0)::bigint AS backup
+  FROM runbook.migration m LEFT JOIN LATERAL (
+       SELECT * FROM runbook.action a WHERE a.migration = m.id AND a.step = 'cutover' AND a.action = 'swap' AND a.state = 'done'
+        ORDER BY a.id DESC LIMIT 1) w ON true
+ WHERE m.id = {migration}
 
 -- name: overview
 SELECT m.id AS migration, m.source AS "table", m.state, a.step, a.action, a.state AS action_state, a.started_at, a.finished_at, a.rows, a.sentence,

@@ -52,6 +52,8 @@ FAULTS = """() => {
   })
   for (const image of document.images)
     if (!image.naturalWidth) faults.push(`a picture is missing: ${image.alt}`)
+    else if (!image.alt || image.alt.startsWith('No description')) faults.push('a picture without words')
+    else if (image.clientWidth / image.naturalWidth * 8 / 72 * 200 < 7) faults.push(`letters of less than 7 pixels: ${image.alt}`)
   return [...new Set(faults)].slice(0, 20)
 }"""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
+
 import pytest
 from click.testing import CliRunner
 
@@ -54,7 +56,10 @@ def test_every_look_stays_in_the_ledger_and_is_drawn(migrated):
         monitor.look(migrated)
     looks = monitor.history(migrated)
     assert len(looks) == 6 and looks["id"].nunique() == 2
-    assert charts.over_time(looks, "rows", "Rows per partition")._repr_png_().startswith(b"\x89PNG")
+    data, shown = charts.over_time(looks, "rows", "Rows per partition")._repr_mimebundle_()
+    assert b64decode(data["image/png"]).startswith(b"\x89PNG")
+    words = "Rows per partition, the last of 2 looks: users_patients 949 rows; users_doctors 50 rows; users_admins 1 rows"
+    assert shown["image/png"]["alt"] == words
 
 
 def test_new_values_and_rows_without_a_partition_of_their_own_fail_it(clinic, sql):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from base64 import b64decode
 from collections.abc import Iterator
 from typing import Any
 
@@ -296,7 +297,11 @@ def draw(run: Run) -> None:
         warnings.simplefilter("error")
         pictures = [charts.rows_per_partition(rows), charts.before_after(rows), charts.partition_tree(verify.tree(run))]
         pictures += [charts.latency(verify.latency(run)), charts.lock_timeline(cutover.swap(run)), charts.run_timeline(run)]
-        assert all(picture._repr_png_().startswith(b"\x89PNG") for picture in pictures)
+        for picture in pictures:
+            data, shown = picture._repr_mimebundle_()
+            assert b64decode(data["image/png"]).startswith(b"\x89PNG")
+            assert shown["image/png"]["alt"] == data["text/plain"] == picture.words
+    assert all(str(name) in pictures[0].words for name in rows["name"][:40])
 
 
 def test_pictures_are_drawn_without_a_display(migrated: str, monkeypatch: pytest.MonkeyPatch) -> None:
