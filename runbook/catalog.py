@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from psycopg import sql
@@ -10,7 +11,7 @@ from psycopg import sql
 from runbook.database import Session
 from runbook.errors import BadInput
 from runbook.plan import Carried, Column, Guard, Index, Named, Reference, Table, fit, with_key
-from runbook.statements import trusted
+from runbook.statements import spelled, statement, trusted
 
 Row = dict[str, Any]
 
@@ -31,7 +32,7 @@ def table_of(row: Row) -> Table:
     return Table(
         oid=row["oid"], schema_name=row["schema"], name=row["name"], owner=row["owner"], rows=max(row["estimated_rows"], 0),
         table_bytes=row["table_bytes"], index_bytes=row["index_bytes"], tablespace=row["tablespace"], options=tuple(row["options"]),
-        replica_identity=row["replica_identity"], replica_index=row["replica_index"], comment=row["comment"],
+        replica_identity=row["replica_identity"], replica_index=row["replica_index"], comment=row["comment"], strangers=tuple(row["strangers"]),
     )  # fmt: skip
 
 
@@ -54,18 +55,12 @@ def indexes_of(session: Session, table: Table, key: str, leaves: list[str], vers
         retired = fit(f"{row['name']}_retired", taken)
         taken.add(retired)
         columns = tuple(row["columns"] or ())
-        contains_key = key in columns and not row["has_expression"]
-        everywhere = row["primary"] or not row["unique"] or contains_key
         if row["constraint_type"] == "x":
-            everywhere = False
-        found.append(
-            Index(
-                name=row["name"], unique=row["unique"], primary=row["primary"], columns=columns, tail=row["tail"], tablespace=row["tablespace"],
-                constraint=row["constraint"], constraint_type=row["constraint_type"], constraint_definition=row["constraint_definition"],
-                comment=row["comment"], constraint_comment=row["constraint_comment"], everywhere=everywhere,
-                retired_name=retired, leaf_names=names,
-            )
-        )  # fmt: skip
+            everywhere = version >= 17 and within_key(row["constraint_definition"], key)
+        else:
+            everywhere = row["primary"] or not row["unique"] or (key in columns and not row["has_expression"])
+        placed = {"columns": columns, "everywhere": everywhere, "retired_name": retired, "leaf_names": names}
+        found.append(Index.model_validate({**row, **placed}))
     return tuple(found)
 
 
@@ -81,12 +76,43 @@ def guard_schema(session: Session, table: Table) -> str:
     return fit(f"{stem}_unique", {row["name"] for row in session.rows("catalog.schemas")})
 
 
+def within_key(exclusion: str, key: str) -> bool:
+    """Whether an exclusion constraint only ever excludes rows of the same partition."""
+    return bool(re.search(rf'[ (]"?{re.escape(key)}"? WITH =[,)]', exclusion))
+
+
+def fingerprint(session: Session, oid: int) -> str:
+    """A digest of all that a plan rests on, what is carried over included; run with qualified names."""
+    return str(session.value("catalog.definition", oid=oid, carried=statement("catalog.carried", oid=oid)))
+
+
 def checks_of(session: Session, oid: int) -> tuple[Named, ...]:
     return tuple(Named.model_validate(row) for row in session.rows("catalog.checks", oid=oid))
 
 
-def carried_of(session: Session, oid: int) -> tuple[Carried, ...]:
-    return tuple(Carried.model_validate(row) for row in session.rows("catalog.carried", oid=oid))
+def carried_of(session: Session, table: Table, indexes: tuple[Index, ...]) -> tuple[Carried, ...]:
+    """What hangs on the table, each with the statements that carry it over."""
+    found = [Carried.model_validate(row) for row in session.rows("catalog.carried", oid=table.oid)]
+    root = spelled((table.schema_name, table.name))
+    if kind := {"f": "FULL", "n": "NOTHING"}.get(table.replica_identity):
+        text = f"ALTER TABLE {{}} REPLICA IDENTITY {kind}"
+        found.append(Carried(kind="replica identity", name=kind, definition=text.format(root), leaf=text.format("\1")))
+    for index in indexes:
+        own = {spelled((table.schema_name, leaf)): name for leaf, name in index.leaf_names.items()}
+        everywhere = {root: index.name, **own} if index.everywhere else own
+        for number, target in (index.statistics or {}).items():
+            each = [
+                f"ALTER INDEX {spelled((table.schema_name, name))} ALTER COLUMN {number} SET STATISTICS {target}"
+                for name in everywhere.values()
+            ]
+            found.append(Carried(kind="index statistics", name=f"{index.name} {number}", definition="; ".join(each)))
+        if index.clustered:  # a root cannot be
+            each = [f"ALTER TABLE {leaf} CLUSTER ON {spelled((name,))}" for leaf, name in own.items()]
+            found.append(Carried(kind="cluster on", name=index.name, definition="; ".join(each)))
+        if index.replica_identity:
+            each = [f"ALTER TABLE ONLY {of} REPLICA IDENTITY USING INDEX {spelled((name,))}" for of, name in everywhere.items()]
+            found.append(Carried(kind="replica identity using index", name=index.name, definition="; ".join(each)))
+    return tuple(found)
 
 
 ACTIONS = {"a": "NO ACTION", "r": "RESTRICT", "c": "CASCADE", "n": "SET NULL", "d": "SET DEFAULT"}

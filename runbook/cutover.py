@@ -34,7 +34,7 @@ class Swap:
 
 
 def lock_set(run: Run, session: Session | None = None) -> tuple[list[sql.Composable], list[sql.Composable]]:
-    """What a swap locks: tables that the source references, source, referencing tables; and the views.
+    """What a swap locks: tables that the source references or whose policies read it, source, referencing tables; and the views.
 
     With a session: those that still stand; a referencing table may have been dropped since."""
     plan = run.plan
@@ -51,7 +51,7 @@ def lock_set(run: Run, session: Session | None = None) -> tuple[list[sql.Composa
 def lock_statement(run: Run) -> sql.Composed:
     """The lock that comes first, as the first attempt takes it."""
     tables, views = lock_set(run)
-    return statement("locks.lock", tables=sql.SQL(", ").join([*views, *tables]), mode=sql.SQL("ACCESS EXCLUSIVE"))
+    return locks.together(tables, views, "ACCESS EXCLUSIVE")
 
 
 def swap_statements(run: Run) -> Statements:
@@ -72,14 +72,6 @@ def swap_statements(run: Run) -> Statements:
         yield statement("cutover.drop_unplaced", **names)
     for table in (names["shadow"], *changes.leaves(run, run.staging)):
         yield statement("cutover.set_schema", table=table, to=names["schema"])
-    for column in plan.columns:
-        if column.sequence and not column.identity:
-            yield statement(
-                "cutover.own_sequence",
-                sequence=trusted(column.sequence),
-                table=plan.source,
-                column=(column.name,),
-            )
     yield from positions(run, retire=True)
     yield from _carry(run)
     yield from foreign_keys.legacy(run)
@@ -103,13 +95,17 @@ def _carry(run: Run) -> Statements:
     plan = run.plan
     for each in plan.carried:
         yield rendered(each.definition)
+        if each.leaf:
+            yield from (rendered(each.leaf.replace("\1", leaf.as_string(None))) for leaf in changes.leaves(run))
     for check in plan.checks:
         if not check.validated:
             yield add(plan.source, check.name, check.definition, check.comment)
     for key in plan.outgoing:
         definition = plan.becomes(key).removesuffix(" NOT VALID")
         if plan.server_version >= 18:
-            yield add(plan.source, key.name, f"{definition} NOT VALID", key.comment)
+            yield add(
+                plan.source, key.name, definition if "NOT ENFORCED" in definition else f"{definition} NOT VALID", key.comment
+            )
         else:
             for leaf in changes.leaves(run):
                 yield add(leaf, key.name, f"{definition} NOT VALID")
@@ -323,8 +319,12 @@ def check(action: Action) -> Evidence:
     """Raises PromiseBroken unless the name belongs to the partitioned table and every key is valid."""
     run = action.run
     rows = action.session.rows("cutover.validated", table_text=run.plan.source.as_string(None))
+    lax = {key.name for key in run.plan.outgoing if not key.validated}
+    lax |= {key.name for key in run.plan.references if key.definition.endswith("NOT VALID")}
     planned = {key.name for key in run.plan.references} | {key.name for key in run.plan.outgoing}
-    bad = [row["key"] for row in rows if not row["validated"]] + sorted(planned - {row["key"] for row in rows})
+    bad = [row["key"] for row in rows if not row["validated"] and row["key"] not in lax] + sorted(
+        planned - {row["key"] for row in rows}
+    )
     if bad:
         raise PromiseBroken(
             f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: run 05_cutover again."

@@ -197,19 +197,21 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
     outgoing = session.rows("catalog.outgoing", oid=found)
     references = catalog.references_of(session, table, key.name)
     to_itself = (table.schema_name, table.name)
+    carried = catalog.carried_of(session, table, indexes)
+    held = {(r["referenced_schema"], r["referenced_table"]) for r in outgoing} | {each.holder for each in carried if each.holder}
     backup = parameters.backup or fit(f"{table.name}_backup")
     plan = Plan(
-        server_version=version, table=table, fingerprint=session.value("catalog.definition", oid=found),
+        server_version=version, table=table, fingerprint=catalog.fingerprint(session, found),
         key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by,
         partitions=division.partitions, columns=columns,
         takes_any_value=parameters.partition_by == "hash" or any(each.bound == "DEFAULT" for each in division.partitions),
         primary_key=primary.columns if primary else (), indexes=indexes, checks=catalog.checks_of(session, found),
-        outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted({(r["referenced_schema"], r["referenced_table"]) for r in outgoing} - {to_itself})),
+        outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted(held - {to_itself})),
         references=tuple(each for each in references if (each.schema_name, each.table) != to_itself),
         selves=tuple(each for each in references if (each.schema_name, each.table) == to_itself),
         views=tuple(Named(name=f"{v['schema']}.{v['name']}", definition=v["definition"].rstrip(";")) for v in views if not v["materialized"]),
         view_tables=tuple((v["schema"], v["name"]) for v in views if not v["materialized"]),
-        carried=catalog.carried_of(session, found), frequent_value=division.frequent,
+        carried=carried, frequent_value=division.frequent,
         null_value=None if parameters.null_value is None else as_key(session, key, parameters.null_value), unique=parameters.unique,
         guards=catalog.guards_of(session, found, key.name) if parameters.unique == "global" else (),
         guard_schema=catalog.guard_schema(session, table),

@@ -7,6 +7,7 @@ from typing import Any
 
 from psycopg import sql
 
+from runbook import catalog
 from runbook.database import Session
 from runbook.division import Division
 from runbook.plan import Finding, Plan
@@ -179,19 +180,8 @@ def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"The materialized view {row['schema']}.{row['name']} would keep reading the retired table.",
                 "Drop it before, and make it anew after the cut-over.",
             )
-    for row in session.rows("catalog.publications", oid=oid):
-        if row["all_tables"]:
-            yield _blocker(
-                row["name"],
-                f"The publication {row['name']} is FOR ALL TABLES and would publish the shadow.",
-                "Publish the tables by name or by schema.",
-            )
-        elif row["member"] and not row["via_root"]:
-            yield _blocker(
-                row["name"],
-                f"The publication {row['name']} publishes partitions under their own names.",
-                f"ALTER PUBLICATION {row['name']} SET (publish_via_partition_root = true);",
-            )
+    obstacles = session.rows("catalog.obstacles", oid=oid, key=plan.key, backup=plan.backup_method, retired=plan.retired)
+    yield from map(Finding.model_validate, obstacles)
     for row in session.rows("catalog.subscribed", oid=oid):
         yield _blocker(
             row["name"],
@@ -212,18 +202,11 @@ def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"The trigger {carried.name} is a row trigger with transition tables, which a partition cannot have.",
                 "Make it a statement trigger.",
             )
-        elif carried.kind == "trigger" and carried.definition.startswith("CREATE CONSTRAINT TRIGGER"):
+        elif carried.kind == "grant of another" and not session.row("catalog.privileges", oid=oid)["superuser"]:
             yield _blocker(
-                carried.name,
-                f"{carried.name} is a constraint trigger, which a partitioned table cannot have.",
-                "Make it an ordinary trigger first.",
-            )
-        elif carried.kind == "rule":
-            yield _blocker(
-                carried.name,
-                f"{plan.full_name} has the rule {carried.name}; rules see other statements on a partitioned table.",
-                "Replace it by a trigger first.",
-            )
+                carried.name, f"The grant {carried.name} was not made by the owner of {plan.full_name}, and only a superuser can make it anew.",
+                f"Let {plan.table.owner} grant it instead.",
+            )  # fmt: skip
         elif carried.kind == "trigger" and " BEFORE " in carried.definition and " FOR EACH ROW " in carried.definition:
             yield _note(
                 carried.name,
@@ -296,6 +279,11 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
 def _uniqueness(plan: Plan) -> Iterator[Finding]:
     guards = {guard.index: guard.table for guard in plan.guards}
     for index in plan.indexes:
+        if index.constraint_type == "x" and not catalog.within_key(index.constraint_definition or "", plan.key):
+            yield _warning(
+                index.name, f"{index.name} excluded rows of the whole of {plan.full_name} and will exclude those of the same partition only.",
+                "Check for it in the application, or partition by one of its columns.",
+            )  # fmt: skip
         if not index.unique or plan.key in index.columns:
             continue
         what = ", ".join(index.columns) or index.name

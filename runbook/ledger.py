@@ -17,6 +17,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
+from runbook import catalog
 from runbook.database import Database, Session, target
 from runbook.errors import AlreadyRunning, OutOfOrder, PlanOutdated, told
 from runbook.parameters import resolve
@@ -177,7 +178,7 @@ class Run:
         if self.plan.restore_from == "backup" or _finished(session, self.migration, "cutover", "swap"):
             return
         with session.qualified():
-            if session.value("catalog.definition", oid=self.plan.table.oid) != self.plan.fingerprint:
+            if catalog.fingerprint(session, self.plan.table.oid) != self.plan.fingerprint:
                 changes = _what_changed(session, self.plan)
                 raise PlanOutdated(
                     f"{self.plan.full_name} was altered since the plan {self.plan.hash[:12]} was made ({changes}):"
@@ -217,7 +218,7 @@ def _what_changed(session: Session, plan: Plan) -> str:
     changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]
     changes += [f"index {name} dropped" for name in {index.name for index in plan.indexes} - indexes]
     keys = {
-        (row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=plan.table.oid, key=plan.key)
+        (row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=plan.table.oid)
     }
     planned = {(reference.schema_name, reference.table, reference.name) for reference in (*plan.references, *plan.selves)}
     changes += [f"{schema}.{table} references it now by {name}" for schema, table, name in keys - planned]

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from runbook.database import Database, Session
 from runbook.errors import LockNotGranted, ServerUnavailable
-from runbook.statements import statement, trusted
+from runbook.statements import spelled, statement, trusted
 
 Result = TypeVar("Result")
 # What PostgreSQL says when a lock was not had: lock_timeout, statement_timeout over several locks, deadlock.
@@ -127,6 +127,16 @@ class Clock:
     queued: float = 0.0
 
 
+def together(
+    tables: Sequence[sql.Composable], views: Sequence[sql.Composable], mode: str, *, tables_first: bool = False
+) -> sql.Composed:
+    """One statement that locks all of them, in this order."""
+    each = [statement("locks.lock_view", view=spelled(view)) for view in views]
+    own = [statement("locks.lock_table", table=table, mode=trusted(mode)) for table in tables]
+    lines = sql.SQL(";\n").join([*own, *each] if tables_first else [*each, *own]).as_string(None)
+    return statement("locks.lock", block=f"BEGIN\n{lines};\nEND")
+
+
 @contextmanager
 def exclusive(
     session: Session,
@@ -145,7 +155,7 @@ def exclusive(
     eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
     # One fixed order can starve against an application that has the other; a view's lock takes its tables' along.
     backwards = patience.attempts % 2 == 0
-    ordered = [*tables[::-1], *views] if backwards else [*views, *tables]
+    block = together(tables[::-1] if backwards else tables, views, mode, tables_first=backwards)
     clock, asked, had = clock or Clock(), 0.0, 0.0
     try:
         with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):
@@ -155,7 +165,7 @@ def exclusive(
             timeout = sql.Literal(f"{patience.lock_timeout_ms}ms")
             session.connection.execute(sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(timeout))
             asked = time.monotonic()
-            session.run("locks.lock", tables=sql.SQL(", ").join(ordered), mode=trusted(mode))
+            session.run(block)
             had = time.monotonic()
             session.connection.execute("SET LOCAL statement_timeout = 0; SET LOCAL jit = off")
             yield clock

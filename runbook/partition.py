@@ -29,7 +29,10 @@ def create(run: Run) -> Statements:
         yield statement("foreign_keys.add_own_column", **references.names(run, reference))
     if not plan.takes_any_value:
         yield statement("partition.create_unplaced", **run.names)
+    strangers = trusted(", ".join(plan.table.strangers))
     for table in (run.names["shadow"], *changes.leaves(run, run.staging)):
+        if plan.table.strangers:
+            yield statement("partition.revoke", object=table, roles=strangers)
         for column in plan.columns:
             name = sql.Identifier(column.name)
             if column.statistics not in (None, "-1"):
@@ -37,6 +40,10 @@ def create(run: Run) -> Statements:
             if column.options:
                 yield statement("partition.column_options", table=table, column=name, options=trusted(", ".join(column.options)))
         yield statement("partition.own", table=table, owner=run.names["owner"])
+    for column in plan.columns if plan.table.strangers else ():
+        if column.identity:
+            sequence = sql.SQL("SEQUENCE {}").format(sql.Identifier(run.staging, column.identity_sequence or ""))
+            yield statement("partition.revoke", object=sequence, roles=strangers)
     if plan.table.comment:
         yield statement("partition.comment", table=run.names["shadow"], comment=plan.table.comment)
 
@@ -44,7 +51,8 @@ def create(run: Run) -> Statements:
 def tables(plan: Plan, staging: str) -> Statements:
     """The partitioned table and its partitions, in a schema of their own."""
     names = plan.names(staging)
-    yield statement("partition.create_shadow", **names)
+    space = trusted(f"TABLESPACE {spelled((plan.table.tablespace,))}" if plan.table.tablespace else "")
+    yield statement("partition.create_shadow", **names, tablespace=space)
     if not plan.takes_null:
         yield statement("partition.require_key", **names)
     for column in plan.columns:
@@ -60,7 +68,6 @@ def tables(plan: Plan, staging: str) -> Statements:
             yield statement("partition.add_check", **constraint, definition=trusted(check.definition))
             if check.comment:
                 yield statement("partition.comment_constraint", **constraint, comment=check.comment)
-    space = trusted(f"TABLESPACE {spelled((plan.table.tablespace,))}" if plan.table.tablespace else "")
     for each in plan.partitions:
         leaf = (staging, each.name)
         yield statement("partition.create_partition", **names, leaf=leaf, bound=trusted(each.bound), tablespace=space)

@@ -50,6 +50,7 @@ class Column(Fact):
     identity_options: str | None
     statistics: str | None
     options: list[str] | None
+    kept: str  # collation, storage, compression, options, statistics target and comment, as one text to compare
 
 
 class Partition(Fact):
@@ -69,15 +70,26 @@ class Index(Fact):
     primary: bool
     columns: tuple[str, ...]
     tail: str
-    tablespace: str
     constraint: str | None
     constraint_type: str | None
     constraint_definition: str | None
+    include: str
+    options: str
+    index_space: str
+    clustered: bool
+    replica_identity: bool
+    statistics: dict[str, int] | None
     comment: str | None
     constraint_comment: str | None
     everywhere: bool
     retired_name: str
     leaf_names: dict[str, str]
+
+    @property
+    def timing(self) -> str:
+        """DEFERRABLE and INITIALLY DEFERRED, where it is a constraint that is."""
+        definition = self.constraint_definition or ""
+        return " DEFERRABLE" * (" DEFERRABLE" in definition) + " INITIALLY DEFERRED" * definition.endswith("INITIALLY DEFERRED")
 
 
 class Guard(Fact):
@@ -119,13 +131,18 @@ class Reference(Fact):
 
 
 class Carried(Fact):
-    """An object that the new table must be given: the statement that gives it, and those that retire and restore the old one."""
+    """An object that the new table must be given: the statement that gives it, and those that retire and restore the old one.
+
+    `leaf` is what each partition is given, with chr(1) for its name; `holder` another table whose lock that takes.
+    """
 
     kind: str
     name: str
     definition: str
     retire: str | None = None
     restore: str | None = None
+    leaf: str | None = None
+    holder: tuple[str, str] | None = None
 
 
 class Named(Fact):
@@ -152,6 +169,7 @@ class Table(Fact):
     replica_identity: str
     replica_index: str | None
     comment: str | None
+    strangers: tuple[str, ...]
 
 
 class Finding(Fact):
@@ -217,7 +235,9 @@ class Plan(Fact):
     def new_primary_constraint(self) -> str:
         """What the primary key becomes, as SQL."""
         kind = "PRIMARY KEY" if not self.takes_null else "UNIQUE NULLS NOT DISTINCT" if self.server_version > 14 else "UNIQUE"
-        return f"{kind} ({identifiers(self.new_primary_key).as_string(None)})"
+        own = next((index for index in self.indexes if index.primary), None)
+        rest = own.include + own.options + own.index_space + own.timing if own else ""
+        return f"{kind} ({identifiers(self.new_primary_key).as_string(None)}){rest}"
 
     @property
     def retired(self) -> str:

@@ -55,7 +55,7 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
         )
     plan = Plan(
         server_version=session.connection.info.server_version // 10000, table=table,
-        fingerprint=session.value("catalog.definition", oid=oid), key=key.name, key_type=key.type, key_nullable=not key.not_null,
+        fingerprint=catalog.fingerprint(session, oid), key=key.name, key_type=key.type, key_nullable=not key.not_null,
         partition_by=root["partition_by"], partitions=partitions, columns=columns,
         takes_any_value=any(partition.bound == "DEFAULT" for partition in partitions),
         primary_key=_identity(session, primary, key.name, where), indexes=indexes, checks=(), outgoing=(), referenced_tables=(),

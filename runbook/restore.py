@@ -219,36 +219,46 @@ def index_builds(run: Run) -> Iterator[tuple[str, str, list[sql.Composed]]]:
     for partition in sorted(plan.partitions, key=lambda partition: -partition.rows):
         leaf = sql.Identifier(run.staging, partition.name)
         for index in plan.indexes:
-            name = sql.Identifier(index.leaf_names[partition.name])
-            yield partition.name, index.leaf_names[partition.name], list(_leaf_index(run, index, leaf, name))
+            name = index.leaf_names[partition.name]
+            yield partition.name, name, list(_leaf_index(run, index, leaf, name))
 
 
-def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: sql.Identifier) -> Statements:
-    space = trusted(f" TABLESPACE {sql.Identifier(index.tablespace).as_string(None)}" if index.tablespace else "")
+def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: str) -> Statements:
     if index.primary:
         nulls = trusted("NULLS NOT DISTINCT" if "NULLS" in run.plan.new_primary_constraint.partition("(")[0] else "")
-        yield statement("restore.create_unique", index=name, leaf=leaf, columns=run.names["new_pk"], nulls=nulls)
-        kind = trusted("UNIQUE" if run.plan.takes_null else "PRIMARY KEY")
-        yield statement("restore.adopt_key", index=name, leaf=leaf, kind=kind)
+        rest = trusted(index.options + index.index_space.removeprefix(" USING INDEX"))
+        yield statement(
+            "restore.create_unique",
+            index=(name,),
+            leaf=leaf,
+            columns=run.names["new_pk"],
+            include=trusted(index.include),
+            nulls=nulls,
+            rest=rest,
+        )
+        kind = "UNIQUE" if run.plan.takes_null else "PRIMARY KEY"
+        yield statement("restore.adopt", index=(name,), leaf=leaf, kind=trusted(kind), timing=trusted(index.timing))
     elif index.constraint_type == "x":
         yield statement(
             "restore.add_constraint",
             table=leaf,
-            constraint=name,
+            constraint=(name,),
             definition=trusted(index.constraint_definition or ""),
         )
     else:
         unique = sql.SQL("UNIQUE" if index.unique else "")
-        tail = sql.SQL("{}{}").format(trusted(index.tail), space) if " WHERE " not in index.tail else trusted(index.tail)
-        yield statement("restore.create_index", index=name, leaf=leaf, unique=unique, tail=tail)
+        yield statement("restore.create_index", index=(name,), leaf=leaf, unique=unique, tail=trusted(index.tail))
         if index.constraint_type == "u":
-            yield statement("restore.adopt_unique", index=name, leaf=leaf, timing=_timing(index))
+            yield statement("restore.adopt", index=(name,), leaf=leaf, kind=trusted("UNIQUE"), timing=trusted(index.timing))
+    if not index.everywhere:
+        yield from _comments(index, leaf, (run.staging, name))
 
 
-def _timing(index: Index) -> sql.SQL:
-    definition = index.constraint_definition or ""
-    deferred = " INITIALLY DEFERRED" if definition.endswith("INITIALLY DEFERRED") else ""
-    return trusted(f"DEFERRABLE{deferred}" if " DEFERRABLE" in definition else "")
+def _comments(index: Index, table: sql.Composable, name: tuple[str, str]) -> Statements:
+    if index.comment:
+        yield statement("partition.comment_index", index=name, comment=index.comment)
+    if index.constraint_comment:
+        yield statement("partition.comment_constraint", table=table, constraint=name[1:], comment=index.constraint_comment)
 
 
 def adopt(run: Run) -> Statements:
@@ -267,19 +277,7 @@ def adopt(run: Run) -> Statements:
             yield statement("restore.index_root", **names, index=name, unique=unique, tail=trusted(index.tail))
         else:
             continue
-        if index.comment:
-            yield statement(
-                "partition.comment_index",
-                index=(run.staging, index.name),
-                comment=index.comment,
-            )
-        if index.constraint_comment:
-            yield statement(
-                "partition.comment_constraint",
-                table=names["shadow"],
-                constraint=name,
-                comment=index.constraint_comment,
-            )
+        yield from _comments(index, names["shadow"], (run.staging, index.name))
     yield from unique_keys.attach(run)
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from psycopg import errors, sql
 
-from runbook import changes, compare, cutover, foreign_keys, locks, partition, repair, unique
+from runbook import catalog, changes, compare, cutover, foreign_keys, locks, partition, repair, unique
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.database import Session
 from runbook.errors import OutOfOrder, PromiseBroken
@@ -54,15 +54,15 @@ def unswap_statements(run: Run) -> Statements:
     yield from foreign_keys.without_legacy(run)
     for reference in added(run):
         yield from foreign_keys.remove_column(run, reference)
+    for each in plan.carried:
+        if each.kind == "sequence":  # or it would move to another schema with the table
+            yield statement("rollback.free_sequence", sequence=trusted(each.name))
     # With its partitions, wherever they are and whoever attached them; one that was detached since is nobody's but its owner's.
     yield statement("cutover.set_schema", table=names["source"], to=names["staging"])
     yield from cutover.rename(run, retire=False)
-    for column in plan.columns:
-        if column.sequence and not column.identity:
-            yield statement("cutover.own_sequence", sequence=trusted(column.sequence), table=plan.source, column=(column.name,))
     for each in plan.carried:
-        if each.kind == "publication":
-            yield rendered(each.definition)
+        if each.restore:
+            yield rendered(each.restore)
     for view in plan.views:
         yield rendered(view.definition)
     yield from cutover.positions(run, retire=False)
@@ -70,9 +70,6 @@ def unswap_statements(run: Run) -> Statements:
     yield from unique.remove(run)
     if cutover.refuses_moves(run):
         yield statement("cutover.allow_moves", **names)
-    for each in plan.carried:
-        if each.restore:
-            yield rendered(each.restore)
     for check in plan.checks:
         if not check.validated:
             yield cutover.add(plan.source, check.name, check.definition, check.comment)
@@ -247,7 +244,7 @@ def check(action: Action, keep_backup: bool = False) -> Evidence:
     if closed := _closed(run, session):
         return action.finish(closed)
     with session.qualified():
-        now = session.value("catalog.definition", oid=run.plan.table.oid)
+        now = catalog.fingerprint(session, run.plan.table.oid)
     altered = "" if now == run.plan.fingerprint else " It was altered by others since the plan was made; those changes stay."
     if run.finished("rollback", "clean") is None:
         raise PromiseBroken(f"The migration of {run.plan.full_name} has not been taken away: run 90_rollback from its beginning.")

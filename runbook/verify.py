@@ -124,7 +124,11 @@ def structure(run: Run) -> pd.DataFrame:
             look.ask(f"verify.{part}")
         for guard in run.plan.guards:
             look.ask("verify.guard", **{**look.names, **unique.names(run.plan, guard, run.staging), "name_text": guard.index})
-        look.ask("verify.logged", reason=_no_way_back(run))
+        reason = _no_way_back(run)
+        if run.plan.restore_from == "source":
+            look.ask("verify.storage")
+            look.ask("verify.positions", reason=reason, retired_text=spelled(run.names["retired"]))
+        look.ask("verify.logged", reason=reason)
     return look.frame
 
 

@@ -33,7 +33,12 @@ SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind =
        c.relreplident AS replica_identity,
        (SELECT relname FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
          WHERE i.indrelid = c.oid AND i.indisreplident) AS replica_index,
-       obj_description(c.oid, 'pg_class') AS comment
+       obj_description(c.oid, 'pg_class') AS comment,
+       -- Whom default privileges would give rights on a new table: the source's own grants are to be the only ones.
+       coalesce((SELECT array_agg(DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END)
+          FROM pg_default_acl d CROSS JOIN LATERAL aclexplode(d.defaclacl) a
+         WHERE d.defaclrole = current_user::regrole AND d.defaclnamespace IN (0, n.oid) AND d.defaclobjtype IN ('r', 'S')
+           AND a.grantee <> d.defaclrole), '{{}}') AS strangers
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_class t ON t.oid = c.reltoastrelid
  WHERE c.oid = {oid}
 
@@ -53,7 +58,9 @@ SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnot
        (SELECT format('START WITH %s INCREMENT BY %s MINVALUE %s MAXVALUE %s CACHE %s %s', q.seqstart, q.seqincrement, q.seqmin, q.seqmax, q.seqcache,
                       CASE WHEN q.seqcycle THEN 'CYCLE' ELSE 'NO CYCLE' END)
           FROM pg_sequence q WHERE a.attidentity <> '' AND q.seqrelid = pg_get_serial_sequence(quote_ident(n.nspname) || '.' || quote_ident(c.relname), a.attname)::regclass) AS identity_options,
-       to_jsonb(a) ->> 'attstattarget' AS statistics, a.attoptions AS options
+       to_jsonb(a) ->> 'attstattarget' AS statistics, a.attoptions AS options,
+       concat_ws(' ', nullif(a.attcollation, t.typcollation)::regcollation, a.attstorage, to_jsonb(a) ->> 'attcompression', a.attoptions,
+                 nullif(to_jsonb(a) ->> 'attstattarget', '-1'), col_description(a.attrelid, a.attnum)) AS kept
   FROM pg_attribute a
   JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_type declared ON declared.oid = a.atttypid
@@ -70,20 +77,26 @@ SELECT x.relname AS name, i.indisunique AS unique, i.indisprimary AS primary, i.
        (SELECT array_agg(a.attname ORDER BY k.ord) FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
           JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord <= i.indnkeyatts) AS columns,
        0 = ANY (i.indkey::int2[]) AS has_expression, i.indpred IS NOT NULL AS partial,
-       substr(d.definition, length(d.prefix) + 1) AS tail, left(d.definition, length(d.prefix)) = d.prefix AS understood,
-       coalesce((SELECT spcname FROM pg_tablespace t WHERE t.oid = x.reltablespace), '') AS tablespace,
+       left(rest.tail, length(rest.tail) - length(rest.predicate)) || coalesce(' TABLESPACE ' || quote_ident(space.spcname), '') || rest.predicate AS tail,
+       (SELECT coalesce(' INCLUDE (' || string_agg(quote_ident(a.attname), ', ' ORDER BY k.ord) || ')', '') FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+          JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum WHERE k.ord > i.indnkeyatts) AS include,
+       coalesce((SELECT ' WITH (' || string_agg(split_part(o, '=', 1) || '=' || quote_literal(substr(o, strpos(o, '=') + 1)), ', ') || ')' FROM unnest(x.reloptions) o), '') AS options,
+       coalesce(' USING INDEX TABLESPACE ' || quote_ident(space.spcname), '') AS index_space,
+       (SELECT jsonb_object_agg(a.attnum, to_jsonb(a) -> 'attstattarget') FROM pg_attribute a
+         WHERE a.attrelid = x.oid AND (to_jsonb(a) ->> 'attstattarget')::int >= 0) AS statistics,
+       i.indisreplident AS replica_identity,
        k.conname AS constraint, k.contype AS constraint_type, pg_get_constraintdef(k.oid) AS constraint_definition,
-       coalesce(k.condeferrable, false) AS deferrable, coalesce(k.condeferred, false) AS deferred,
-       obj_description(x.oid, 'pg_class') AS comment, obj_description(k.oid, 'pg_constraint') AS constraint_comment,
-       pg_relation_size(x.oid) AS bytes
+       obj_description(x.oid, 'pg_class') AS comment, obj_description(k.oid, 'pg_constraint') AS constraint_comment
   FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
   JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
   LEFT JOIN pg_constraint k ON k.conindid = i.indexrelid AND k.conrelid = i.indrelid AND k.contype IN ('p', 'u', 'x')
+  LEFT JOIN pg_tablespace space ON space.oid = x.reltablespace
   CROSS JOIN LATERAL (
-    SELECT pg_get_indexdef(i.indexrelid) AS definition,
-           'CREATE ' || CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || 'INDEX ' || quote_ident(x.relname) || ' ON '
-           || CASE WHEN c.relkind = 'p' THEN 'ONLY ' ELSE '' END
-           || quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ' USING ' AS prefix) d
+    SELECT substr(pg_get_indexdef(i.indexrelid), 1 + length(
+             'CREATE ' || CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || 'INDEX ' || quote_ident(x.relname) || ' ON '
+             || CASE WHEN c.relkind = 'p' THEN 'ONLY ' ELSE '' END
+             || quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ' USING ')) AS tail,
+           coalesce(' WHERE ' || pg_get_expr(i.indpred, i.indrelid), '') AS predicate) rest
  WHERE i.indrelid = {oid}
  ORDER BY i.indisprimary DESC, x.relname
 
@@ -132,18 +145,29 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
 SELECT DISTINCT n.nspname AS schema, v.relname AS name, v.relkind = 'm' AS materialized,
        pg_get_userbyid(v.relowner) AS owner,
        'CREATE OR REPLACE VIEW ' || quote_ident(n.nspname) || '.' || quote_ident(v.relname)
-       || coalesce(' WITH (' || array_to_string(v.reloptions, ', ') || ')', '') || ' AS ' || pg_get_viewdef(v.oid) AS definition
+       || coalesce(' WITH (' || array_to_string(v.reloptions, ', ') || ')', '') || ' AS ' || rtrim(pg_get_viewdef(v.oid), ';')
+       || format('; ALTER VIEW %I.%I OWNER TO %I', n.nspname, v.relname, pg_get_userbyid(v.relowner)) AS definition
   FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
   JOIN pg_class v ON v.oid = r.ev_class JOIN pg_namespace n ON n.oid = v.relnamespace
- WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND v.oid <> {oid} AND v.relkind IN ('v', 'm')
+ WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND v.oid <> {oid} AND v.relkind IN ('v', 'm') AND r.rulename = '_RETURN'
  ORDER BY n.nspname, v.relname
 
 -- name: carried
 -- What a new table of the same name must be given, each as the statement that gives it, and how the retired one is
--- relieved of it (`retire`) and gets it back (`restore`). Rendered by the server, with names quoted by the server.
+-- relieved of it (`retire`) and gets it back (`restore`); `leaf` is what each partition needs too, with chr(1) for its name.
+-- Rendered by the server, with names quoted by the server. What lies on other tables takes their lock: `holder`.
 WITH source AS (
-  SELECT c.*, quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS qualified
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid})
+  SELECT c.*, quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS qualified, n.nspname AS schema_name
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid}),
+relation AS (  -- the table and its identity sequences: these are made anew, and with them their rights
+  SELECT s.oid, s.qualified AS object, s.relacl, s.relowner, 'r'::"char" AS kind, NOT s.relrowsecurity AS leaves FROM source s
+  UNION ALL
+  SELECT q.oid, 'SEQUENCE ' || quote_ident(n.nspname) || '.' || quote_ident(q.relname), q.relacl, q.relowner, 'S', false
+    FROM source s JOIN pg_depend d ON d.refobjid = s.oid AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i' AND d.classid = 'pg_class'::regclass
+    JOIN pg_class q ON q.oid = d.objid AND q.relkind = 'S' JOIN pg_namespace n ON n.oid = q.relnamespace),
+reading AS (  -- policies, rules and functions elsewhere, whose text names the table
+  SELECT DISTINCT d.classid, d.objid FROM pg_depend d
+   WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND d.deptype = 'n')
 SELECT 'trigger' AS kind, t.tgname::text AS name,
        pg_get_triggerdef(t.oid) || CASE t.tgenabled WHEN 'O' THEN '' ELSE
          format('; ALTER TABLE %s %s TRIGGER %I', s.qualified,
@@ -151,7 +175,8 @@ SELECT 'trigger' AS kind, t.tgname::text AS name,
        || coalesce(format('; COMMENT ON TRIGGER %I ON %s IS %L', t.tgname, s.qualified, obj_description(t.oid, 'pg_trigger')), '') AS definition,
        format('ALTER TABLE %s DISABLE TRIGGER %I', s.qualified, t.tgname) AS retire,
        format('ALTER TABLE %s %s TRIGGER %I', s.qualified,
-              CASE t.tgenabled WHEN 'O' THEN 'ENABLE' WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, t.tgname) AS restore
+              CASE t.tgenabled WHEN 'O' THEN 'ENABLE' WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, t.tgname) AS restore,
+       NULL AS leaf, NULL::text[] AS holder
   FROM pg_trigger t, source s WHERE t.tgrelid = s.oid AND NOT t.tgisinternal AND t.tgname NOT LIKE 'runbook\_%'
 UNION ALL
 SELECT 'policy', p.polname::text,
@@ -161,75 +186,190 @@ SELECT 'policy', p.polname::text,
               (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(r)) END, ', ') FROM unnest(p.polroles) r),
               coalesce(' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')', ''),
               coalesce(' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')', ''))
-       || coalesce(format('; COMMENT ON POLICY %I ON %s IS %L', p.polname, s.qualified, obj_description(p.oid, 'pg_policy')), ''), NULL, NULL
+       || coalesce(format('; COMMENT ON POLICY %I ON %s IS %L', p.polname, s.qualified, obj_description(p.oid, 'pg_policy')), ''), NULL, NULL, NULL, NULL
   FROM pg_policy p, source s WHERE p.polrelid = s.oid
 UNION ALL
-SELECT 'row security', 'enabled', format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', qualified), NULL, NULL FROM source WHERE relrowsecurity
+SELECT 'row security', 'enabled', format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', qualified), NULL, NULL, NULL, NULL FROM source WHERE relrowsecurity
 UNION ALL
-SELECT 'row security', 'forced', format('ALTER TABLE %s FORCE ROW LEVEL SECURITY', qualified), NULL, NULL FROM source WHERE relforcerowsecurity
+SELECT 'row security', 'forced', format('ALTER TABLE %s FORCE ROW LEVEL SECURITY', qualified), NULL, NULL, NULL, NULL FROM source WHERE relforcerowsecurity
+UNION ALL
+-- A grant on a partition bypasses the root's policies: with row-level security partitions get none.
+-- What another than the owner granted must be granted by that one again, after that one was granted the right to.
+SELECT CASE WHEN a.grantor = r.relowner THEN 'grant' ELSE 'grant of another' END, w.grantee || ' ' || w.privileges || w.of || w.place,
+       w.first || format('GRANT %s ON %s TO %s%s', w.privileges, r.object, w.who, w.option) || w.last, NULL, NULL,
+       CASE WHEN r.leaves THEN w.first || format('GRANT %s ON %s TO %s%s', w.privileges, chr(1), w.who, w.option) || w.last END, NULL
+  FROM relation r
+ CROSS JOIN LATERAL (SELECT a.grantor, a.grantee, a.is_grantable, string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type) AS privileges
+                       FROM aclexplode(r.relacl) a WHERE a.grantee <> r.relowner GROUP BY 1, 2, 3) a
+ CROSS JOIN LATERAL (SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS who, a.privileges,
+                            CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(a.grantee) END AS grantee,
+                            CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option,
+                            CASE r.kind WHEN 'S' THEN ' on ' || r.object ELSE '' END AS place,
+                            CASE WHEN a.grantor = r.relowner THEN '' ELSE ' by ' || pg_get_userbyid(a.grantor) END AS of,
+                            CASE WHEN a.grantor = r.relowner THEN '' ELSE format('SET LOCAL ROLE %I; ', pg_get_userbyid(a.grantor)) END AS first,
+                            CASE WHEN a.grantor = r.relowner THEN '' ELSE '; RESET ROLE' END AS last) w
+UNION ALL
+SELECT 'grant', 'owner on ' || r.object,
+       format('REVOKE ALL ON %s FROM %I', r.object, pg_get_userbyid(r.relowner))
+       || coalesce(format('; GRANT %s ON %s TO %I', string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type), r.object, pg_get_userbyid(r.relowner)), ''),
+       NULL, NULL, NULL, NULL
+  FROM relation r LEFT JOIN LATERAL aclexplode(r.relacl) a ON a.grantee = r.relowner
+ WHERE r.relacl IS NOT NULL GROUP BY r.object, r.relowner, r.kind
+HAVING count(a.privilege_type) < (SELECT count(*) FROM aclexplode(acldefault(r.kind, r.relowner)) d WHERE d.grantee = r.relowner)
+UNION ALL
+SELECT 'grant', 'columns of ' || CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(x.grantee) END || ' ' || x.privilege_type,
+       format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, w.columns, s.qualified, w.who, w.option), NULL, NULL,
+       CASE WHEN NOT s.relrowsecurity THEN format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, w.columns, chr(1), w.who, w.option) END, NULL
+  FROM source s CROSS JOIN LATERAL (
+       SELECT x.grantee, x.privilege_type, x.is_grantable, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
+         FROM pg_attribute a CROSS JOIN LATERAL aclexplode(a.attacl) x
+        WHERE a.attrelid = s.oid AND NOT a.attisdropped AND x.grantee <> s.relowner GROUP BY 1, 2, 3) x
+ CROSS JOIN LATERAL (SELECT x.columns, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS who,
+                            CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option) w
+UNION ALL
+SELECT 'comment', r.object, format('COMMENT ON %s IS %L', r.object, obj_description(r.oid, 'pg_class')), NULL, NULL, NULL, NULL
+  FROM relation r WHERE r.kind = 'S' AND obj_description(r.oid, 'pg_class') IS NOT NULL
+UNION ALL
+SELECT 'sequence', q.oid::regclass::text,
+       format('ALTER SEQUENCE %s OWNED BY %s.%I', q.oid::regclass, s.qualified, a.attname), NULL,
+       format('ALTER SEQUENCE %s OWNED BY %s.%I', q.oid::regclass, s.qualified, a.attname), NULL, NULL
+  FROM source s JOIN pg_depend d ON d.refobjid = s.oid AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'a' AND d.classid = 'pg_class'::regclass
+  JOIN pg_class q ON q.oid = d.objid AND q.relkind = 'S' JOIN pg_attribute a ON a.attrelid = s.oid AND a.attnum = d.refobjsubid
+UNION ALL
+SELECT 'security label', l.provider || ' ' || coalesce(a.attname::text, ''),
+       format('SECURITY LABEL FOR %I ON %s IS %L', l.provider, coalesce(format('COLUMN %s.%I', s.qualified, a.attname), 'TABLE ' || s.qualified), l.label), NULL, NULL, NULL, NULL
+  FROM pg_seclabel l JOIN source s ON l.classoid = 'pg_class'::regclass AND l.objoid = s.oid
+  LEFT JOIN pg_attribute a ON a.attrelid = s.oid AND a.attnum = l.objsubid AND l.objsubid > 0
+UNION ALL
+SELECT 'publication', p.pubname::text, a.added, format('ALTER PUBLICATION %I DROP TABLE %s', p.pubname, s.qualified), a.added, NULL, NULL
+  FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid JOIN source s ON r.prrelid = s.oid
+ CROSS JOIN LATERAL (  -- columns and rows: 15 on
+       SELECT format('ALTER PUBLICATION %I ADD TABLE ONLY %s', p.pubname, s.qualified)
+              || coalesce((SELECT ' (' || string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) || ')' FROM pg_attribute a
+                            WHERE a.attrelid = s.oid AND to_jsonb(r) -> 'prattrs' <> 'null' AND a.attname = ANY (f.columns)), '')
+              || coalesce(' WHERE (' || f.filter || ')', '')
+         FROM (SELECT (SELECT array_agg(c.name) FROM jsonb_array_elements_text(coalesce(to_jsonb(t) -> 'attnames', '[]')) c(name)) AS columns, to_jsonb(t) ->> 'rowfilter' AS filter
+                 FROM pg_publication_tables t WHERE t.pubname = p.pubname AND t.schemaname = s.schema_name AND t.tablename = s.relname) f) a(added)
+UNION ALL
+SELECT 'statistics', x.stxname::text,
+       pg_get_statisticsobjdef(x.oid) || format('; ALTER STATISTICS %s OWNER TO %I', o.qualified, pg_get_userbyid(x.stxowner))
+       || coalesce('; ALTER STATISTICS ' || o.qualified || ' SET STATISTICS ' || nullif(to_jsonb(x) ->> 'stxstattarget', '-1'), '')
+       || format('; COMMENT ON STATISTICS %s IS %L', o.qualified, obj_description(x.oid, 'pg_statistic_ext')),
+       format('ALTER STATISTICS %s RENAME TO %I', o.qualified, o.retired),
+       format('DROP STATISTICS %s; ALTER STATISTICS %I.%I RENAME TO %I', o.qualified, n.nspname, o.retired, x.stxname), NULL, NULL
+  FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace
+ CROSS JOIN LATERAL (SELECT quote_ident(n.nspname) || '.' || quote_ident(x.stxname) AS qualified, 'retired_' || md5(x.stxname) AS retired) o,
+       source s WHERE x.stxrelid = s.oid
 UNION ALL
 SELECT 'rule', r.rulename::text, pg_get_ruledef(r.oid)
-       || CASE r.ev_enabled WHEN 'O' THEN '' ELSE format('; ALTER TABLE %s %s RULE %I', s.qualified,
-            CASE r.ev_enabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, r.rulename) END,
-       format('ALTER TABLE %s DISABLE RULE %I', s.qualified, r.rulename),
-       format('ALTER TABLE %s %s RULE %I', s.qualified,
-              CASE r.ev_enabled WHEN 'O' THEN 'ENABLE' WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, r.rulename)
-  FROM pg_rewrite r, source s WHERE r.ev_class = s.oid
+       || CASE r.ev_enabled WHEN 'O' THEN '' ELSE format('; ALTER TABLE %s %s RULE %I', s.qualified, w.state, r.rulename) END
+       || format('; COMMENT ON RULE %I ON %s IS %L', r.rulename, s.qualified, obj_description(r.oid, 'pg_rewrite')),
+       format('ALTER TABLE %s DISABLE RULE %I', s.qualified, r.rulename), format('ALTER TABLE %s %s RULE %I', s.qualified, w.state, r.rulename), NULL, NULL
+  FROM source s JOIN pg_rewrite r ON r.ev_class = s.oid
+ CROSS JOIN LATERAL (SELECT CASE r.ev_enabled WHEN 'O' THEN 'ENABLE' WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END) w(state)
 UNION ALL
-SELECT 'grant', coalesce(nullif(a.grantee::regrole::text, '-'), 'PUBLIC') || ' ' || string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type),
-       format('GRANT %s ON %s TO %s%s', string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type), s.qualified,
-              CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END,
-              CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END), NULL, NULL
-  FROM source s CROSS JOIN LATERAL aclexplode(s.relacl) a WHERE a.grantee <> s.relowner
- GROUP BY s.qualified, a.grantee, a.is_grantable
+SELECT 'policy elsewhere', format('%s on %s', p.polname, p.polrelid::regclass),
+       format('ALTER POLICY %I ON %s%s%s', p.polname, p.polrelid::regclass, ' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')',
+              ' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')'), NULL,
+       format('ALTER POLICY %I ON %s%s%s', p.polname, p.polrelid::regclass, ' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')',
+              ' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')'), NULL,
+       (SELECT ARRAY[(SELECT nspname FROM pg_namespace WHERE oid = c.relnamespace), c.relname]::text[] FROM pg_class c WHERE c.oid = p.polrelid)
+  FROM reading d JOIN pg_policy p ON d.classid = 'pg_policy'::regclass AND p.oid = d.objid AND p.polrelid <> {oid}
 UNION ALL
-SELECT 'grant', 'columns of ' || coalesce(nullif(x.grantee::regrole::text, '-'), 'PUBLIC') || ' ' || x.privilege_type,
-       format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum), s.qualified,
-              CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END,
-              CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END), NULL, NULL
-  FROM source s JOIN pg_attribute a ON a.attrelid = s.oid AND NOT a.attisdropped CROSS JOIN LATERAL aclexplode(a.attacl) x
- WHERE x.grantee <> s.relowner
- GROUP BY s.qualified, x.grantee, x.privilege_type, x.is_grantable
+SELECT 'rule elsewhere', format('%s on %s', r.rulename, r.ev_class::regclass), regexp_replace(pg_get_ruledef(r.oid), '^CREATE RULE', 'CREATE OR REPLACE RULE'), NULL,
+       regexp_replace(pg_get_ruledef(r.oid), '^CREATE RULE', 'CREATE OR REPLACE RULE'), NULL,
+       (SELECT ARRAY[(SELECT nspname FROM pg_namespace WHERE oid = c.relnamespace), c.relname]::text[] FROM pg_class c WHERE c.oid = r.ev_class AND c.relkind <> 'v')
+  FROM reading d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid AND r.ev_class <> {oid} AND r.rulename <> '_RETURN'
 UNION ALL
-SELECT 'publication', p.pubname::text,
-       format('ALTER PUBLICATION %I ADD TABLE ONLY %s%s%s', p.pubname, s.qualified,
-              (SELECT ' (' || string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) || ')' FROM pg_attribute a
-                WHERE a.attrelid = s.oid AND a.attnum::text = ANY (string_to_array(to_jsonb(r) ->> 'prattrs', ' '))),
-              coalesce(' WHERE (' || pg_get_expr((to_jsonb(r) ->> 'prqual')::pg_node_tree, s.oid) || ')', '')),
-       format('ALTER PUBLICATION %I DROP TABLE %s', p.pubname, s.qualified), NULL
-  FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid, source s WHERE r.prrelid = s.oid
-UNION ALL
-SELECT 'statistics', x.stxname::text, pg_get_statisticsobjdef(x.oid), 
-       format('ALTER STATISTICS %I.%I RENAME TO %I', n.nspname, x.stxname, left(x.stxname, 40) || '_retired'), 
-       format('ALTER STATISTICS %I.%I RENAME TO %I', n.nspname, left(x.stxname, 40) || '_retired', x.stxname)
-  FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace, source s WHERE x.stxrelid = s.oid
+SELECT 'function', p.oid::regprocedure::text, pg_get_functiondef(p.oid), NULL, pg_get_functiondef(p.oid), NULL, NULL
+  FROM reading d JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
 ORDER BY 1, 2
 
 -- name: others
 -- Everything else that depends on the table, its row type or its primary key: what nobody carries must stop the plan.
+-- By the table itself come its own parts, views, rules, policies and SQL-body functions, which are carried; by its row
+-- type or its key nothing is.
 SELECT pg_describe_object(d.classid, d.objid, d.objsubid) AS object
   FROM pg_depend d
  WHERE d.deptype IN ('n', 'a')
    AND (d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
+        AND d.classid NOT IN ('pg_attrdef'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass, 'pg_statistic_ext'::regclass,
+                              'pg_publication_rel'::regclass, 'pg_rewrite'::regclass, 'pg_proc'::regclass)
+        AND NOT (d.classid = 'pg_class'::regclass AND (d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {oid})
+                 OR (SELECT relkind FROM pg_class WHERE oid = d.objid) IN ('S', 't')))
         OR d.refclassid = 'pg_type'::regclass AND d.refobjid IN (SELECT t FROM pg_class c, pg_type y,
              LATERAL (VALUES (y.oid), (y.typarray)) v(t) WHERE c.oid = {oid} AND y.oid = c.reltype)
-        OR d.refclassid = 'pg_constraint'::regclass AND d.refobjid IN (SELECT oid FROM pg_constraint WHERE conrelid = {oid}))
-   AND NOT (d.classid = 'pg_class'::regclass AND d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {oid}))
-   AND NOT (d.classid = 'pg_class'::regclass AND d.objid = {oid})  -- a generated column, on 14
-   AND NOT (d.classid = 'pg_class'::regclass AND (SELECT relkind FROM pg_class WHERE oid = d.objid) IN ('S', 't'))
-   AND NOT (d.classid = 'pg_type'::regclass)
-   AND d.classid NOT IN ('pg_attrdef'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass, 'pg_statistic_ext'::regclass,
-                         'pg_publication_rel'::regclass)
-   AND NOT (d.classid = 'pg_constraint'::regclass AND (SELECT contype FROM pg_constraint WHERE oid = d.objid) IN ('c', 'p', 'u', 'x', 'n'))
-   AND NOT (d.classid = 'pg_constraint'::regclass AND (SELECT contype FROM pg_constraint WHERE oid = d.objid) = 'f')
-   AND NOT (d.classid = 'pg_rewrite'::regclass
-            AND (SELECT c.relkind FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class WHERE r.oid = d.objid) IN ('v', 'm')
-            AND d.refclassid = 'pg_class'::regclass)
+        OR d.refclassid = 'pg_constraint'::regclass AND d.refobjid IN (SELECT oid FROM pg_constraint WHERE conrelid = {oid})
+        AND d.classid NOT IN ('pg_constraint'::regclass, 'pg_rewrite'::regclass))
+   AND NOT (d.classid = 'pg_constraint'::regclass AND d.refclassid = 'pg_class'::regclass)
    AND NOT (d.classid = 'pg_rewrite'::regclass AND (SELECT ev_class FROM pg_rewrite WHERE oid = d.objid) = {oid})
  GROUP BY 1 ORDER BY 1
 
--- name: key_values
-SELECT {key}::text AS value, count(*) AS rows FROM ONLY {table} GROUP BY {key} ORDER BY count(*) DESC, 1
+-- name: obstacles
+-- What a partitioned table cannot have, or cannot be given without harm, each with its sentence and the way out.
+WITH source AS (SELECT c.*, n.nspname AS schema_name, n.nspname || '.' || c.relname AS full_name, r.rolsuper OR r.rolbypassrls AS bypasses
+                  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_roles r WHERE c.oid = {oid} AND r.rolname = current_user),
+publication AS (
+  SELECT p.pubname, p.puballtables, p.pubviaroot, t.tablename IS NOT NULL AS publishes, r.oid IS NOT NULL AS by_name,
+         to_jsonb(t) -> 'attnames' AS columns, to_jsonb(r) -> 'prattrs' <> 'null' AS listed
+    FROM source s CROSS JOIN pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = s.oid
+    LEFT JOIN pg_publication_tables t ON (t.pubname, t.schemaname, t.tablename) = (p.pubname, s.schema_name, s.relname))
+SELECT 'blocker' AS level, x.relname::text AS object, format('The index %s is not valid: CREATE INDEX CONCURRENTLY failed.', x.relname) AS sentence,
+       format('REINDEX INDEX CONCURRENTLY %I; or drop it.', x.relname) AS way_out
+  FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = {oid} AND NOT i.indisvalid
+UNION ALL
+SELECT 'blocker', k.conname, format('%s is NOT VALID, which a partition cannot be given so that it stays like that.', k.conname),
+       format('ALTER TABLE … VALIDATE CONSTRAINT %I; first.', k.conname)
+  FROM pg_constraint k WHERE k.conrelid = {oid} AND NOT k.convalidated
+   AND (k.contype = 'n' OR k.contype = 'f' AND current_setting('server_version_num')::int < 180000)
+UNION ALL
+SELECT 'blocker', k.conname, format('%s of %s is NOT ENFORCED, and its composite successor would be.', k.conname, k.conrelid::regclass), 'Drop it first: it keeps nothing.'
+  FROM pg_constraint k WHERE k.confrelid = {oid} AND k.conrelid <> {oid} AND pg_get_constraintdef(k.oid) LIKE '% NOT ENFORCED'
+UNION ALL
+SELECT 'blocker', k.conname, format('%s is a key over time (WITHOUT OVERLAPS or PERIOD), which is not carried over.', k.conname), 'Drop it first.'
+  FROM pg_constraint k WHERE {oid} IN (k.conrelid, k.confrelid) AND pg_get_constraintdef(k.oid) ~ 'WITHOUT OVERLAPS|[(, ]PERIOD "?\w'
+UNION ALL
+SELECT 'blocker', s.full_name, format('%s is made of the type %s, which its partitions could not be.', s.full_name, s.reloftype::regtype), 'ALTER TABLE … NOT OF; first.'
+  FROM source s WHERE s.reloftype <> 0
+UNION ALL
+SELECT 'blocker', s.full_name, format('%s is stored by the access method %s.', s.full_name, a.amname), 'ALTER TABLE … SET ACCESS METHOD heap; first.'
+  FROM source s JOIN pg_am a ON a.oid = s.relam WHERE a.amname <> 'heap'
+UNION ALL
+SELECT 'blocker', s.full_name, format('%s belongs to the extension %s.', s.full_name, e.extname), format('ALTER EXTENSION %I DROP TABLE …; first.', e.extname)
+  FROM source s JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = s.oid AND d.deptype = 'e' JOIN pg_extension e ON e.oid = d.refobjid
+UNION ALL
+SELECT 'blocker', s.full_name, format('Row-level security is forced on %s, so that %s may not copy it.', s.full_name, current_user), format('ALTER ROLE %I BYPASSRLS;', current_user)
+  FROM source s WHERE s.relforcerowsecurity AND s.relrowsecurity AND NOT s.bypasses
+UNION ALL
+SELECT DISTINCT 'blocker', v.oid::regclass::text, format('%s does not own the view %s, which reads %s.', current_user, v.oid::regclass, s.full_name),
+       format('GRANT %I TO %I;', pg_get_userbyid(v.relowner), current_user)
+  FROM source s JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid AND d.classid = 'pg_rewrite'::regclass
+  JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class AND v.relkind = 'v' WHERE NOT pg_has_role(v.relowner, 'USAGE')
+UNION ALL
+SELECT 'blocker', v.oid::regclass::text, format('The view %s groups by the primary key alone, which will no longer be one.', v.oid::regclass),
+       'Name every column that it selects in its GROUP BY first.'
+  FROM pg_constraint k JOIN pg_depend d ON d.refclassid = 'pg_constraint'::regclass AND d.refobjid = k.oid AND d.classid = 'pg_rewrite'::regclass
+  JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class WHERE k.conrelid = {oid}
+UNION ALL
+SELECT 'blocker', p.pubname, format('The publication %s is FOR ALL TABLES and would publish the shadow.', p.pubname), 'Publish the tables by name or by schema.'
+  FROM publication p WHERE p.puballtables
+UNION ALL
+SELECT 'blocker', p.pubname, format('The publication %s publishes partitions under their own names, which would stop its subscribers.', p.pubname),
+       format('ALTER PUBLICATION %I SET (publish_via_partition_root = true);', p.pubname)
+  FROM publication p WHERE p.publishes AND NOT p.puballtables AND NOT p.pubviaroot
+UNION ALL
+SELECT 'blocker', p.pubname, format('The publication %s leaves out %s, which becomes part of the primary key: updates and deletes would be refused.', p.pubname, {key}),
+       format('Add %I to the columns that it publishes, and to the subscriber''s table.', {key}::text)
+  FROM publication p, source s WHERE p.listed AND s.relreplident = 'd' AND NOT p.columns ? {key}
+UNION ALL
+SELECT 'blocker', p.pubname, format('The publication %s publishes whole schema %s, and with it the backup that 01 makes.', p.pubname, s.schema_name),
+       'Set backup_method = "dump", or publish the tables by name.'
+  FROM publication p, source s WHERE p.publishes AND NOT p.puballtables AND NOT p.by_name AND {backup} = 'table'
+UNION ALL
+SELECT 'warning', p.pubname, format('The publication %s publishes whole schema %s: on the way back it publishes the changes of %s, too.', p.pubname, s.schema_name, {retired}::text),
+       format('Before 90_rollback, make an empty table %s on the subscriber, or publish the tables by name.', {retired}::text)
+  FROM publication p, source s WHERE p.publishes AND NOT p.puballtables AND NOT p.by_name
+ORDER BY 1, 2
 
 -- name: privileges
 -- What the role that runs this may do; the plan says which GRANT is missing.
@@ -247,20 +387,15 @@ SELECT pg_has_role(c.relowner, 'USAGE') AS owned FROM pg_class c WHERE c.oid = {
 -- Names in a schema that are taken: tables, indexes, sequences, views.
 SELECT relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = {schema}
 
--- name: publications
--- FOR ALL TABLES would publish the shadow, too.
-SELECT pubname AS name, puballtables AS all_tables, pubviaroot AS via_root,
-       EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = p.oid AND r.prrelid = {oid}) AS member
-  FROM pg_publication p
-
 -- name: subscribed
 SELECT s.subname AS name FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid WHERE r.srrelid = {oid}
 
 -- name: definition
--- A fingerprint of all that a plan rests on; the log's own triggers are not part of it.
+-- A fingerprint of all that a plan rests on, what is carried over included; the log's own triggers are not part of it.
 SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM (
   SELECT concat_ws(' ', 'column', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
-                   pg_get_expr(d.adbin, d.adrelid)) AS line
+                   pg_get_expr(d.adbin, d.adrelid), a.attcollation::regcollation, a.attstorage, to_jsonb(a) ->> 'attcompression',
+                   to_jsonb(a) ->> 'attstattarget', a.attoptions, col_description(a.attrelid, a.attnum)) AS line
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
    WHERE a.attrelid = {oid} AND a.attnum > 0 AND NOT a.attisdropped
   UNION ALL
@@ -269,14 +404,10 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM (
   SELECT concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass) FROM pg_constraint
    WHERE conrelid = {oid} OR confrelid = {oid} AND conparentid = 0
   UNION ALL
-  SELECT concat_ws(' ', 'trigger', pg_get_triggerdef(oid), tgenabled) FROM pg_trigger
-   WHERE tgrelid = {oid} AND NOT tgisinternal AND tgname NOT LIKE 'runbook\_%'
+  SELECT concat_ws(' ', kind, name, definition) FROM ({carried}) c
   UNION ALL
-  SELECT concat_ws(' ', 'policy', polname, pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid), polcmd, polroles)
-    FROM pg_policy WHERE polrelid = {oid}
-  UNION ALL
-  SELECT concat_ws(' ', 'table', relname, relnamespace::regnamespace, relrowsecurity, relforcerowsecurity, relreplident, relacl,
-                   pg_get_userbyid(relowner)) FROM pg_class WHERE oid = {oid}
+  SELECT concat_ws(' ', 'table', relname, relnamespace::regnamespace, relreplident, reloptions, reltablespace,
+                   pg_get_userbyid(relowner), obj_description(oid, 'pg_class')) FROM pg_class WHERE oid = {oid}
   UNION ALL
   SELECT DISTINCT concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}) part

@@ -35,9 +35,6 @@ ALTER TABLE {table} SET SCHEMA {to}
 -- Empty, as was checked under this lock.
 DROP TABLE {unplaced}
 
--- name: own_sequence
-ALTER SEQUENCE {sequence} OWNED BY {table}.{column}
-
 -- name: sequence_position
 -- Identity sequences are two: one goes on where the other stands, or the first insert would be a duplicate key.
 SELECT setval({to}, s.last_value, s.is_called) FROM {sequence} s

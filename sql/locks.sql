@@ -62,4 +62,12 @@ LOCK TABLE {tables} IN SHARE UPDATE EXCLUSIVE MODE
 
 -- name: lock
 -- Each table's strongest lock at once: a weaker one first would be a deadlock with a session that read and then writes.
-LOCK TABLE {tables} IN {mode} MODE
+-- One statement for all of them, which statement_timeout bounds as a whole.
+DO {block}
+
+-- name: lock_table
+LOCK TABLE {table} IN {mode} MODE;
+
+-- name: lock_view
+-- LOCK TABLE would ask whether the view's owner may lock the tables below it. This changes nothing, and locks the view alone.
+EXECUTE (SELECT format('ALTER VIEW %s OWNER TO %I', oid::regclass, pg_get_userbyid(relowner)) FROM pg_class WHERE oid = {view}::regclass);

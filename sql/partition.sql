@@ -2,7 +2,7 @@
 
 -- name: create_shadow
 -- ACCESS SHARE on the source. The names are the final ones; only the schema is another.
-CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS EXCLUDING IDENTITY) PARTITION BY {partition_by}
+CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS EXCLUDING IDENTITY) PARTITION BY {partition_by} {tablespace}
 
 -- name: require_key
 ALTER TABLE {shadow} ALTER COLUMN {key} SET NOT NULL
@@ -30,6 +30,10 @@ TRUNCATE {tables}
 
 -- name: size_of
 SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relname = ANY ({names}::text[])
+
+-- name: revoke
+-- What default privileges gave; the source's own grants follow at the cut-over.
+REVOKE ALL ON {object} FROM {roles}
 
 -- name: own
 ALTER TABLE {table} OWNER TO {owner}

@@ -26,13 +26,10 @@ DELETE FROM runbook.copied_range WHERE migration = {migration}
 CREATE {unique} INDEX {index} ON {leaf} USING {tail}
 
 -- name: create_unique
-CREATE UNIQUE INDEX {index} ON {leaf} ({columns}) {nulls}
+CREATE UNIQUE INDEX {index} ON {leaf} ({columns}){include} {nulls}{rest}
 
--- name: adopt_key
-ALTER TABLE {leaf} ADD CONSTRAINT {index} {kind} USING INDEX {index}
-
--- name: adopt_unique
-ALTER TABLE {leaf} ADD CONSTRAINT {index} UNIQUE USING INDEX {index} {timing}
+-- name: adopt
+ALTER TABLE {leaf} ADD CONSTRAINT {index} {kind} USING INDEX {index}{timing}
 
 -- name: add_constraint
 ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}

@@ -33,3 +33,6 @@ SELECT h.trigger_hours, coalesce((extract(epoch FROM clock_timestamp() - max(f.a
   FROM (SELECT coalesce(extract(epoch FROM clock_timestamp() - max(finished_at)) / 3600, 1e6)::float8 AS trigger_hours FROM runbook.action
          WHERE migration = {migration} AND (step, action) IN (('cutover', 'swap'), ('foreign_keys', 'check')) AND state = 'done') h
   LEFT JOIN {filled} f ON true GROUP BY h.trigger_hours
+
+-- name: free_sequence
+ALTER SEQUENCE {sequence} OWNED BY NONE

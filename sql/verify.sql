@@ -59,7 +59,8 @@ SELECT 'Its columns are those that it had' AS promise, coalesce('not so: ' || st
   LEFT JOIN ({columns_now}) now ON now.name = c ->> 'name' AND now.type = c ->> 'type' AND now.generated = (c ->> 'generated')::boolean
    AND now.not_null = ((c ->> 'not_null')::boolean OR c ->> 'name' = m.plan ->> 'key' AND NOT m.plan -> 'partitions' @> '[{{"values": [null]}}]')
    AND now.default IS NOT DISTINCT FROM c ->> 'default'
-   AND now.identity = c ->> 'identity'
+   AND now.identity = c ->> 'identity' AND now.kept = c ->> 'kept' AND now.sequence IS NOT DISTINCT FROM c ->> 'sequence'
+   AND now.identity_options IS NOT DISTINCT FROM c ->> 'identity_options'
  WHERE m.id = {migration}
 
 -- name: indexes
@@ -79,7 +80,9 @@ now AS (
          k.contype::text AS constraint_type, pg_get_indexdef(x.oid) AS definition,
          substr(pg_get_indexdef(x.oid), length('CREATE ' || CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || 'INDEX ' || quote_ident(x.relname)
                 || ' ON ' || CASE WHEN c.relkind = 'p' THEN 'ONLY ' ELSE '' END
-                || quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ' USING ') + 1) AS tail,
+                || quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ' USING ') + 1) AS whole,
+         coalesce(' WHERE ' || pg_get_expr(i.indpred, i.indrelid), '') AS predicate,
+         (SELECT ' TABLESPACE ' || quote_ident(spcname) FROM pg_tablespace WHERE oid = x.reltablespace) AS space,
          (SELECT array_agg(a.attname::text ORDER BY u.ord) FROM unnest(i.indkey::int2[]) WITH ORDINALITY u(attnum, ord)
             JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = u.attnum WHERE u.ord <= i.indnkeyatts) AS columns
     FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -94,14 +97,14 @@ SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary AND NOT p.tak
   FROM planned p LEFT JOIN now ON now.table = p.table AND now.name = p.wanted
  CROSS JOIN LATERAL (SELECT now.name IS NOT NULL AND now.valid AND now.unique = p.unique AND now.primary = (p.primary AND NOT p.takes_null)
     AND now.constraint_type IS NOT DISTINCT FROM CASE WHEN p.takes_null THEN 'u' ELSE p.constraint_type END
-    AND CASE WHEN p.primary THEN now.columns = p.new_key ELSE now.tail = p.tail END AS ok) same
+    AND CASE WHEN p.primary THEN now.columns = p.new_key ELSE left(now.whole, length(now.whole) - length(now.predicate)) || coalesce(now.space, '') || now.predicate = p.tail END AS ok) same
  GROUP BY p.name, p.primary, p.unique, p.tail, p.new_key, p.takes_null ORDER BY p.primary DESC, p.name
 
 -- name: references
 -- The plan's text and the server's differ in quotes and in what is left out because it is the default.
-SELECT format('Key %s of %s is composite and valid', r ->> 'name', r ->> 'table') AS promise,
+SELECT format('Key %s of %s is composite%s', r ->> 'name', r ->> 'table', CASE WHEN r ->> 'definition' LIKE '% NOT VALID' THEN ', as unchecked as it was' ELSE ' and valid' END) AS promise,
        coalesce(now.definition || CASE WHEN now.validated THEN '' ELSE ' (never validated)' END, 'missing') AS seen,
-       coalesce(now.validated AND translate(now.definition, '" ', '') =
+       coalesce((now.validated OR r ->> 'definition' LIKE '% NOT VALID') AND translate(replace(now.definition, ' NOT VALID', ''), '" ', '') =
          replace(replace(translate(r ->> 'composite', '" ', ''), 'ONUPDATENOACTION', ''), 'ONDELETENOACTION', ''), false) AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements((m.plan -> 'references') || coalesce(m.plan -> 'selves', '[]')) r
   LEFT JOIN ({incoming_now}) now ON (now.schema, now.table, now.name) = (r ->> 'schema_name', r ->> 'table', r ->> 'name')
@@ -123,9 +126,10 @@ SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce
 SELECT format('The %s is as it was: %s', c ->> 'kind', c ->> 'name') AS promise, coalesce(now.definition, 'missing') AS seen, now.name IS NOT NULL AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'carried') c
   LEFT JOIN ({carried_now}) now ON (now.kind, now.name, now.definition) = (c ->> 'kind', c ->> 'name', c ->> 'definition')
- WHERE m.id = {migration}
+ WHERE m.id = {migration} AND c ->> 'kind' NOT IN ('index statistics', 'cluster on', 'replica identity', 'replica identity using index')
 UNION ALL
-SELECT format('The view reads it: %s', v ->> 'name'), CASE WHEN now.name IS NULL THEN 'it does not' ELSE 'it does' END, now.name IS NOT NULL
+SELECT format('The view reads it: %s', v ->> 'name'), CASE WHEN now.name IS NULL THEN 'it does not' WHEN now.definition <> v ->> 'definition' THEN now.definition ELSE 'it does' END,
+       now.name IS NOT NULL AND now.definition = v ->> 'definition'
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'views') v
   LEFT JOIN ({views_now}) now ON now.schema || '.' || now.name = v ->> 'name'
  WHERE m.id = {migration}
@@ -142,6 +146,54 @@ SELECT format('Key %s is unique in the whole table', {name_text}) AS promise,
   LEFT JOIN (SELECT c.* FROM pg_partition_tree({root}) p JOIN pg_class c ON c.oid = p.relid
               WHERE 2 > (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled = 'A' AND t.tgfoid = to_regproc({function_text}))) c ON true
  GROUP BY t.keys, g.keys, t.lacking
+
+-- name: storage
+-- Of root and partitions: owner, comment, tablespace, options, replica identity, and of their indexes what does not stand in a definition.
+WITH plan AS (SELECT m.plan, m.plan -> 'table' AS "table" FROM runbook.migration m WHERE m.id = {migration}),
+now AS (
+  SELECT c.*, t.level, ARRAY(SELECT o FROM unnest(c.reloptions || ARRAY(SELECT 'toast.' || o FROM pg_class toast, unnest(toast.reloptions) o
+                              WHERE toast.oid = c.reltoastrelid)) o ORDER BY o) AS options,
+         coalesce((SELECT spcname FROM pg_tablespace WHERE oid = c.reltablespace), '') AS space
+    FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid)
+SELECT 'Table and partitions have their owner, comment, tablespace and storage options' AS promise,
+       coalesce('not so: ' || string_agg(DISTINCT now.relname, ', ') FILTER (WHERE NOT same.ok), 'owner ' || max(p."table" ->> 'owner')) AS seen, bool_and(same.ok) AS ok
+  FROM plan p CROSS JOIN now
+ CROSS JOIN LATERAL (SELECT pg_get_userbyid(now.relowner) = p."table" ->> 'owner' AND now.space = p."table" ->> 'tablespace'
+    AND (now.level = 0 OR now.options = ARRAY(SELECT o FROM jsonb_array_elements_text(p."table" -> 'options') o ORDER BY o))
+    AND (now.level > 0 OR obj_description(now.oid, 'pg_class') IS NOT DISTINCT FROM p."table" ->> 'comment') AS ok) same
+UNION ALL
+SELECT 'Its replica identity is as it was', coalesce('not so: ' || string_agg(now.relname, ', ') FILTER (WHERE NOT same.ok), 'on every partition'), bool_and(same.ok)
+  FROM plan p CROSS JOIN now
+  LEFT JOIN LATERAL (SELECT i FROM jsonb_array_elements(p.plan -> 'indexes') i WHERE (i ->> 'replica_identity')::boolean) i ON true
+ CROSS JOIN LATERAL (SELECT CASE WHEN i IS NULL THEN now.relreplident::text = p."table" ->> 'replica_identity'
+    WHEN now.level = 0 AND NOT (i ->> 'everywhere')::boolean THEN true
+    ELSE EXISTS (SELECT FROM pg_index x JOIN pg_class n ON n.oid = x.indexrelid WHERE x.indrelid = now.oid AND x.indisreplident
+           AND n.relname = CASE now.level WHEN 0 THEN i ->> 'name' ELSE i -> 'leaf_names' ->> now.relname END) END AS ok) same
+UNION ALL
+SELECT format('Index %s keeps its statistics targets, comment and CLUSTER ON', i ->> 'name'),
+       coalesce('not so: ' || string_agg(wanted.name, ', ') FILTER (WHERE NOT same.ok), 'with all its partitions'), bool_and(same.ok)
+  FROM plan p CROSS JOIN jsonb_array_elements(p.plan -> 'indexes') i
+ CROSS JOIN LATERAL (SELECT i ->> 'name', true WHERE (i ->> 'everywhere')::boolean UNION ALL SELECT value, false FROM jsonb_each_text(i -> 'leaf_names')) wanted(name, root)
+  LEFT JOIN (SELECT c.relname AS name, c.oid, x.indisclustered FROM now t JOIN pg_index x ON x.indrelid = t.oid JOIN pg_class c ON c.oid = x.indexrelid) x ON x.name = wanted.name
+ CROSS JOIN LATERAL (SELECT coalesce(x.indisclustered = ((i ->> 'clustered')::boolean AND NOT wanted.root)
+    AND (wanted.root <> (i ->> 'everywhere')::boolean OR obj_description(x.oid, 'pg_class') IS NOT DISTINCT FROM i ->> 'comment')
+    AND (SELECT jsonb_object_agg(a.attnum, to_jsonb(a) -> 'attstattarget') FROM pg_attribute a WHERE a.attrelid = x.oid AND (to_jsonb(a) ->> 'attstattarget')::int >= 0)
+        IS NOT DISTINCT FROM nullif(i -> 'statistics', 'null'), false) AS ok) same
+ WHERE (i ->> 'clustered')::boolean OR i ->> 'comment' IS NOT NULL OR i ->> 'statistics' IS NOT NULL
+ GROUP BY i ->> 'name'
+
+-- name: positions
+-- An identity's sequence is a new one: it must stand where the original's stands, or beyond.
+SELECT format('Sequence %s goes on where it stood', c ->> 'identity_sequence') AS promise,
+       coalesce({reason}, format('it stands at %s, the original''s at %s', coalesce(now.position::text, 'its start'), coalesce(old.position::text, 'its start'))) AS seen,
+       CASE WHEN {reason} IS NULL THEN coalesce(now.position * sign(q.seqincrement) >= old.position * sign(q.seqincrement), old.position IS NULL) END AS ok
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'columns') c
+ CROSS JOIN LATERAL (SELECT pg_get_serial_sequence({root}, c ->> 'name')::regclass AS oid,
+    CASE WHEN {reason} IS NULL THEN pg_get_serial_sequence({retired_text}, c ->> 'name')::regclass END AS retired) s
+ CROSS JOIN LATERAL (SELECT pg_sequence_last_value(s.oid) AS position) now
+ CROSS JOIN LATERAL (SELECT pg_sequence_last_value(s.retired) AS position) old
+  LEFT JOIN pg_sequence q ON q.seqrelid = s.oid
+ WHERE m.id = {migration} AND c ->> 'identity' <> ''
 
 -- name: logged
 -- A trigger that is missing, or not ENABLE ALWAYS, lets changes slip past the way back.

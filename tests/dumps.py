@@ -1,0 +1,95 @@
+"""What pg_dump says of a database, object by object, and what may differ once a table is partitioned."""
+
+from __future__ import annotations
+
+import re
+
+from runbook.ledger import Run
+from tests.walk import client
+
+ENTRY = re.compile(r"^-- Name: (.*); Type: ([^;]*); Schema: ([^;]*); .*$")
+
+
+def schema(database: str) -> dict[tuple[str, str], str]:
+    """(type, name) → text of every object, the ledger left out."""
+    found: dict[tuple[str, str], str] = {}
+    entry = ("", "")
+    dumped = client("pg_dump", f"--dbname={database}", "--schema-only", "--exclude-schema=runbook*")
+    for line in dumped.splitlines():
+        if match := ENTRY.match(line):
+            entry = (match[2], match[1])
+            while entry in found:
+                entry = (entry[0], entry[1] + "'")
+            found[entry] = ""
+        elif line and not line.startswith(("--", "SET default_", "\\")) and entry[0]:
+            found[entry] += line + "\n"
+    return found
+
+
+def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str], str], run: Run) -> list[str]:
+    """What a migration lost, changed or added beyond what partitioning means; each as a line."""
+    plan = run.plan
+    root, leaves = plan.table.name, [partition.name for partition in plan.partitions]
+    ours = {plan.retired, plan.backup, *leaves}
+    added = {(reference.table, reference.role_column) for reference in plan.references if reference.adds_column}
+    leaf_indexes = {name for index in plan.indexes for name in index.leaf_names.values()}
+    retired = {index.retired_name for index in plan.indexes}
+    elsewhere = {index.name for index in plan.indexes if not index.everywhere}
+    composite = {f"{reference.table} {reference.name}" for reference in plan.references}
+
+    def of_ours(kind: str, name: str, text: str) -> bool:
+        named = set(re.findall(r"[\w$]+", name)) | {name}
+        return (
+            bool(named & (ours | leaf_indexes | retired))
+            or any(word.endswith("_retired") or word.startswith("retired_") for word in named)
+            or "ATTACH" in kind
+            or "runbook" in name
+            or f".{plan.retired}" in text
+        )
+
+    def normal(kind: str, name: str, text: str) -> str:
+        text = re.sub(r"\nPARTITION BY .*;", ";", text)
+        text = re.sub(r"\)\nWITH \(.*\);", ");", text)  # storage options are the partitions'
+        text = text.replace(" ON ONLY ", " ON ").replace("ALTER TABLE ONLY ", "ALTER TABLE ")
+        lines = []
+        for line in text.splitlines():
+            if kind == "TABLE" and name == root and re.match(rf'\s*"?{re.escape(plan.key)}"? ', line):
+                line = re.sub(r" (CONSTRAINT \S+ )?NOT NULL", "", line)
+            if kind == "TABLE" and any(name == table and re.match(rf'\s*"?{role}"? ', line) for table, role in added):
+                continue
+            if kind == "TABLE" and "_present CHECK" in line:
+                continue
+            if (line.startswith("ALTER TABLE") and " CLUSTER ON " in line) or (
+                "ALTER INDEX" in line and "ATTACH PARTITION" in line
+            ):
+                continue
+            lines.append(line.rstrip(","))
+        if kind == "CONSTRAINT" and name == f"{root} {next(index.name for index in plan.indexes if index.primary)}":
+            lines = [
+                re.sub(
+                    r" \(([^)]*)\)",
+                    lambda m: " (" + ", ".join(each for each in m[1].split(", ") if each.strip('"') != plan.key) + ")",
+                    line,
+                    count=1,
+                )
+                for line in lines
+            ]
+        if kind == "FK CONSTRAINT" and name in composite:
+            lines = []
+        return "\n".join(lines)
+
+    found = []
+    kept = {key: text for key, text in after.items() if not of_ours(*key, text)}
+    for key, text in before.items():
+        if key[0] in ("INDEX", "CONSTRAINT", "COMMENT") and elsewhere & {
+            key[1].split(" ")[-1],
+            key[1].partition(" ON ")[0].partition(" ")[2],
+        }:
+            continue
+        was = normal(*key, text)
+        if key not in kept:
+            found.append(f"lost: {key} {was}")
+        elif (now := normal(*key, kept[key])) != was:
+            found.append(f"changed: {key}\n  {was}\n  {now}")
+    found += [f"new: {key} {text}" for key, text in kept.items() if key not in before]
+    return found
