@@ -94,7 +94,7 @@ def _copy_reference(run: Run, session: Session, reference: Reference, its: dict[
         "source": table,
         "filled": sql.Identifier("pg_temp", "filled"),
     }
-    own["fill_function"] = sql.Identifier("pg_temp", f"fill_{number}")
+    own |= {each: sql.Identifier("pg_temp", f"{each}_{number}") for each in ("fill_function", "named_function")}
     definition = reference.composite.replace(run.plan.source.as_string(None), table.as_string(None))
     named = (
         its | own | {"definition": trusted(definition), "original": reference.identifier, "copy": sql.Identifier(reference.table)}

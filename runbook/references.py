@@ -36,6 +36,8 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "reference_function": sql.Identifier(run.staging, f"log_references_{number}"),
         "fill_function": sql.Identifier(run.staging, f"fill_{number}"),
         "filled": sql.Identifier(run.staging, run.plan.internal("filled")),
+        "named_function": sql.Identifier(run.staging, f"role_named_{number}"),
+        "named_trigger": sql.Identifier(fit(f"zzz_runbook_explicit_{reference.role_column}")),  # triggers fire by name: first
         "fill_trigger": sql.Identifier(fit(f"zzz_runbook_fill_{reference.role_column}")),
         "minority": sql.Identifier(run.staging, run.plan.internal(f"minority_{number}")),
         "insert_trigger": sql.Identifier(f"runbook_reference_insert_{number}"),

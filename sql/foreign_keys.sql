@@ -163,12 +163,20 @@ ALTER TABLE {reference} ALTER COLUMN {role_column} DROP DEFAULT
 -- Gives a row its user's role when the writer did not know of the column; a role that was given is never corrected, the
 -- foreign key refuses a wrong one. FOR KEY SHARE waits for a concurrent change of the role and sees its result; a row
 -- that moved to another partition meanwhile is looked for again. A user that does not exist leaves the row to the key.
+-- That an update names the role only its list of columns tells: the trigger for that list fires first, and passes it on.
+CREATE FUNCTION {named_function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  PERFORM set_config('runbook.role_named', 'on', true);
+  RETURN NEW;
+END $$;
+CREATE TRIGGER {named_trigger} BEFORE UPDATE OF {role_column} ON {reference} FOR EACH ROW EXECUTE FUNCTION {named_function}();
 CREATE FUNCTION {fill_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   attempts integer := 0;
 BEGIN
-  IF TG_OP = 'UPDATE' AND NEW.{role_column} IS NOT DISTINCT FROM OLD.{role_column}
-     AND ROW({new_columns}) IS DISTINCT FROM ROW({old_columns}) THEN
+  IF TG_OP = 'UPDATE' AND current_setting('runbook.role_named', true) = 'on' THEN
+    PERFORM set_config('runbook.role_named', 'off', true);
+  ELSIF TG_OP = 'UPDATE' AND ROW({new_columns}) IS DISTINCT FROM ROW({old_columns}) THEN
     NEW.{role_column} := NULL;
   END IF;
   IF NEW.{role_column} IS NOT NULL OR NOT ({new_present}) THEN
@@ -196,7 +204,9 @@ CREATE TRIGGER {fill_trigger} BEFORE INSERT OR UPDATE OF {columns_and_role} ON {
 
 -- name: drop_fill
 DROP TRIGGER IF EXISTS {fill_trigger} ON {reference};
-DROP FUNCTION IF EXISTS {fill_function}()
+DROP TRIGGER IF EXISTS {named_trigger} ON {reference};
+DROP FUNCTION IF EXISTS {fill_function}();
+DROP FUNCTION IF EXISTS {named_function}()
 
 -- name: create_filled
 CREATE TABLE IF NOT EXISTS {filled} (referencing name NOT NULL, at timestamptz NOT NULL DEFAULT now())

@@ -229,6 +229,23 @@ def test_any_type_and_any_name_becomes_a_declaration(database, sql):
         assert line in new, line
 
 
+def test_a_role_that_was_given_is_never_corrected(migrated, sql):
+    one = "(SELECT a.id FROM appointments a WHERE user_role = 'user' ORDER BY id LIMIT 1)"
+    doctor = "(SELECT u.id FROM users u WHERE role = 'doctor' ORDER BY id LIMIT 1)"
+    role = f"UPDATE appointments SET user_id = {doctor}, user_role = '%s' WHERE id = {one} RETURNING user_role"
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        sql(role % "user")
+    assert sql(role % "doctor") == [("doctor",)]
+    assert list(application.filled(migrated)["rows"]) == [0], "who names the role needs no help"
+    assert sql(f"UPDATE appointments SET user_id = {doctor} WHERE id = {one} RETURNING user_role") == [("doctor",)]
+    assert list(application.filled(migrated)["rows"]) == [1]
+    sql(f"UPDATE users SET id = gen_random_uuid() WHERE id = {doctor}")
+    assert sql(
+        "SELECT count(*) FROM appointments a LEFT JOIN users u ON (u.id, u.role) = (user_id, user_role) WHERE u.id IS NULL"
+    ) == [(0,)]
+    assert list(application.filled(migrated)["rows"]) == [1], "a key that cascades is nobody's old code"
+
+
 TABLES = {
     "range, identities, a key that may be NULL": (
         """CREATE TABLE events (id bigserial PRIMARY KEY, at timestamptz NOT NULL, n int UNIQUE);
