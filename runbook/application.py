@@ -50,7 +50,7 @@ class Schema:
         """An insert of each referencing table in SQL, Drizzle and SQLAlchemy, before and after."""
         old, new, tables = list[str](), list[str](), Drizzle(orm.tables(self.run, new=True))
         with self.run.database.session("application") as session:
-            for reference in references.added(self.run):
+            for reference in (*references.added(self.run), *self.run.plan.own_roles):
                 rows = session.rows("application.columns", relation=reference.identifier.as_string(None))
                 columns = [row["name"] for row in rows if row["required"] or row["name"] in reference.columns]
                 columns = [name for name in columns if name != reference.role_column]
@@ -91,7 +91,7 @@ def _difference(old: str, new: str, name: str) -> Listing:
 
 def filled(run: Run) -> pd.DataFrame:
     """How many rows still needed the fill trigger since yesterday, for each referencing table."""
-    wanted = references.added(run)
+    wanted = [*references.added(run), *run.plan.own_roles]
     place = references.names(run, wanted[0])["filled"] if wanted else sql.Identifier(run.staging, "filled")
     with run.database.session("application") as session:
         there = session.value("application.has_filled", filled=place.as_string(None))

@@ -41,9 +41,9 @@ def tables(run: Run, *, new: bool) -> MetaData:
         warnings.simplefilter("ignore", SAWarning)  # of types that it does not know, and of expressions
         inspector = inspect(connection)
         roles: dict[tuple[str, str], list[str]] = {(plan.table.schema_name, plan.table.name): []}
-        for reference in plan.references:
+        for reference in (*plan.references, *plan.selves):
             roles.setdefault((reference.schema_name, reference.table), [])
-        for reference in added(run):
+        for reference in (*added(run), *plan.own_roles):
             roles[reference.schema_name, reference.table].append(reference.role_column)
         own = {where: Table(where[1], metadata, schema=_schema(where[0], inspector)) for where in roles}
         for where, table in own.items():
@@ -57,7 +57,7 @@ def tables(run: Run, *, new: bool) -> MetaData:
                 _drop_key(table, key)
     if new != live:
         _reshape(run, own, new)
-    for reference in added(run):
+    for reference in (*added(run), *plan.own_roles):
         table = own[reference.schema_name, reference.table]
         name = fit(f"{reference.table}_{reference.role_column}_present")
         for check in [each for each in named(table) if each.name == name and not (new and live)]:
@@ -111,7 +111,7 @@ def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
                 source.append_constraint(UniqueConstraint(*columns, name=index.name))
             elif not new:
                 Index(index.name, *columns, unique=True)
-    for reference in plan.references:
+    for reference in (*plan.references, *plan.selves):
         table = own[reference.schema_name, reference.table]
         for there in [each for each in table.foreign_key_constraints if each.name == reference.name]:
             _drop_key(table, there)

@@ -73,6 +73,8 @@ def copy_table(run: Run, session: Session) -> None:
     plan, names = run.plan, run.plan.names("pg_temp")
     for each in partition.tables(plan, "pg_temp"):
         session.run(each)
+    for reference in plan.own_roles:
+        session.run("foreign_keys.add_own_column", **references.names(run, reference) | {"shadow": names["shadow"]})
     name = next((index.name for index in plan.indexes if index.primary), "key")
     key = trusted(plan.new_primary_constraint)
     session.run("restore.add_constraint", table=names["shadow"], constraint=(name,), definition=key)
@@ -110,7 +112,7 @@ def _names(run: Run, there: bool) -> dict[str, Any]:
     """The placeholders of the points: the table itself, or its temporary copy."""
     plan, schema = run.plan, run.plan.table.schema_name if there else "pg_temp"
     table, largest = sql.Identifier(schema, plan.table.name), max(plan.partitions, key=lambda each: each.rows).name
-    key, columns = sql.Identifier(plan.key), [column.name for column in plan.copied]
+    key, columns = sql.Identifier(plan.key), [each.name for each in plan.copied] + [each.role_column for each in plan.own_roles]
 
     def with_key(value: sql.Composable) -> sql.Composable:
         return sql.SQL(", ").join(value if name == plan.key else sql.Identifier(name) for name in columns)

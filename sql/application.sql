@@ -182,8 +182,8 @@ DROP TABLE IF EXISTS runbook.moving
 
 -- name: filled
 -- Rows whose writer did not know of the role column.
-SELECT t AS "table", count(*) FILTER (WHERE at > now() - interval '1 day') AS "since yesterday", count(at) AS rows, max(at) AS last
-  FROM unnest({tables}::name[]) t LEFT JOIN {filled} ON referencing = t GROUP BY t ORDER BY t
+SELECT coalesce(t, referencing) AS "table", count(*) FILTER (WHERE at > now() - interval '1 day') AS "since yesterday", count(at) AS rows, max(at) AS last
+  FROM unnest({tables}::name[]) t FULL JOIN {filled} ON referencing = t GROUP BY 1 ORDER BY 1
 
 -- name: has_filled
 SELECT to_regclass({filled}) IS NOT NULL

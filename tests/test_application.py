@@ -264,6 +264,10 @@ TABLES = {
         INSERT INTO "My ""Shop"."runbook row" SELECT i, CASE WHEN i % 3 = 0 THEN 'it''s' ELSE 'b {y} %s' END, '', i FROM generate_series(1, 20) i;
         INSERT INTO "My ""Shop".its ("ref col") SELECT i FROM generate_series(1, 20) i""",
         {"table": 'My "Shop.runbook row', "key": "the key"}),
+    "a key to itself": (
+        """CREATE TABLE staff (id int PRIMARY KEY, kind text NOT NULL, boss int REFERENCES staff);
+        INSERT INTO staff SELECT i, CASE WHEN i % 5 = 0 THEN 'b' ELSE 'a' END, nullif(i / 5 * 5, 0) FROM generate_series(1, 50) i""",
+        {"table": "staff", "key": "kind"}),
     "no rows": ("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL)", {"table": "t", "key": "k", "partitions": {"t_a": ["a"], "t_b": ["b"]}}),
     "a partition for NULL": (
         "CREATE TABLE t (id int PRIMARY KEY, k text); INSERT INTO t VALUES (1, 'a'), (2, NULL), (3, 'b')",
