@@ -66,7 +66,7 @@ def tables(run: Run, *, new: bool) -> MetaData:
             said = names(run, reference)["required"].as_string(None)
             table.append_constraint(CheckConstraint(text(re.sub(r'"([a-z_][a-z0-9_]*)"', r"\1", said)), name=name))
     if new:
-        for reference in added(run):
+        for reference in (*added(run), *plan.own_roles):
             column = own[reference.schema_name, reference.table].c[reference.role_column]
             if plan.frequent_value is not None:
                 said = f"{spelled(plan.frequent_value)}::{re.sub('[(].*?[)]', '', plan.key_type)}"
