@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 import psycopg
-from psycopg import sql
 
 from runbook import queries
 from runbook.application import filled
@@ -31,28 +30,21 @@ def look(action: Action, file: str = "") -> Evidence:
         raise OutOfOrder(f"{run.plan.full_name} is not partitioned yet: 08_monitor is for the time after 05_cutover.")
     root = spelled(run.plan.source)
     leaves = session.rows("monitor.partitions", root=root)
-    values = [(leaf["name"], *row.values()) for leaf in leaves if leaf["bound"] == "DEFAULT"
-              for row in session.rows("monitor.default_rows", **run.names, leaf=_leaf(run, leaf["name"]))]  # fmt: skip
+    rest = [(run.plan.table.schema_name, leaf["name"]) for leaf in leaves if leaf["bound"] == "DEFAULT"]
+    values = [row for leaf in rest for row in session.rows("monitor.default_rows", **run.names, leaf=leaf)]
     before = session.run("monitor.first_values", **run.names).fetchone()
-    names = [value for _, value, _ in values] if run.plan.partition_by == "list" else []
+    names = [row["value"] for row in values] if run.plan.partition_by == "list" else []
     known = names if before is None else before["values"]
     share, asked = _pruning(run, session, {leaf["name"] for leaf in leaves}, file)
     facts: dict[str, Any] = {
         "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
-        "default_rows": sum(rows for _, _, rows in values), "new_values": [each for each in names if each not in known],
+        "default_rows": sum(row["rows"] for row in values), "new_values": [each for each in names if each not in known],
         "pruning_percent": share, "statements": asked, "filled_rows": int(filled(run)["since yesterday"].sum()),
         "log_bytes": session.value("monitor.log", back=spelled(run.names["back"])),
     }  # fmt: skip
     size, rows = sum(leaf["bytes"] for leaf in leaves), sum(leaf["rows"] for leaf in leaves)
-    return action.finish(
-        f"{len(leaves)} partitions of {run.plan.full_name} hold {rows:,} rows in {size / 1e6:,.1f} MB; {_told(facts)}.",
-        rows,
-        **facts,
-    )
-
-
-def _leaf(run: Run, name: str) -> sql.Identifier:
-    return sql.Identifier(run.plan.table.schema_name, name)
+    told = f"{len(leaves)} partitions of {run.plan.full_name} hold {rows:,} rows in {size / 1e6:,.1f} MB; {_told(facts)}."
+    return action.finish(told, rows, **facts)
 
 
 def _told(facts: dict[str, Any]) -> str:
