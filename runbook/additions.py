@@ -12,7 +12,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, division, findings, locks
+from runbook import catalog, division, findings, locks, unique
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
@@ -97,7 +97,10 @@ class Draft:
         """How one partition is emptied, vacuumed, re-indexed, detached and attached, and what that locks."""
         plan, one = self.run.plan, self.run.plan.partitions[0]
         leaf = sql.Identifier(plan.table.schema_name, one.name)
-        return Sheet([statement("additions.upkeep", root=plan.source, leaf=leaf, bound=trusted(one.bound))])
+        guards = [unique.names(plan, guard, self.run.staging) for guard in plan.guards]
+        return Sheet([statement("additions.upkeep", root=plan.source, leaf=leaf, bound=trusted(one.bound)),
+                      *(statement("unique.forget_detached", **each) for each in guards),
+                      *(statement("unique.take_attached", **each, attached=leaf) for each in guards)])  # fmt: skip
 
     def freeze(self) -> Evidence:
         """Store the plan in the ledger. Raises PlanBlocked with all blockers."""

@@ -100,7 +100,7 @@ def rehearse(session: Session, plan: Plan) -> str:
     return ""
 
 
-SAMPLE = 2000  # rows
+SAMPLE = 500  # rows
 
 
 def measure(session: Session, plan: Plan) -> list[tuple[str, float, float]]:

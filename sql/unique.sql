@@ -77,3 +77,11 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger}
 
 -- name: remove
 DROP SCHEMA IF EXISTS {guards} CASCADE
+
+-- name: forget_detached
+-- After a partition with rows was detached: their values are free again.
+DELETE FROM {guard} g WHERE NOT EXISTS (SELECT FROM (SELECT {values} FROM {source} r {where}) o WHERE {g_is_o})
+
+-- name: take_attached
+-- After a partition with rows was attached, in the same transaction: a duplicate is refused (23505).
+INSERT INTO {guard} SELECT {values} FROM {attached} r {where}

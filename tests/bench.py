@@ -65,10 +65,10 @@ class Turn:
         return sum(self.seconds.values())
 
 
-def runbook_steps(url: str) -> Turn:
+def runbook_steps(url: str, unique: str) -> Turn:
     """Runs the code cells of the notebooks 00 to 06 in this process; imports come before the clock starts."""
     parameters = yaml.safe_load((folder("notebooks") / "clinic.yaml").read_text())
-    parameters |= {"database": url, "approved_by": "the benchmark"}
+    parameters |= {"database": url, "approved_by": "the benchmark", "unique": unique}
     paths = sorted(folder("notebooks").glob("0[0-6]_*.ipynb"))
     notebooks = {path.stem: list(code_cells(path)) for path in paths}
     for cells in notebooks.values():
@@ -96,16 +96,21 @@ def code_cells(path: Path) -> Iterator[tuple[list[str], ast.Module]]:
             yield cell["metadata"].get("tags", []), ast.parse("".join(cell["source"]))
 
 
-def runbook(conninfo: str) -> Turn:
+def runbook(conninfo: str, unique: str = "per_partition") -> Turn:
     """The notebooks in a process of their own, so that its peak memory is theirs."""
     found = conninfo_to_dict(conninfo)
     url = f"postgresql://{found['user']}@/{found['dbname']}?host={quote(str(found['host']))}&port={found['port']}"
-    command = [sys.executable, "-m", "tests.bench", "--only", url]
+    command = [sys.executable, "-m", "tests.bench", "--only", url, "--unique", unique]
     environment = os.environ | {"MPLBACKEND": "Agg"}
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"The notebooks failed:\n{done.stderr[-4000:]}")
     return Turn(**json.loads(done.stdout))
+
+
+def kept_unique(conninfo: str) -> Turn:
+    """The same, with every unique key kept in the whole table."""
+    return runbook(conninfo, "global")
 
 
 def offline(conninfo: str) -> Turn:
@@ -152,16 +157,16 @@ def load(server: str, users: int) -> str:
     return template
 
 
-def measure(server: str, users: int, runs: int) -> tuple[list[Turn], list[Turn]]:
-    """The turns of the offline script and of the notebooks; the two go first alternately."""
+def measure(server: str, users: int, runs: int) -> tuple[list[Turn], list[Turn], list[Turn]]:
+    """The turns of the offline script, of the notebooks and of those with `unique = "global"`; who goes first alternates."""
     template = load(server, users)
-    turns: dict[Any, list[Turn]] = {offline: [], runbook: []}
+    turns: dict[Any, list[Turn]] = {offline: [], runbook: [], kept_unique: []}
     for number in range(runs):
-        for method in (offline, runbook) if number % 2 == 0 else (runbook, offline):
+        for method in list(turns)[:: 1 if number % 2 == 0 else -1]:
             with copied(server, template) as conninfo:
                 turns[method].append(method(conninfo))
             click.echo(f"  {method.__name__}: {turns[method][-1].total:.2f} s", err=True)
-    return turns[offline], turns[runbook]
+    return turns[offline], turns[runbook], turns[kept_unique]
 
 
 def under_writers(server: str, users: int) -> float:
@@ -231,7 +236,7 @@ def writers(conninfo: str, users: int, folder: Path) -> Iterator[list[tuple[floa
                 found.append((int(seconds) + int(fraction) / 1e6, int(micros) / 1e6))
 
 
-def report(users: int, by_hand: list[Turn], notebooks: list[Turn]) -> float:
+def report(users: int, by_hand: list[Turn], notebooks: list[Turn], unique: list[Turn]) -> float:
     """Prints one table; returns the notebooks' median seconds."""
     ours = median(turn.total for turn in notebooks)
     theirs = median(turn.total for turn in by_hand)
@@ -239,6 +244,7 @@ def report(users: int, by_hand: list[Turn], notebooks: list[Turn]) -> float:
     for step in notebooks[0].seconds:
         click.echo(f"  {step:<24}{median(turn.seconds[step] for turn in notebooks):>9.2f} s")
     click.echo(f"  {'all notebooks':<24}{ours:>9.2f} s")
+    click.echo(f"  {'  unique: global':<24}{median(turn.total for turn in unique):>9.2f} s")
     click.echo(f"  {OFFLINE:<24}{theirs:>9.2f} s")
     click.echo(f"  {'ratio':<24}{ours / theirs:>9.2f}     to reach: at most {RATIO}")
     click.echo(f"  {'peak memory of Python':<24}{max(turn.memory for turn in notebooks):>9.0f} MiB")
@@ -251,11 +257,12 @@ def report(users: int, by_hand: list[Turn], notebooks: list[Turn]) -> float:
 @click.option("--runs", default=3, show_default=True, help="How often each of the two migrates.")
 @click.option("--writers", "under", is_flag=True, help="Under two writers instead, without the offline script.")
 @click.option("--only", hidden=True, metavar="URL", help="Run the notebooks once against this database.")
-def main(users: int, sizes: str | None, runs: int, under: bool, only: str | None) -> None:
+@click.option("--unique", hidden=True, default="per_partition")
+def main(users: int, sizes: str | None, runs: int, under: bool, only: str | None, unique: str) -> None:
     """Time the notebooks against the hand-written offline script, on an embedded server of their own."""
     if only:
         with contextlib.redirect_stdout(io.StringIO()):
-            turn = runbook_steps(only)
+            turn = runbook_steps(only, unique)
         click.echo(json.dumps(asdict(turn)))
         return
     chosen = sorted(int(size) for size in sizes.split(",")) if sizes else [users]

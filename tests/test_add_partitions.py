@@ -247,3 +247,24 @@ def test_the_application_works_with_the_other_partitions_meanwhile(clinic, sql, 
         application.execute(insert("meanwhile@x", "user"))  # type: ignore[call-overload]
         application.execute("UPDATE users SET first_name = 'meanwhile' WHERE role = 'admin'")
         assert application.execute("SELECT count(*) FROM users WHERE role = 'user'").fetchone() == (950,)
+
+
+def test_guards_follow_a_partition_that_is_detached_and_attached(clinic, sql):
+    run = migration.forward(clinic, unique="global")
+    shown = (
+        repr(additions.draft(run, add=NURSES).upkeep())
+        .replace("users_patients", "users_doctors")
+        .replace("('user')", "('doctor')")
+    )
+    forget = [each for each in shown.split(";") if "DELETE FROM" in each and "_unique" in each]
+    take = [each for each in shown.split(";") if "INSERT INTO" in each]
+    sql("DELETE FROM appointments WHERE user_role = 'doctor'")
+    email = sql("SELECT email FROM users_doctors LIMIT 1")[0][0]
+    sql(f"ALTER TABLE users DETACH PARTITION users_doctors; {';'.join(forget)}; {insert(email, 'user')}")
+    attach = f"ALTER TABLE users ATTACH PARTITION users_doctors FOR VALUES IN ('doctor'); {';'.join(take)}"
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql(f"BEGIN; {attach}; COMMIT")
+    sql(f"DELETE FROM users WHERE email = '{email}'; BEGIN; {attach}; COMMIT")
+    verify.check(run)
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql(insert(email, "user"))
