@@ -381,7 +381,9 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
     else:
         with made.database.session("sql") as session:
             last = session.value("ledger.last_id") if session.value("ledger.exists") else 0
-        planned = ledger.Run(made.database, (last or 0) + 1, made.plan)
+            taken = {row["name"] for row in session.rows("catalog.schemas")}  # by a script that ran here before
+        number = next(each for each in range((last or 0) + 1, 1 << 31) if f"runbook_{each}" not in taken)
+        planned = ledger.Run(made.database, number, made.plan)
     click.echo(f"-- Plan {planned.plan.hash} of {planned.plan.full_name}, by the runbook {__version__}.")
     click.echo(repr(script.whole(planned)))
 

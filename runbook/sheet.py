@@ -31,4 +31,9 @@ class Sheet(Listing):
     """The very statements that will run, in their order; prints itself as a script that psql takes."""
 
     def __init__(self, statements: Iterable[sql.Composable]) -> None:
-        super().__init__("\n\n".join(each.as_string(None).strip().rstrip(";") + ";" for each in statements), "postgres")
+        super().__init__("\n\n".join(_ended(each.as_string(None).strip()) for each in statements), "postgres")
+
+
+def _ended(text: str) -> str:
+    """With its semicolon; a command of psql ends with its line, and would take it for a part of its last word."""
+    return text if text.startswith("\\") else f"{text.rstrip(';')};"

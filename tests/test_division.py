@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 import runbook
-from runbook import verify
+from runbook import cli, verify
 from runbook.errors import BadInput, PlanBlocked
 from tests import migration
-from tests.walk import dump
+from tests.conftest import fresh
+from tests.servers import Server
+from tests.walk import client, dump
 
 
 class Case(NamedTuple):
@@ -314,3 +318,74 @@ def test_a_day_begins_at_midnight_utc_wherever_the_operator_sits(database, sql):
     run = there_and_back(database, sql, **by_range(every="month", ahead=0))
     assert [each.name for each in run.plan.partitions] == ["things_2024_01", "things_2024_02"]
     assert run.plan.partitions[0].bound == "FOR VALUES FROM ('2024-01-01 00:00:00+00') TO ('2024-02-01 00:00:00+00')"
+
+
+SELF = """
+CREATE TABLE people (id int PRIMARY KEY, kind text NOT NULL, boss int REFERENCES people ON DELETE CASCADE, friend int NOT NULL REFERENCES people);
+CREATE INDEX ON people (boss); CREATE INDEX ON people (friend);
+INSERT INTO people SELECT n, CASE WHEN n % 4 = 0 THEN 'b' ELSE 'a' END, nullif(n / 2, 0), 1 + n % 60 FROM generate_series(1, 60) n;
+"""
+IN_STEP = "SELECT count(*) FROM people p JOIN people b ON (b.id, b.kind) = (p.boss, p.boss_kind) JOIN people f ON (f.id, f.kind) = (p.friend, p.friend_kind)"
+
+
+@pytest.mark.parametrize("kind", ["list", pytest.param("hash", marks=pytest.mark.long)])
+def test_a_table_that_references_itself(database, sql, kind):
+    sql(SELF)
+    before = dump(database, "--exclude-schema=runbook*")
+    run = migration.plan(database, "people", "kind", **({} if kind == "list" else by_hash()))
+    migration.walk(run, migration.FORWARD, last="replay")
+    # A row whose children were copied with what it was; one that refers to itself; one that changed and was changed back.
+    sql(
+        "UPDATE people SET kind = 'b' WHERE id = 3; UPDATE people SET kind = 'a' WHERE id = 8; INSERT INTO people VALUES (61, 'b', 61, 61)"
+    )
+    migration.walk(run, migration.FORWARD, first="replay", last="compare")
+    sql("UPDATE people SET kind = 'a' WHERE id = 3; UPDATE people SET boss = 8, friend = 61 WHERE id IN (3, 50)")
+    migration.walk(run, migration.FORWARD, first="compare")
+    assert sql(IN_STEP) == [(60,)]  # the first has no boss
+    verify.check(run)
+    sql("INSERT INTO people (id, kind, boss, friend) VALUES (62, 'a', 62, 62), (63, 'b', 4, 62)")  # by code that does not know
+    if int(sql("SHOW server_version_num")[0][0]) >= 150000:
+        sql("UPDATE people SET kind = 'b' WHERE id = 62; UPDATE people SET kind = 'a' WHERE id = 4")
+    assert sql(IN_STEP) == [(62,)]
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        sql("INSERT INTO people (id, kind, boss, friend) VALUES (64, 'a', 999, 1)")
+    migration.back(run)
+    assert sql("SELECT count(*), count(boss) FROM people") == [(63, 62)]
+    sql("TRUNCATE people; DELETE FROM people")
+    sql(
+        "INSERT INTO people SELECT n, CASE WHEN n % 4 = 0 THEN 'b' ELSE 'a' END, nullif(n / 2, 0), 1 + n % 60 FROM generate_series(1, 60) n"
+    )
+    assert dump(database, "--exclude-schema=runbook*") == before
+
+
+@pytest.mark.long
+def test_rows_of_a_table_that_references_itself_are_settled_with_the_row_they_follow(database, sql):
+    sql(SELF)
+    run = migration.plan(database, "people", "kind")
+    migration.walk(run, migration.FORWARD, last="copy")
+    sql("UPDATE people SET kind = 'b' WHERE id IN (1, 5, 7); UPDATE people SET kind = 'a' WHERE id = 12")
+    migration.walk(run, migration.FORWARD, first="settle")
+    assert sql(IN_STEP) == [(59,)]
+    verify.check(run)
+    migration.back(run)
+
+
+@pytest.fixture
+def quiet(server: Server) -> Iterator[str]:
+    """A second database, to which nobody writes."""
+    yield from fresh(server, "template1")
+
+
+def test_the_script_of_any_division_ends_where_the_notebooks_end(database, sql, quiet):
+    tables = {"people": (SELF, {"partition_by": "hash", "modulus": 2}),
+              "things": (TABLES.format(type="date", values=f"({DAY})::date"), {"partition_by": "range", "every": "month"})}  # fmt: skip
+    for table, (text, given) in tables.items():
+        client("psql", "--no-psqlrc", "--quiet", quiet, text=text)
+        client("psql", "--no-psqlrc", "--quiet", database, text=text)
+        words = [word for name, value in {"table": table, "key": "kind", **given}.items() for word in ("-p", name, str(value))]
+        script = CliRunner().invoke(cli.main, ["sql", "--database", quiet, *words])
+        assert script.exit_code == 0, script.output
+        client("psql", "--no-psqlrc", "--quiet", quiet, text=script.output)
+        migration.forward(database, table=table, key="kind", **given)
+    hidden = ("--exclude-schema=runbook*",)
+    assert dump(quiet, *hidden) == dump(database, *hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from click.testing import CliRunner
 
@@ -32,6 +33,16 @@ def test_the_script_ends_where_the_notebooks_end(clinic: str, copy: str, legacy:
     client("psql", "--no-psqlrc", "--quiet", copy, text=script)
     walk(clinic, *FORWARD[:-1], legacy_inserts=legacy)
     assert dump(copy) == dump(clinic)
+
+
+def test_the_script_stops_at_the_first_error(clinic: str) -> None:
+    script = printed(clinic)
+    with psycopg.connect(clinic, autocommit=True) as connection:
+        connection.execute("CREATE TABLE users_backup ()")
+    with pytest.raises(AssertionError, match='relation "users_backup" already exists'):
+        client("psql", "--no-psqlrc", "--quiet", clinic, text=script)
+    with psycopg.connect(clinic) as connection:
+        assert connection.execute("SELECT to_regclass('users_doctors')").fetchone() == (None,)
 
 
 def test_printing_the_script_changes_nothing(clinic: str) -> None:
