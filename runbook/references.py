@@ -59,7 +59,8 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
             sql.SQL("{} AS {}").format(sql.Identifier(column), sql.Identifier(key))
             for column, key in zip(columns, keys, strict=True)
         ),
-        "columns_and_role": identifiers((*columns, reference.role_column)),
+        "itself": _itself(run, reference),
+        "watched": identifiers((*columns, reference.role_column, *([run.plan.key] if reference in run.plan.selves else []))),
         "n_columns": listed("n", columns),
         "w_columns": listed("w", columns),
         "k_columns": listed("k", keys),
@@ -80,8 +81,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
 
 
 def _unknown(run: Run, reference: Reference) -> sql.Composable:
-    """What the fill trigger does about a row that is not there: the foreign key says so, as it did before the migration.
-    A row may refer to itself, and is not there before it is."""
+    """What the fill trigger does about a row that is not there: the foreign key says so, as it did before the migration."""
     role = sql.Identifier(reference.role_column)
     refuse = sql.SQL("RAISE foreign_key_violation USING MESSAGE = {}, CONSTRAINT = {}, TABLE = {}, SCHEMA = {};").format(
         f'insert or update on table "{reference.table}" violates foreign key constraint "{reference.name}"',
@@ -91,12 +91,18 @@ def _unknown(run: Run, reference: Reference) -> sql.Composable:
         refuse = sql.SQL("NEW.{} := {};").format(role, sql.Literal(run.plan.frequent_value))
     elif " DEFERRABLE" in reference.definition:  # it may come later in the transaction
         refuse = sql.Composed([])
+    return refuse
+
+
+def _itself(run: Run, reference: Reference) -> sql.Composable:
+    """What the fill trigger does first: a row that refers to itself has its own partition key, before it is there and whenever
+    that changes."""
     if reference not in run.plan.selves:
-        return refuse
+        return sql.SQL("")
     pairs = zip(reference.columns, reference.referenced, strict=True)
     itself = sql.SQL(" AND ").join(sql.SQL("NEW.{} = NEW.{}").format(sql.Identifier(a), sql.Identifier(b)) for a, b in pairs)
-    own = sql.SQL("IF {} THEN NEW.{} := NEW.{}; ELSE {} END IF;")
-    return own.format(itself, role, sql.Identifier(run.plan.key), refuse)
+    text = "IF {0} AND (TG_OP = 'UPDATE' OR NEW.{1} IS NULL) THEN NEW.{1} := NEW.{2}; RETURN NEW; END IF;"
+    return sql.SQL(text).format(itself, sql.Identifier(reference.role_column), sql.Identifier(run.plan.key))
 
 
 def added(run: Run) -> list[Reference]:

@@ -176,8 +176,11 @@ DECLARE
 BEGIN
   IF TG_OP = 'UPDATE' AND current_setting('runbook.role_named', true) = 'on' THEN
     PERFORM set_config('runbook.role_named', 'off', true);
-  ELSIF TG_OP = 'UPDATE' AND ROW({new_columns}) IS DISTINCT FROM ROW({old_columns}) THEN
-    NEW.{role_column} := NULL;
+  ELSE
+    {itself}
+    IF TG_OP = 'UPDATE' AND ROW({new_columns}) IS DISTINCT FROM ROW({old_columns}) THEN
+      NEW.{role_column} := NULL;
+    END IF;
   END IF;
   IF NEW.{role_column} IS NOT NULL OR NOT ({new_present}) THEN
     RETURN NEW;
@@ -199,7 +202,7 @@ BEGIN
   INSERT INTO {filled} (referencing) VALUES (TG_TABLE_NAME);
   RETURN NEW;
 END $$;
-CREATE TRIGGER {fill_trigger} BEFORE INSERT OR UPDATE OF {columns_and_role} ON {reference}
+CREATE TRIGGER {fill_trigger} BEFORE INSERT OR UPDATE OF {watched} ON {reference}
   FOR EACH ROW EXECUTE FUNCTION {fill_function}()
 
 -- name: drop_fill

@@ -136,7 +136,7 @@ def test_who_is_in_the_way_is_named_and_nothing_is_changed(clinic, sql):
     draft.freeze()
     additions.require_approval(draft, "a test")
     with (
-        locked(clinic, "LOCK TABLE appointments IN ROW EXCLUSIVE MODE") as other,
+        locked(clinic, "LOCK TABLE ONLY users IN SHARE UPDATE EXCLUSIVE MODE") as other,
         pytest.raises(LockNotGranted, match=str(other.info.backend_pid)),
     ):
         additions.add(draft, 100, 1)
