@@ -295,7 +295,8 @@ SELECT pg_describe_object(d.classid, d.objid, d.objsubid) AS object
    AND (d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
         AND d.classid NOT IN ('pg_attrdef'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass, 'pg_statistic_ext'::regclass,
                               'pg_publication_rel'::regclass, 'pg_rewrite'::regclass, 'pg_proc'::regclass)
-        AND NOT (d.classid = 'pg_class'::regclass AND (d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {oid})
+        AND NOT (d.classid = 'pg_class'::regclass AND (d.objid = {oid}  -- a generated column, on 14
+                 OR d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {oid})
                  OR (SELECT relkind FROM pg_class WHERE oid = d.objid) IN ('S', 't')))
         OR d.refclassid = 'pg_type'::regclass AND d.refobjid IN (SELECT t FROM pg_class c, pg_type y,
              LATERAL (VALUES (y.oid), (y.typarray)) v(t) WHERE c.oid = {oid} AND y.oid = c.reltype)
