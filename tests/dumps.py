@@ -31,11 +31,11 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
     plan = run.plan
     root, leaves = plan.table.name, [partition.name for partition in plan.partitions]
     ours = {plan.retired, plan.backup, *leaves}
-    added = {(reference.table, reference.role_column) for reference in plan.references if reference.adds_column}
+    added = {(reference.table, reference.role_column) for reference in (*plan.references, *plan.selves) if reference.adds_column}
     leaf_indexes = {name for index in plan.indexes for name in index.leaf_names.values()}
     retired = {index.retired_name for index in plan.indexes}
     elsewhere = {index.name for index in plan.indexes if not index.everywhere}
-    composite = {f"{reference.table} {reference.name}" for reference in plan.references}
+    composite = {f"{reference.table} {reference.name}" for reference in (*plan.references, *plan.selves)}
 
     def of_ours(kind: str, name: str, text: str) -> bool:
         named = set(re.findall(r"[\w$]+", name)) | {name}
@@ -44,6 +44,7 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
             or any(word.endswith("_retired") or word.startswith("retired_") for word in named)
             or "ATTACH" in kind
             or "runbook" in name
+            or name == f"{root}_keep_partition()"
             or f".{plan.retired}" in text
         )
 
