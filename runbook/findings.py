@@ -263,12 +263,6 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
                 reference.table,
                 reference.name,
             ):
-                if row["partitioned"]:
-                    yield _blocker(
-                        name,
-                        f"{name}, which references {plan.full_name}, is itself partitioned; that is not supported yet.",
-                        "Drop that foreign key first.",
-                    )
                 for trigger in row["update_triggers"] or []:
                     yield _warning(
                         name,

@@ -18,7 +18,7 @@ from runbook.plan import Reference, with_key
 from runbook.references import added, names
 from runbook.restore import SHORT_TAIL, gaps, parallel
 from runbook.sheet import Sheet
-from runbook.statements import statement, trusted
+from runbook.statements import spelled, statement, trusted
 
 # So few that the application waits for one of our row locks some tens of milliseconds at most.
 BLOCKS_AT_ONCE = 512
@@ -27,7 +27,7 @@ BLOCKS_AT_ONCE = 512
 def log_table(run: Run, reference: Reference) -> Statements:
     """The reference's own log; made outside the short transaction."""
     yield statement("foreign_keys.create_log", **names(run, reference))
-    yield statement("foreign_keys.create_log_function", **names(run, reference))
+    yield statement(f"foreign_keys.create_{'row_' if reference.leaves else ''}log_function", **names(run, reference))
 
 
 def column(run: Run, reference: Reference) -> Statements:
@@ -36,7 +36,9 @@ def column(run: Run, reference: Reference) -> Statements:
     Where most rows refer to one value it is the default. Where they do not (by range, by hash) the column is empty until it
     is filled, and required only from the cut-over on."""
     yield statement("foreign_keys.add_column", **names(run, reference))
-    yield statement("foreign_keys.switch_on", **names(run, reference))
+    yield statement(f"foreign_keys.switch_on{'_rows' if reference.leaves else ''}", **names(run, reference))
+    for table in {each.as_string(None): each for each in (reference.identifier, *reference.tables)}.values():
+        yield statement("foreign_keys.always_on", **names(run, reference), table=table)
     if not reference.not_null and not _required_late(run):
         yield statement("foreign_keys.require_role", **names(run, reference))
 
@@ -132,26 +134,32 @@ def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
 def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int) -> tuple[int, bool]:
     """How many rows were filled, and whether any may have been skipped because somebody held it."""
     own = names(run, reference)
-    size = session.row("foreign_keys.blocks", **own)
-    progress = pace.Progress(f"{reference.table}: blocks", size["blocks"])
+    sizes = [int(session.value("foreign_keys.blocks", reference_text=spelled(table))) for table in reference.tables]
+    work = [
+        (table, piece)
+        for table, blocks in zip(reference.tables, sizes, strict=True)
+        for piece in gaps([], blocks, BLOCKS_AT_ONCE)
+    ]
+    progress = pace.Progress(f"{reference.table}: blocks", sum(sizes))
     filled: list[int] = []
     skipped = threading.Event()
     session.run("foreign_keys.collect_minority", **own)
 
-    def one(worker: Session, blocks: tuple[int, int]) -> None:
-        first, last = (f"({block},0)" for block in blocks)
+    def one(worker: Session, each: tuple[sql.Identifier, tuple[int, int]]) -> None:
+        table, blocks = each
+        place = {"reference": table, "first": sql.Literal(f"({blocks[0]},0)"), "last": sql.Literal(f"({blocks[1]},0)")}
         settings = {"runbook__correcting": "on", "synchronous_commit": "off"}
         try:
             with worker.transaction(lock_timeout="10ms", **settings):
-                filled.append(worker.run("foreign_keys.fill_range", **own, first=first, last=last).rowcount)
+                filled.append(worker.run("foreign_keys.fill_range", **(own | place)).rowcount)
         except LockNotAvailable:
             skipped.set()
             with worker.transaction(lock_timeout="1s", **settings):
-                filled.append(worker.run("foreign_keys.fill_free_in_range", **own, first=first, last=last).rowcount)
+                filled.append(worker.run("foreign_keys.fill_free_in_range", **(own | place)).rowcount)
         progress.add(blocks[1] - blocks[0])
 
     try:
-        parallel(run, workers, list(gaps([], size["blocks"], BLOCKS_AT_ONCE)), one)
+        parallel(run, workers, work, one)
     finally:
         progress.close()
     session.run("foreign_keys.drop_minority", **own)
@@ -202,15 +210,37 @@ def drop_old(run: Run) -> Statements:
 def add_composite(run: Run) -> Statements:
     """The composite keys, NOT VALID: checked for every new row from now on, for the old ones later under a light lock."""
     for reference in run.plan.references:
-        yield statement("foreign_keys.add_key", **names(run, reference))
-        yield from _comment(reference)
+        yield from _not_valid(run, reference, reference.composite)
 
 
 def add_old(run: Run) -> Statements:
     """The inverse of drop_old, NOT VALID."""
     for reference in run.plan.references:
-        definition = reference.definition.removesuffix(" NOT VALID")
-        yield statement("foreign_keys.add_key", **{**names(run, reference), "definition": trusted(definition)})
+        yield from _not_valid(run, reference, reference.definition.removesuffix(" NOT VALID"))
+
+
+def by_leaf(run: Run, reference: Reference) -> bool:
+    """Whether the key is to be checked on each leaf and then adopted: before 18 a partitioned table takes no NOT VALID key."""
+    return bool(reference.leaves) and run.plan.server_version < 18
+
+
+def _not_valid(run: Run, reference: Reference, definition: str) -> Statements:
+    own = {**names(run, reference), "definition": trusted(definition)}
+    if not by_leaf(run, reference):
+        yield statement("foreign_keys.add_key", **own)
+        yield from _comment(reference)
+        return
+    for leaf in reference.tables:
+        yield statement("foreign_keys.add_key", **(own | {"reference": leaf}))
+
+
+def validate(run: Run, reference: Reference, definition: str) -> Statements:
+    """Check the old rows of a key that is NOT VALID, under SHARE UPDATE EXCLUSIVE."""
+    own = {**names(run, reference), "definition": trusted(definition)}
+    for table in reference.tables if by_leaf(run, reference) else [reference.identifier]:
+        yield statement("foreign_keys.validate", table=table, constraint=(reference.name,))
+    if by_leaf(run, reference):  # adopts the leaves' keys without a scan
+        yield statement("foreign_keys.add_key_validated", **own)
         yield from _comment(reference)
 
 
@@ -248,10 +278,8 @@ def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
     for reference in run.plan.references:
         if reference.definition.endswith("NOT VALID"):  # and stays that
             continue
-        yield (
-            f"{reference.name} of {reference.table}",
-            statement("foreign_keys.validate", table=reference.identifier, constraint=(reference.name,)),
-        )
+        for each in validate(run, reference, reference.composite):
+            yield f"{reference.name} of {reference.table}", each
 
 
 def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, bool]]:

@@ -124,6 +124,12 @@ class Reference(Fact):
     indexed: bool
     composite: str
     comment: str | None
+    leaves: tuple[tuple[str, str], ...] = ()  # where it is partitioned itself
+
+    @property
+    def tables(self) -> list[sql.Identifier]:
+        """The tables that hold its rows."""
+        return [sql.Identifier(*leaf) for leaf in self.leaves] or [self.identifier]
 
     @property
     def identifier(self) -> sql.Identifier:

@@ -232,6 +232,16 @@ def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
                 session.run("cutover.validate", table=table, constraint=(name,))
 
         locks.persist(run.database, session, patience, name, attempt)
+    there = {(row["name"], row["key"]) for row in session.rows("cutover.validated", table_text=run.plan.source.as_string(None))}
+    for reference in valid:
+        if foreign_keys.by_leaf(run, reference) and (reference.table, reference.name) not in there:
+
+            def by_leaf(reference: Reference = reference) -> None:
+                with session.transaction(lock_timeout="3s"):
+                    for each in foreign_keys.validate(run, reference, reference.definition):
+                        session.run(each)
+
+            locks.persist(run.database, session, patience, reference.name, by_leaf)
 
 
 @recorded("rollback", "check")

@@ -135,7 +135,9 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
        (SELECT array_agg(a.attname) FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum > 0 AND NOT a.attisdropped) AS all_columns,
        (SELECT array_agg(t.tgname ORDER BY t.tgname) FROM pg_trigger t WHERE t.tgrelid = k.conrelid AND NOT t.tgisinternal
            AND t.tgname NOT LIKE 'runbook\_%' AND t.tgtype & 16 = 16) AS update_triggers,
-       obj_description(k.oid, 'pg_constraint') AS comment
+       obj_description(k.oid, 'pg_constraint') AS comment,
+       (SELECT json_agg(json_build_array(ln.nspname, l.relname) ORDER BY l.oid) FROM pg_partition_tree(k.conrelid) t
+          JOIN pg_class l ON l.oid = t.relid JOIN pg_namespace ln ON ln.oid = l.relnamespace WHERE t.isleaf AND c.relkind = 'p') AS leaves
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE k.confrelid = {oid} AND k.contype = 'f' AND k.conparentid = 0
  ORDER BY n.nspname, c.relname, k.conname

@@ -12,6 +12,13 @@ BEGIN
   RETURN NULL;
 END $$
 
+-- name: create_row_log_function
+CREATE FUNCTION {reference_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  INSERT INTO {reference_log} SELECT {new_columns} WHERE {new_present};
+  RETURN NULL;
+END $$
+
 -- name: logged
 -- The column, its triggers and this log come in one transaction: where the log is, they are.
 SELECT to_regclass({reference_log_text}) IS NOT NULL
@@ -25,9 +32,17 @@ ALTER TABLE {reference} ADD COLUMN {role_column} {key_type} {default} {not_null}
 CREATE TRIGGER {insert_trigger} AFTER INSERT ON {reference} REFERENCING NEW TABLE AS added
   FOR EACH STATEMENT EXECUTE FUNCTION {reference_function}();
 CREATE TRIGGER {update_trigger} AFTER UPDATE ON {reference} REFERENCING NEW TABLE AS added
-  FOR EACH STATEMENT WHEN (current_setting('runbook.correcting', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION {reference_function}();
-ALTER TABLE {reference} ENABLE ALWAYS TRIGGER {insert_trigger};
-ALTER TABLE {reference} ENABLE ALWAYS TRIGGER {update_trigger}
+  FOR EACH STATEMENT WHEN (current_setting('runbook.correcting', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION {reference_function}()
+
+-- name: switch_on_rows
+-- On a partitioned table: triggers of statements there do not see what is written to a partition directly.
+CREATE TRIGGER {insert_trigger} AFTER INSERT ON {reference} FOR EACH ROW EXECUTE FUNCTION {reference_function}();
+CREATE TRIGGER {update_trigger} AFTER UPDATE ON {reference}
+  FOR EACH ROW WHEN (current_setting('runbook.correcting', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION {reference_function}()
+
+-- name: always_on
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger}
 
 -- name: switch_off
 DROP TRIGGER IF EXISTS {insert_trigger} ON {reference};
@@ -49,7 +64,7 @@ SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference
 ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
 
 -- name: blocks
-SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_size')::bigint AS blocks, current_setting('block_size')::int AS block_size
+SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_size')::bigint AS blocks
 
 -- name: collect_minority
 -- The column begins with the most frequent value; only rows that refer to other values are touched. Which these are is

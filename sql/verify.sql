@@ -385,10 +385,10 @@ BEGIN
     UNION ALL
     SELECT 4, r.place, format('A row can be deleted, and its rows of %s go as %s says', table_name, key_name),
            ARRAY[format(pick, root, format('EXISTS (SELECT FROM %s r WHERE %s)', names, joined)),
-                 format('SELECT $1 || jsonb_build_object(''before'', count(*), ''rows'', array_agg(r.ctid)::text) FROM %s r JOIN %s s ON %s WHERE %s', names, root, joined, here),
+                 format('SELECT $1 || jsonb_build_object(''before'', count(*), ''rows'', array_agg(r.ctid)::text, ''places'', array_agg(concat(r.tableoid, r.ctid))::text) FROM %s r JOIN %s s ON %s WHERE %s', names, root, joined, here),
                  format('DELETE FROM %s s WHERE %s RETURNING $1', root, here),
                  format('SELECT jsonb_build_object(''seen'', format(''%%s rows referred to it, %%s do still'', $1 ->> ''before'', count(*)), ''ok'', count(*) = 0)'
-                        ' FROM %s r WHERE r.ctid = ANY (($1 ->> ''rows'')::tid[])', names)], NULL, NULL, NULL, NULL
+                        ' FROM %s r WHERE r.ctid = ANY (($1 ->> ''rows'')::tid[]) AND concat(r.tableoid, r.ctid) = ANY (($1 ->> ''places'')::text[])', names)], NULL, NULL, NULL, NULL
       FROM t, pick, reference r
     UNION ALL
     SELECT 4, 0, 'A row can be deleted',
