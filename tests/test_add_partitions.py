@@ -163,20 +163,20 @@ def test_it_works_after_91_and_for_the_next_months(database, sql):
     assert not [each for each in verify.seen(run) if each.promise == "It is partitioned as planned" and each.verdict != "pass"]
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({}, "add is empty"),
-        ({"add": {"users_more": ["user"]}}, "would overlap"),
-        ({"add": {"doctors": ["nurse"]}}, "is taken"),
-        ({"add": {"users_nurses": []}}, "has no value"),
-    ],
-)
-def test_what_cannot_be_added_is_refused_and_nothing_is_made(clinic, sql, given, said):
+REFUSED: dict[str, dict[str, Any]] = {
+    "add is empty": {},
+    "would overlap": {"add": {"users_more": ["user"]}},
+    "is taken": {"add": {"doctors": ["nurse"]}},
+    "has no value": {"add": {"users_nurses": []}},
+}
+
+
+def test_what_cannot_be_added_is_refused_and_nothing_is_made(clinic, sql):
     run = migration.forward(clinic)
     before = dump(clinic, "--exclude-schema=runbook")
-    with pytest.raises((BadInput, PlanBlocked), match=said):
-        additions.draft(run, **given).freeze()
+    for said, given in REFUSED.items():
+        with pytest.raises((BadInput, PlanBlocked), match=said):
+            additions.draft(run, **given).freeze()
     assert dump(clinic, "--exclude-schema=runbook") == before
 
 
@@ -216,7 +216,7 @@ UPKEEP = {
 }  # fmt: skip
 
 
-SHORT = ("emptied", "detached and attached")
+SHORT = ("detached and attached",)
 
 
 @pytest.mark.parametrize("what", [each if each in SHORT else pytest.param(each, marks=pytest.mark.long) for each in UPKEEP])
@@ -236,7 +236,7 @@ def test_one_partition_is_looked_after_while_the_others_are_locked(clinic, sql, 
     "statement",
     [
         pytest.param("DELETE FROM users_doctors WHERE false", marks=pytest.mark.long),
-        "REINDEX TABLE users_doctors",
+        pytest.param("REINDEX TABLE users_doctors", marks=pytest.mark.long),
         "LOCK TABLE users_doctors",
     ],
 )

@@ -55,7 +55,7 @@ def test_a_duplicate_is_refused_as_it_was_before(clinic, sql):
     assert sql("SELECT to_regnamespace('users_unique')") == [(None,)]
 
 
-@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+@pytest.mark.parametrize("outcome", ["commit", pytest.param("rollback", marks=pytest.mark.long)])
 def test_of_two_sessions_with_one_email_one_waits_and_one_fails(clinic, sql, guarded, outcome):
     waits, errors = threading.Event(), []
 
