@@ -46,6 +46,7 @@ PAGE = """<!DOCTYPE html>
 <table>{files}</table>
 </body></html>
 """
+UNSPEAKABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # a name may have it, XML may not
 VERDICT = {"pass": "pass", "fail": "fail", "not tried": "not-tried"}
 
 
@@ -127,7 +128,8 @@ def _junit(run: Run, promises: list[verify.Promise], counts: Counter[str]) -> st
             found.text = each.sql
         ElementTree.SubElement(case, "system-out").text = each.seen
     ElementTree.indent(suite)
-    return ElementTree.tostring(suite, "unicode", xml_declaration=True) + "\n"
+    text = ElementTree.tostring(suite, "unicode", xml_declaration=True) + "\n"
+    return UNSPEAKABLE.sub("\ufffd", text)
 
 
 def _markdown(run: Run, promises: list[verify.Promise], verdict: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -95,6 +96,21 @@ def test_the_promises_are_there_for_machines_too(made: Made) -> None:
     assert [case.get("name") for case in suite.iter("testcase")] == [each.promise for each in promises]
     lines = (folder / "promises.md").read_text().splitlines()
     assert sum(line.endswith("| ✅ pass |") for line in lines) == len(promises)
+
+
+def test_no_name_spoils_what_machines_read(made: Made) -> None:
+    odd = [
+        verify.Promise("a | b\x01\x1b", "SELECT 1", "<x>\n& | ]]>\x00\ufffe😀", verdict)
+        for verdict in ("pass", "fail", "not tried")
+    ]
+    counts = Counter(each.verdict for each in odd)
+    suite = ElementTree.fromstring(certificate._junit(made[1], odd, counts))
+    assert {case.get("name") for case in suite} == {"a | b\ufffd\ufffd"}
+    assert [(case[0].tag, case[-1].text) for case in suite] == [
+        (tag, "<x>\n& | ]]>\ufffd\ufffd😀") for tag in ("system-out", "failure", "skipped")
+    ]
+    lines = certificate._markdown(made[1], odd, "").splitlines()[-3:]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in lines), "three cells each"
 
 
 def test_the_evidence_of_every_action_is_in_the_record(made: Made) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,20 @@ def test_the_workflow_gives_the_password_only_by_environment() -> None:
     job = workflow()["jobs"]["rehearse"]
     assert "PGPASSWORD" in job["env"]
     assert not any("password" in step.get("run", "").lower() for step in job["steps"])
+
+
+def test_the_workflow_shows_what_came_of_a_run_that_failed_too(tmp_path: Path) -> None:
+    steps = workflow()["jobs"]["rehearse"]["steps"]
+    at = next(number for number, step in enumerate(steps) if step.get("run", "").startswith("runbook run"))
+    assert [step.get("if") for step in steps[at:]] == [None, "always()", "always()"]
+    folder = tmp_path / "runs" / "20260101T000000Z-orders"
+    folder.mkdir(parents=True)
+    for there in (False, True):  # a plan that was refused has no promises
+        if there:
+            (folder / "promises.md").write_text("| a promise | ❌ fail |\n")
+        environment = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), "PATH": os.environ["PATH"]}
+        subprocess.run(["bash", "-e", "-c", steps[at + 1]["run"]], cwd=tmp_path, env=environment, check=True)
+        assert (tmp_path / "summary").read_text() == "| a promise | ❌ fail |\n" * there
 
 
 def test_every_test_that_proves_a_promise_exists() -> None:

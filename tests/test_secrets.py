@@ -159,5 +159,10 @@ def test_an_error_is_a_sentence_with_a_way_out_and_its_traceback_is_folded(tmp_p
     shown, _, folded = page.partition("<details><summary>Traceback</summary>")
     assert "NotEqual: users differs in 3 rows" in shown and "Traceback" not in shown.split("<body")[1]
     assert "Traceback (most recent call last)" in folded
+    code = code.replace("users differs in 3 rows: run 03_restore again.", "role is no column of users: it has id, email.")
+    nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata={"kernelspec": spec}), tmp_path / "a.ipynb")
+    run.add(execute(tmp_path / "a.ipynb", run.start("00_plan.ipynb"), {}))
+    other = (run.folder / "00_plan.html").read_text()
+    assert "Put that right, then: run this notebook again: what is done is not done again." in other, "a way out in any case"
     run.seal()
     assert '<a href="03_restore.html">' not in (run.folder / "04_foreign_keys.html").read_text(), "there is no such page here"
