@@ -17,7 +17,7 @@ import psycopg
 from psycopg import sql
 from tqdm import tqdm
 
-from runbook import __version__, archive, embedded, ledger, parameters
+from runbook import __version__, archive, embedded, ledger, parameters, rehearsal
 from runbook.database import target
 from runbook.draft import draft
 from runbook.errors import BadInput, PlanBlocked, RunbookError
@@ -162,28 +162,26 @@ def rollback(file: Path | None, pairs: Any, database: str | None, out: Path) -> 
 @main.command()
 @options(users=True, out=True)
 def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path) -> None:
-    """Every step but the cut-over, then the way back: how long each takes on the real table, and that nothing is left.
+    """Every step but the cut-over, then the way back, on the real table; nothing of it is left.
 
-    The application keeps its table all the while. Whatever stops the rehearsal, the way back is taken.
+    It prints the forecast beside what it took, the longest that anybody waited for it, the rows that were compared, and
+    whether the database's objects are what they were: exit code 1 if not. The application keeps its table all the while.
+    Whatever stops the rehearsal, the way back is taken.
     """
     given = gather(file, pairs, database, users)
     where, table = str(given.get("database", "embedded")), str(given["table"])
-    if _under_way(where, table):
-        raise BadInput(f"The migration of {table} is under way or done, and a rehearsal would take it away: use `runbook run`.")
     if users is not None:
         embedded.start(users)
-    try:
-        perform((*FORWARD[: FORWARD.index("05_cutover")], "90_rollback"), given, out, lambda: _rehearsed(where, table))
-    except SystemExit:
-        if _under_way(where, table):
-            perform(("90_rollback",), given, out)
-        raise
-
-
-def _rehearsed(where: str, table: str) -> str:
-    done = _history(where, table)
-    compared = done[(done["step"] == "restore") & (done["action"] == "compare")]
-    return f"\n{int(compared['rows'].max()):,} rows were compared, and all were equal. {done['sentence'].iloc[-1]}"
+    if _under_way(where, table):
+        raise BadInput(f"The migration of {table} is under way or done, and a rehearsal would take it away: use `runbook run`.")
+    with rehearsal.Watch(target(where), table) as watch:
+        try:
+            perform((*FORWARD[: FORWARD.index("05_cutover")], "90_rollback"), given, out, watch.told)
+        except SystemExit:
+            if _under_way(where, table):
+                perform(("90_rollback",), given, out)
+            raise
+    watch.require_nothing()
 
 
 @main.command()

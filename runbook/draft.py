@@ -9,7 +9,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, findings, ledger, partition, repair
+from runbook import advice, catalog, findings, ledger, partition, repair
 from runbook.database import Database, Session, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked
@@ -218,7 +218,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
         legacy_inserts=parameters.legacy_inserts, backup=backup, backup_method=parameters.backup_method,
         restore_from=parameters.restore_from, findings=(),
     )  # fmt: skip
-    judged = findings.judge(session, plan, row, division, database)
+    judged = findings.worst_first([*findings.judge(session, plan, row, division, database), *advice.given(session, plan)])
     where = f"{plan.full_name}.{plan.key}"  # a value without a partition may come of bounds that cannot be
     if all(each.level != "blocker" or each.object == where for each in judged) and (refused := partition.rehearse(session, plan)):
         way_out = "Correct key, partition_by or partitions."

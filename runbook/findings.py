@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from psycopg import sql
@@ -18,11 +18,16 @@ LEVELS = ("blocker", "warning", "note")
 def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division | None, database: str) -> tuple[Finding, ...]:
     """All findings, worst first."""
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
-        return (*_table(plan, row), *_rights(session, plan), *_references(session, plan))
+        return worst_first([*_table(plan, row), *_rights(session, plan), *_references(session, plan)])
     found = [
         *_table(plan, row), *_values(plan, division), *_names(session, plan), *_rights(session, plan),
         *_objects(session, plan), *_references(session, plan), *_uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
+    return worst_first(found)
+
+
+def worst_first(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Blockers, then warnings, then notes."""
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
 
 
@@ -86,12 +91,6 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
         yield _note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
-    largest = max(division.partitions, key=lambda each: each.rows)
-    if plan.partition_by != "hash" and largest.rows > 0.9 * division.rows > 0:
-        yield _note(
-            name,
-            f"{largest.rows / division.rows:.0%} of the rows fall into {largest.name}: queries that read it gain little.",
-        )
 
 
 def _without_primary_key(plan: Plan) -> Iterator[Finding]:

@@ -103,6 +103,7 @@ class _Sample:
         self.time("index", indexes)
         self.time("adopt", restore.adopt(run))
         self.sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
+        self.sizes["backup_bytes"] = session.row("forecast.sizes", schemas=[run.staging])["table_bytes"]
         self.time("hash", compare.queries(run, session, changes.FORWARD)[:1])
         self.time("analyze", [statement("restore.analyze_root", **run.names)])
         for reference in run.plan.references:
@@ -125,13 +126,14 @@ class _Sample:
     def reference(self, reference: Any) -> None:
         """A referencing table's first rows: what filling them in, looking them up and adding their key takes."""
         run, session = self.run, self.session
+        sizes = [int(session.value("foreign_keys.blocks", reference_text=spelled(table))) for table in reference.tables]
+        blocks, taken = sum(sizes), min(max(sizes), max(8, REFERENCING // len(run.plan.references)))
         own = references.names(run, reference) | {
+            "reference": reference.tables[sizes.index(max(sizes))],
             "sample": sql.Identifier(run.staging, run.plan.internal(f"sample_{run.plan.references.index(reference)}")),
             "key_columns": identifiers(with_key(reference.columns, reference.role_column)),
             "key_referenced": identifiers(with_key(reference.referenced, run.plan.key)),
         }
-        blocks = session.row("foreign_keys.blocks", **own)["blocks"]
-        taken = min(blocks, max(8, REFERENCING // len(run.plan.references)))
         session.run("forecast.create_referencing", **own, last=f"({taken},0)")
         rows, size = session.row("forecast.referencing", **own, sample_text=spelled(own["sample"])).values()
         if reference.adds_column:
@@ -139,10 +141,11 @@ class _Sample:
         parts = {"fill": f"fill {reference.name}", "look up": f"look up {reference.name}"}
         self.time(parts["fill"], [statement("forecast.fill", **own)])
         self.time(parts["look up"], [statement("forecast.look_up", **own)])
-        self.time("keys", [statement("forecast.add_key", **own)])
-        per_row = {name: self.seconds.pop(part) / max(1, rows) for name, part in parts.items()}
-        whole = {"rows": rows * blocks / max(1, taken), "bytes": size / max(1, rows), "adds": reference.adds_column}
-        self.references.append(whole | per_row)
+        for _ in sizes:  # on each leaf where it is partitioned
+            self.time("keys", [statement("forecast.add_key", **own)])
+        fill, look_up = (self.seconds[each] for each in parts.values())
+        self.references.append({"rows": rows * blocks / max(1, taken), "bytes": size / max(1, rows), "adds": reference.adds_column,
+                                "fill": fill / max(1, rows), "look up": look_up / max(1, rows + self.copied)})  # fmt: skip
 
 
 def _project(run: Run, sample: _Sample) -> dict[str, Any]:
@@ -152,28 +155,30 @@ def _project(run: Run, sample: _Sample) -> dict[str, Any]:
     times = rows / max(1, sample.copied)
     copy, hashing, empty = times * took["copy"], times * took["hash"], wider * took["empty"]
     index = empty + times * max(0.0, took["index"] - took["empty"])
+    analyze = took["analyze"] * min(times, wider * max(1, 30_000 * len(sample.leaves) / max(1, sample.copied)))
     frequent = max((each.rows for each in plan.partitions if plan.frequent_value in each.values), default=0)
     minority = 1 - frequent / max(1, rows)
     filled = [each for each in sample.references if each["adds"]]
-    look_up = sum(each["rows"] * each["look up"] for each in sample.references)
-    fill = sum(each["rows"] * (minority * each["fill"] + each["look up"]) for each in filled)
+    for each in sample.references:
+        each["look up"] *= each["rows"] + rows
+    fill = sum(each["rows"] * minority * each["fill"] + each["look up"] for each in filled)
     catalog = sum(1 for _ in cutover.swap_statements(run)) - len(plan.references)
     locked = catalog * took["move"] / max(1, len(sample.leaves)) + wider * took["keys"]
     seconds = {
         "backup": copy + 2 * hashing, "partition": wider * took["create"],
-        "restore": (copy + index) / GAIN + (1 + times) * took["analyze"] + wider * took["adopt"] + hashing,
-        "foreign_keys": fill / GAIN, "cutover": locked + look_up, "verify": 3 * hashing,
+        "restore": (copy + index) / GAIN + wider * took["adopt"] + analyze + 2 * hashing,
+        "foreign_keys": fill / GAIN, "cutover": locked + sum(each["look up"] for each in sample.references), "verify": (3 + len(plan.guards)) * hashing,
     }  # fmt: skip
     table, indexes = times * sample.sizes["table_bytes"], times * sample.sizes["index_bytes"]
     # A pg_dump archive is compressed, but lies on the machine that the notebooks run on, and is restored once on the server.
-    backup = table
+    backup = times * sample.sizes["backup_bytes"]
     updates = 2 * sum(each["rows"] * minority * each["bytes"] for each in filled)
     return {
-        "rows": rows, "copied": sample.copied,
+        "rows": rows, "copied": sample.copied, "sample": {part: round(each, 4) for part, each in took.items()},
         "seconds": {step: round(each + SESSIONS[step] * took["session"], 4) for step, each in seconds.items()},
         "locked_s": round(locked, 4), "table_bytes": int(table), "index_bytes": int(indexes), "backup_bytes": int(backup),
         "disk_bytes": int(table + indexes + backup + updates),
-        "wal_bytes": int(times * sample.wal_bytes + backup + indexes + updates),
+        "wal_bytes": int(times * sample.wal_bytes + table + indexes + updates),
     }  # fmt: skip
 
 

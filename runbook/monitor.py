@@ -60,7 +60,7 @@ def _told(facts: dict[str, Any]) -> str:
 def _pruning(run: Run, session: Session, partitions: set[str], file: str) -> tuple[float | None, int]:
     """How many of 100 calls prune, of those that read the table, and how many calls these are."""
     pruned = calls = 0
-    found, _ = queries.statements(run, session, file)
+    found, _ = queries.statements(run.plan, session, file)
     with stage(run, session):
         for times, text in found:
             try:

@@ -14,19 +14,20 @@ from psycopg import sql
 from runbook.database import Session
 from runbook.errors import BadInput
 from runbook.ledger import Run
+from runbook.plan import Plan
 from runbook.points import copy_table, partitioned, shown, stage
 from runbook.statements import rendered, trusted
 
 ANALYZED = 16  # the first version with EXPLAIN (GENERIC_PLAN)
 
 
-def statements(run: Run, session: Session, file: str = "") -> tuple[list[tuple[int, str]], str]:
+def statements(plan: Plan, session: Session, file: str = "") -> tuple[list[tuple[int, str]], str]:
     """(calls, text) of each statement that names the table or a view of it, and where they are from.
 
     From `file`, where one is named: statements that end with a semicolon at a line's end, $1 for what varies. Else from
     pg_stat_statements, where that is. Raises BadInput for a file that cannot be read.
     """
-    names = [run.plan.table.name, *(name for _, name in run.plan.view_tables)]
+    names = [plan.table.name, *(name for _, name in plan.view_tables)]
     mentioned = re.compile(
         rf'(?<![\w$])"?({"|".join(re.escape(name.replace(chr(34), chr(34) * 2)) for name in names)})"?(?![\w$])', re.IGNORECASE
     )
@@ -39,7 +40,7 @@ def statements(run: Run, session: Session, file: str = "") -> tuple[list[tuple[i
         return [(1, part.strip()) for part in parts if mentioned.search(part)], file
     view = session.value("queries.statistics")
     try:
-        with session.transaction():
+        with session.connection.transaction():
             rows = session.rows("queries.statements", statistics=trusted(view)) if view else []
     except psycopg.errors.ObjectNotInPrerequisiteState:  # created, but not in shared_preload_libraries
         view, rows = None, []
@@ -126,7 +127,7 @@ def compare(run: Run, file: str = "") -> Any:
     """
     with run.action("application", "queries", again=True) as action:
         session, partitions = action.session, {each.name for each in run.plan.partitions}
-        found, where = statements(run, session, file)
+        found, where = statements(run.plan, session, file)
         rows: list[dict[str, Any]] = [{"calls": calls, "statement": text} for calls, text in found]
         there = partitioned(run)
         for after, cost in ((False, "cost before"), (True, "cost after")):

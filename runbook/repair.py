@@ -69,7 +69,7 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
     lost = [each for each in lost if (each.schema_name, each.table, each.columns) not in known]
     plan = plan.model_copy(update={"references": (*plan.references, *lost)})
     seen = (*findings.judge(session, plan, row, None, database), *_findings(session, plan))
-    return plan.model_copy(update={"findings": tuple(sorted(seen, key=lambda each: findings.LEVELS.index(each.level)))})
+    return plan.model_copy(update={"findings": findings.worst_first(seen)})
 
 
 def _partition(row: dict[str, Any], rows: dict[str, int]) -> Partition:

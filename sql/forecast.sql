@@ -41,5 +41,5 @@ SELECT coalesce(nullif(pg_tablespace_location(c.reltablespace), ''),
 
 -- name: done
 -- Each action, the last time that it was done, rolled back since or not.
-SELECT DISTINCT ON (step, action) step, action, rows, evidence, extract(epoch FROM finished_at - started_at)::float8 AS seconds
+SELECT DISTINCT ON (step, action) step, action, rows, sentence, evidence, started_at AS at, extract(epoch FROM finished_at - started_at)::float8 AS seconds
   FROM runbook.action WHERE migration = {migration} AND state IN ('done', 'undone') ORDER BY step, action, id DESC

@@ -13,7 +13,9 @@ from runbook import forecast
 from runbook.ledger import Run
 from runbook.statements import trusted
 from tests import migration
+from tests.test_partitioned_reference import TABLES as PARTITIONED
 from tests.test_repair import BY_HAND, FEW, PLANNED
+from tests.test_self_reference import TABLE as SELF
 from tests.walk import dump
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -59,6 +61,20 @@ def test_any_table_has_a_forecast_that_leaves_nothing(database: str, sql: Sql, g
     assert all(length >= 0 for length in seen.facts["seconds"].values())
     assert seen.facts["locked_s"] > 0
     assert forecast.measure(run).sentence.startswith("Already done")
+
+
+@pytest.mark.parametrize(
+    "tables, table, key, rows", [(SELF.format(action=""), "staff", "dept", 500), (PARTITIONED, "device", "kind", 400)]
+)
+def test_a_table_that_is_referenced_by_itself_or_by_partitions_has_one(
+    database: str, sql: Sql, tables: str, table: str, key: str, rows: int
+) -> None:
+    for each in tables.split(";"):
+        sql(each)
+    run = migration.plan(database, table, key)
+    before = dump(database)
+    assert measured(run).rows == rows
+    assert dump(database) == before
 
 
 def test_the_sample_locks_what_exists_as_a_reader_does(clinic: str, sql: Sql) -> None:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 from click.testing import CliRunner
 
-from runbook import cli
+from runbook import cli, embedded
 from runbook.archive import audit
+from runbook.database import target
+from runbook.errors import PromiseBroken
+from runbook.rehearsal import Watch
+from tests import servers
 from tests.migration import forward
 from tests.walk import CLINIC_FILE, dump
 
-pytestmark = pytest.mark.long
 
-
+@pytest.mark.long
 def test_a_rehearsal_compares_every_row_and_leaves_nothing_of_itself(clinic: str, tmp_path: Path) -> None:
     before = dump(clinic, "--exclude-schema=runbook")
     done = CliRunner().invoke(cli.main, ["rehearse", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path / "runs")])
     assert done.exit_code == 0, done.output
-    assert "1,000 rows were compared, and all were equal. public.users is what it was." in done.stdout
-    assert "05_cutover" not in done.stdout
+    assert re.search(r"03_restore +s +[\d.]+ +[\d.]+ +[+-]\d+%", done.stdout)
+    assert "05_cutover" not in done.stdout.partition("The forecast")[0]
+    assert "1,000 rows were compared, and all were equal." in done.stdout
+    assert re.search(r"looked [\d,]+ times, at most [\d,]+ ms apart", done.stdout)
+    assert "public.users is what it was." in done.stdout
+    assert "Nothing of it is left but its record and the ledger's" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("Head:")
     assert dump(clinic, "--exclude-schema=runbook") == before
     assert audit(tmp_path / "runs") == []
 
 
+@pytest.mark.long
 def test_a_rehearsal_does_not_take_a_migration_away_that_is_under_way(clinic: str, tmp_path: Path) -> None:
     forward(clinic, "shadow")
     before = dump(clinic)
@@ -33,3 +47,75 @@ def test_a_rehearsal_does_not_take_a_migration_away_that_is_under_way(clinic: st
     assert done.exit_code == 1
     assert "is under way" in done.stderr
     assert dump(clinic) == before
+
+
+def until(true: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def blocked(url: str, blocker: str, table: str, seen: Callable[[], Any]) -> None:
+    """A writer waits for a session that calls itself `blocker`, until `seen`."""
+    with psycopg.connect(url, application_name=blocker) as holder:
+        holder.execute(f"LOCK TABLE {table}".encode())
+
+        def write() -> None:
+            with psycopg.connect(url) as writer:
+                writer.execute(f"DELETE FROM {table}".encode())
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            until(seen)
+        finally:
+            holder.rollback()
+            thread.join()
+
+
+def test_whoever_waits_for_it_is_seen_and_nobody_else(clinic: str) -> None:
+    with Watch(target(clinic), "users") as watch:
+        blocked(clinic, "somebody else", "appointments", lambda: (watch.longest["statement"] or 0) > 0.2)
+        assert watch.longest["waited"] is None
+        until(lambda: watch.looks > 5)
+        blocked(clinic, "runbook partition.log", "appointments", lambda: (watch.longest["waited"] or 0) > 0.2)
+    assert 0 < watch.resolution_s < 20
+    assert not watch.ended_early
+    waits = " ".join(watch.waits())
+    assert "The longest that anybody was seen waiting for it is" in waits
+    assert "The longest statement seen that writes to public.users or to what references it ran for" in waits
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "CREATE TABLE users_backup ()", "ALTER TABLE appointments ADD user_role text", "CREATE SCHEMA runbook_1", "GRANT SELECT ON users TO public",
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER t AFTER INSERT ON users EXECUTE FUNCTION f()",
+        "ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey", "CREATE INDEX left_over ON users (role)",
+    ],
+)  # fmt: skip
+def test_whatever_is_left_is_named(clinic: str, sql: Callable[..., Any], change: str) -> None:
+    with Watch(target(clinic), "users") as watch:
+        sql(
+            "CREATE SCHEMA runbook; CREATE TABLE runbook.ledger (); INSERT INTO appointments SELECT * FROM appointments LIMIT 0; ANALYZE users"
+        )
+        watch.require_nothing()
+        sql(change)
+        with pytest.raises(PromiseBroken, match="are not what they were before the rehearsal"):
+            watch.require_nothing()
+
+
+@pytest.mark.long
+def test_the_slowest_statement_is_known_where_statements_are_counted(server: servers.Server) -> None:
+    with servers.start(server.version, settings={"shared_preload_libraries": "pg_stat_statements"}, complete=True) as own:
+        embedded.load_clinic(own.conninfo(), users=200)
+        with psycopg.connect(own.conninfo(), autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION pg_stat_statements")
+            watch = Watch(target(own.url()), "users")
+            assert "nobody wrote" in watch.waits()[-1]
+            connection.execute("DELETE FROM appointments")
+            assert "the slowest of 1 kinds of writing statements took" in watch.waits()[-1]
+            again = Watch(target(own.url()), "users")
+            connection.execute("DELETE FROM appointments")
+            assert "none of 1 kinds of writing statements took longer than it ever had before" in again.waits()[-1]

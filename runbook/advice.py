@@ -1,0 +1,88 @@
+"""Honest advice: whether there is room for the migration, and when partitioning will not help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from runbook import queries
+from runbook.database import Session
+from runbook.forecast import MB, free
+from runbook.plan import Finding, Plan
+
+CALLS, SCANS = 100, 1000  # fewer say nothing
+MOST, NEARLY = 0.9, 0.98  # of the rows, in one partition
+AFTER_WHERE = re.compile(r"\b(where|on|using)\b.*", re.IGNORECASE | re.DOTALL)
+OWN_CHECK = re.compile(r"^\s*SELECT 1 FROM ONLY .* FOR KEY SHARE OF x\s*$", re.DOTALL)  # by which a foreign key asks
+
+
+def given(session: Session, plan: Plan) -> Iterator[Finding]:
+    """What the people who decide should hear, in no order. Only reads; numbers that change by the hour are left out, so that
+    the same table has the same plan."""
+    if plan.blockers:
+        return
+    yield from _room(session, plan)
+    yield from _memory(session, plan)
+    yield from _look_ups(session, plan)
+    yield from _skew(plan)
+
+
+def _room(session: Session, plan: Plan) -> Iterator[Finding]:
+    there = free(session, plan.table.oid)
+    needed = 2 * plan.table.table_bytes + plan.table.index_bytes
+    if there is not None and there < needed:
+        yield Finding(
+            level="blocker", object=plan.full_name,
+            sentence=f"There is not enough disk: the partitions, their indexes and the backup of {plan.full_name} need up to"
+            f" {needed / MB:,.0f} MB, and {there / MB:,.0f} MB are free where it lies.",
+            way_out="Make room first; a table that is mostly air needs less after VACUUM FULL.",
+        )  # fmt: skip
+
+
+def _memory(session: Session, plan: Plan) -> Iterator[Finding]:
+    size = plan.table.table_bytes + plan.table.index_bytes
+    for row in session.rows("advice.memory"):
+        if size < row["bytes"]:
+            yield Finding(
+                level="note", object=plan.full_name,
+                sentence=f"{plan.full_name} with its indexes ({size / MB:,.1f} MB) is smaller than {row['name']} ({row['bytes'] / MB:,.0f} MB):"
+                " it is read from memory as it is, and partitioning will hardly make that faster.",
+                way_out="Partition it for what that brings besides (parts that are dropped, reindexed, vacuumed alone), or when it has grown.",
+            )  # fmt: skip
+            return
+
+
+def _look_ups(session: Session, plan: Plan) -> Iterator[Finding]:
+    """By the statements themselves where somebody counts them, else by the indexes that they used."""
+    found, where = queries.statements(plan, session)
+    of_key = re.compile(rf'(?<![\w$])"?{re.escape(plan.key)}"?(?![\w$])', re.IGNORECASE)
+    asked = [(calls, bool((rest := AFTER_WHERE.search(text)) and of_key.search(rest[0]))) for calls, text in found
+             if not re.match(r"\s*insert\b", text, re.IGNORECASE) and not OWN_CHECK.match(text)]  # fmt: skip
+    total, named = sum(calls for calls, _ in asked), sum(calls for calls, names in asked if names)
+    if total >= CALLS:
+        if named < total / 2:
+            yield Finding(
+                level="warning", object=plan.full_name,
+                sentence=f"About {round(10 - 10 * named / total)} of 10 calls that read or change rows of {plan.full_name} do not name {plan.key} (by"
+                f" {where}): each of them will visit all {len(plan.partitions)} partitions.",
+                way_out="Partition by a column that they name, or change them: 07_application judges each.",
+            )  # fmt: skip
+        return
+    scans = session.row("advice.scans", oid=plan.table.oid, key=plan.key)
+    if scans["every"] >= SCANS and scans["by_key"] < scans["every"] / 2:
+        yield Finding(
+            level="warning", object=plan.full_name,
+            sentence=f"About {round(10 - 10 * scans['by_key'] / scans['every'])} of 10 index scans of {plan.full_name} are of indexes without {plan.key}: unless"
+            f" the look-ups name {plan.key} besides, each will visit all {len(plan.partitions)} partitions.",
+            way_out="Partition by a column that they name; pg_stat_statements would tell which do.",
+        )  # fmt: skip
+
+
+def _skew(plan: Plan) -> Iterator[Finding]:
+    largest, rows = max(plan.partitions, key=lambda each: each.rows), sum(each.rows for each in plan.partitions)
+    if len(plan.partitions) > 1 and largest.rows > MOST * rows > 0:
+        yield Finding(
+            level="warning" if largest.rows > NEARLY * rows else "note", object=largest.name,
+            sentence=f"{largest.rows / rows:.1%} of the rows fall into {largest.name}: queries that read it gain little.",
+            way_out=f"Divide by another column than {plan.key}, or divide that partition's values further.",
+        )  # fmt: skip
