@@ -30,7 +30,7 @@ from runbook.statements import statement
 DATABASE, DEFAULT_USERS = "clinic", 10_000
 SOCKET = ".s.PGSQL.5432"  # no port is opened: its number is a part of the socket's name
 SOCKET_BYTES = 103  # the longest path of a socket on macOS; Linux takes 107
-SILENCE_S = 60  # so long a living server may be without its socket
+SILENCE_S = 10  # so long a living server may be without its socket, which it makes before all else
 SETTINGS = (  # the check interval ends a killed kernel's statements, and its locks with them
     "-c listen_addresses= -c shared_buffers=256MB -c maintenance_work_mem=256MB -c max_wal_size=4GB "
     "-c client_connection_check_interval=1s -c log_startup_progress_interval=2s -c logging_collector=on "
@@ -151,8 +151,12 @@ def stop() -> bool:
     with _locked() as server:
         if not _alive(server):
             return False
-        server.run(_program(server, "pg_ctl"), "stop", "-m", "fast", "-t", "3600", "-D", server.data)
+        _end(server)
         return True
+
+
+def _end(server: Server) -> None:
+    server.run(_program(server, "pg_ctl"), "stop", "-m", "fast", "-t", "3600", "-D", server.data)
 
 
 def reset() -> None:
@@ -270,7 +274,7 @@ def _alive(server: Server) -> bool:
 
 def _bring_up(server: Server) -> None:
     """Return once our server answers; a recovery is waited for, however long it takes, and stderr says so."""
-    begun = told = time.monotonic()
+    begun = told = since = time.monotonic()
     launched = False
     while True:
         try:
@@ -281,12 +285,15 @@ def _bring_up(server: Server) -> None:
             if "FATAL" in str(error) and "the database system is" not in str(error):
                 raise  # it answers, and waiting would not change its mind
             now, alive = time.monotonic(), _alive(server)
-            silent = now - begun > SILENCE_S and not (server.socket / SOCKET).exists()
-            if silent or (launched and not alive):
+            silent = now - since > SILENCE_S and not (server.socket / SOCKET).exists()
+            if silent and alive and not launched:
+                _end(server)  # nobody can reach it: its folder was deleted under another one, which took the socket along
+                alive = False
+            elif launched and (silent or not alive):
                 raise ConnectionError(f"no answer at {server.socket}; its log ends: {server.log(5)}") from error
         if not alive:
             _launch(server)
-            launched = True
+            launched, since = True, time.monotonic()
         if now - told > 2:
             print(f"Waiting for the embedded server, {now - begun:.0f} s: {server.log(1)}", file=sys.stderr)
             told = now

@@ -304,6 +304,15 @@ def test_processes_that_start_it_at_once_share_one_server(stopped: Site) -> None
     assert stopped.starts() == earlier + 1
 
 
+def test_a_server_that_lost_its_socket_is_started_again(stopped: Site) -> None:
+    """As when the folder was deleted and made anew while a server ran: that one takes the new one's socket along."""
+    clinic = stopped.start()
+    for each in Path(conninfo_to_dict(clinic)["host"]).glob(".s.PGSQL.*"):
+        each.unlink()
+    assert stopped.start() == clinic
+    assert rows(clinic, "SELECT count(*) FROM users") == [(2,)]
+
+
 def test_stop_stops_it_and_its_sessions(stopped: Site) -> None:
     session = psycopg.connect(stopped.start())
     postmaster = stopped.postmaster()
