@@ -30,22 +30,22 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
     """What a migration lost, changed or added beyond what partitioning means; each as a line."""
     plan = run.plan
     root, leaves = plan.table.name, [partition.name for partition in plan.partitions]
-    ours = {plan.retired, plan.backup, *leaves}
     added = {(reference.table, reference.role_column) for reference in (*plan.references, *plan.selves) if reference.adds_column}
     leaf_indexes = {name for index in plan.indexes for name in index.leaf_names.values()}
-    retired = {index.retired_name for index in plan.indexes}
+    ours = {plan.retired, plan.backup, *leaves, *leaf_indexes, *(index.retired_name for index in plan.indexes)}
     elsewhere = {index.name for index in plan.indexes if not index.everywhere}
     composite = {f"{reference.table} {reference.name}" for reference in (*plan.references, *plan.selves)}
 
     def of_ours(kind: str, name: str, text: str) -> bool:
-        named = set(re.findall(r"[\w$]+", name)) | {name}
+        plain = name.replace('"', "")
         return (
-            bool(named & (ours | leaf_indexes | retired))
-            or any(word.endswith("_retired") or word.startswith("retired_") for word in named)
+            any(re.search(rf"(^| ){re.escape(each.replace(chr(34), ''))}($|[ .(])", plain) for each in ours)
+            or bool(re.search(r"_retired\b|\bretired_", plain))
             or "ATTACH" in kind
             or "runbook" in name
-            or name == f"{root}_keep_partition()"
             or f".{plan.retired}" in text
+            or name == f"{root}_keep_partition()"
+            or (bool(plan.guards) and plan.guard_schema.replace('"', "") in text.replace('"', ""))
         )
 
     def normal(kind: str, name: str, text: str) -> str:
@@ -56,9 +56,9 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
         for line in text.splitlines():
             if kind == "TABLE" and name == root and re.match(rf'\s*"?{re.escape(plan.key)}"? ', line):
                 line = re.sub(r" (CONSTRAINT \S+ )?NOT NULL", "", line)
-            if kind == "TABLE" and any(name == table and re.match(rf'\s*"?{role}"? ', line) for table, role in added):
+            if kind == "TABLE" and any(name == table and re.match(rf'\s*"?{re.escape(role)}"? ', line) for table, role in added):
                 continue
-            if kind == "TABLE" and "_present CHECK" in line:
+            if kind == "TABLE" and re.search(r'_present"? CHECK', line):
                 continue
             if (line.startswith("ALTER TABLE") and " CLUSTER ON " in line) or (
                 "ALTER INDEX" in line and "ATTACH PARTITION" in line
@@ -69,7 +69,15 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
             lines = [
                 re.sub(
                     r" \(([^)]*)\)",
-                    lambda m: " (" + ", ".join(each for each in m[1].split(", ") if each.strip('"') != plan.key) + ")",
+                    lambda m: (
+                        " ("
+                        + ", ".join(
+                            each
+                            for each in m[1].split(", ")
+                            if each.removeprefix('"').removesuffix('"').replace('""', '"') != plan.key
+                        )
+                        + ")"
+                    ),
                     line,
                     count=1,
                 )
