@@ -263,16 +263,18 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
 
 
 def _teller(bar: Any) -> Callable[[str], None]:
-    """Shows the last line of a notebook's output beside the bar; where nobody watches a terminal, one every half minute."""
+    """Shows the last line of a notebook's output beside the bar. Where nobody watches a terminal, one every half minute, and
+    at once what somebody may have to do something about."""
     said_at = time.monotonic()
 
     def tell(text: str) -> None:
         nonlocal said_at
-        line = next((line.strip() for line in reversed(text.replace("\r", "\n").split("\n")) if line.strip()), "")
-        bar.set_postfix_str(line[:60])
-        if bar.disable and line and time.monotonic() - said_at > QUIET_S:
+        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+        bar.set_postfix_str((lines or [""])[-1][:60])
+        waits = [line for line in lines if line.startswith(("waiting for ", "paused: "))]
+        if bar.disable and lines and (waits or time.monotonic() - said_at > QUIET_S):
             said_at = time.monotonic()
-            click.echo(f"  {line}")
+            click.echo(f"  {(waits or lines)[-1]}")
 
     return tell
 

@@ -31,13 +31,15 @@ OLDEST, NEWEST = 14, 18
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement as it ran; part of the record. `error` is its SQLSTATE where it failed, else empty."""
+    """One statement as it ran; part of the record. `error` is its SQLSTATE where it failed, else empty; `waited_for` has the
+    locks that it was seen to wait for, with those who held them."""
 
     at: datetime
     name: str
     seconds: float
     rows: int
     error: str = ""
+    waited_for: tuple[str, ...] = ()
 
     def write_down(self) -> None:
         """Adds it to the record of the notebook that this kernel runs, if it runs one: what failed later is there, too."""
@@ -55,12 +57,14 @@ def _secrets() -> frozenset[str]:
 
 @dataclass
 class Database:
-    """A target database. `statements` records whatever ran through it."""
+    """A target database. `statements` records whatever ran through it; `waits` has, for each of its sessions' pids, what the
+    present statement was seen to wait for."""
 
     name: str
     conninfo: str
     embedded: bool = False
     statements: list[Statement] = field(default_factory=list)
+    waits: dict[int, dict[int, str]] = field(default_factory=dict)
 
     def connect(self, purpose: str = "") -> psycopg.Connection[dict[str, Any]]:
         """A new connection in autocommit mode; raises ServerUnavailable with the server's own reason.
@@ -114,12 +118,15 @@ class Database:
     def session(self, purpose: str = "") -> Iterator[Session]:
         """A connection of one's own, closed at the end; KeyboardInterrupt cancels its running statement."""
         connection = self.connect(purpose)
+        session = Session(connection, self.statements)
+        self.waits[session.pid] = session.waits
         try:
-            yield Session(connection, self.statements)
+            yield session
         except KeyboardInterrupt:
             connection.cancel_safe(timeout=5)
             raise
         finally:
+            self.waits.pop(session.pid, None)
             connection.close()
 
 
@@ -130,11 +137,18 @@ class Session:
     connection: psycopg.Connection[dict[str, Any]]
     statements: list[Statement]
     locked_s: float = 0.0  # for how long, in all, it kept everybody else from what it locked
+    waits: dict[int, str] = field(default_factory=dict)  # the locks that the present statement waits for, by who holds them
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        return self.connection.info.backend_pid
 
     def run(self, query: str | sql.Composed, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
         """Run `group.name`, or a composed statement; the cursor has its rows."""
         composed = statement(query, **names) if isinstance(query, str) else query
-        with noted(self.statements, query if isinstance(query, str) else _first_line(composed.as_string(None))) as rows:
+        label = query if isinstance(query, str) else _first_line(composed.as_string(None))
+        with noted(self.statements, label, self.waits) as rows:
             cursor = self.connection.execute(composed)
             rows.append(cursor.rowcount)
         return cursor
@@ -179,7 +193,7 @@ class Session:
 
 
 @contextmanager
-def noted(statements: list[Statement], name: str) -> Iterator[list[int]]:
+def noted(statements: list[Statement], name: str, waits: dict[int, str] | None = None) -> Iterator[list[int]]:
     """Notes the statement that runs inside, also when it fails; whoever runs it appends its number of rows."""
     at, started, rows, error = datetime.now(UTC), time.perf_counter(), list[int](), ""
     try:
@@ -188,7 +202,10 @@ def noted(statements: list[Statement], name: str) -> Iterator[list[int]]:
         error = getattr(failed, "sqlstate", None) or type(failed).__name__
         raise
     finally:
-        statements.append(Statement(at, name, time.perf_counter() - started, rows[0] if rows else -1, error))
+        seconds, waited = time.perf_counter() - started, tuple((waits or {}).values())
+        statements.append(Statement(at, name, seconds, rows[0] if rows else -1, error, waited))
+        if waits:
+            waits.clear()
         statements[-1].write_down()
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import advice, catalog, findings, ledger, partition, repair
+from runbook import advice, catalog, findings, ledger, locks, partition, repair
 from runbook.database import Database, Session, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked
@@ -134,7 +134,7 @@ def draft(**given: Any) -> Draft:
     database = target(parameters.database, parameters.users)
     if not parameters.key:
         raise BadInput(f"key is not named: say by which column of {parameters.table} to partition, with -p key … or in the file.")
-    with database.session("plan") as session:
+    with database.session("plan") as session, locks.attended(database):
         found, schema, name = catalog.find(session, parameters.table, database.name)
         if session.value("ledger.exists"):
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()

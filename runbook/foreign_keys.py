@@ -140,7 +140,7 @@ def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int)
         for table, blocks in zip(reference.tables, sizes, strict=True)
         for piece in gaps([], blocks, BLOCKS_AT_ONCE)
     ]
-    progress = pace.Progress(f"{reference.table}: blocks", sum(sizes))
+    progress = pace.Progress(reference.table, sum(sizes), unit="blocks")
     filled: list[int] = []
     skipped = threading.Event()
     session.run("foreign_keys.collect_minority", **own)
@@ -171,7 +171,7 @@ def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 50
     own, corrected, idle = names(run, reference), 0, 0
     backlog = waiting = int(session.value("foreign_keys.log_length", **own))
     done = 0
-    progress = pace.Progress(f"{reference.table}: keys", waiting)
+    progress = pace.Progress(f"{reference.table}, log", waiting, unit="keys")
     try:
         # What comes meanwhile is another round's: under steady writes it would never end.
         while waiting > 0 and idle < 5 and (done < backlog or waiting > SHORT_TAIL):

@@ -17,7 +17,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog
+from runbook import catalog, locks
 from runbook.database import Database, Session, target
 from runbook.errors import AlreadyRunning, OutOfOrder, PlanOutdated, told
 from runbook.parameters import resolve
@@ -112,9 +112,15 @@ class Run:
         return overview.ahead(self)
 
     def statements(self) -> pd.DataFrame:
-        """Every statement that this kernel ran for this database: when, which, how long, how many rows."""
-        frame = pd.DataFrame([vars(each) for each in self.database.statements], columns=["at", "name", "seconds", "rows"])
-        return frame.assign(at=[f"{at:%H:%M:%S.%f}"[:-3] for at in frame["at"]], seconds=frame.seconds.round(4))
+        """Every statement that this kernel ran for this database: when, which, how long, how many rows, for whom it waited."""
+        frame = pd.DataFrame(
+            [vars(each) for each in self.database.statements], columns=["at", "name", "seconds", "rows", "waited_for"]
+        )
+        return frame.assign(
+            at=[f"{at:%H:%M:%S.%f}"[:-3] for at in frame["at"]],
+            seconds=frame.seconds.round(4),
+            waited_for=frame.waited_for.map("; ".join),
+        )
 
     @contextmanager
     def action(self, step: str, action: str, *, again: bool = False) -> Iterator[Action]:
@@ -124,7 +130,7 @@ class Run:
         Raises OutOfOrder before its time, AlreadyRunning when another run holds the table, PlanOutdated when the
         table's definition changed since the plan.
         """
-        with self.database.session(f"{step}.{action}") as session:
+        with self.database.session(f"{step}.{action}") as session, locks.attended(self.database):
             _claim(session, self.plan)
             found = _finished(session, self.migration, step, action)
             if found and (not again or (step in STEPS[:5] and _finished(session, self.migration, "cutover", "swap"))):
@@ -284,7 +290,7 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
     """The run of a table in a database that is already at hand."""
     from runbook.catalog import find
 
-    with database.session("open") as session:
+    with database.session("open") as session, locks.attended(database):
         if not session.value("ledger.exists"):
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
         _, schema, name = find(session, table, database.name)

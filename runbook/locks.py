@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import sql
+from tqdm import tqdm
 
 from runbook.database import Database, Session
 from runbook.errors import LockNotGranted, ServerUnavailable
 from runbook.statements import spelled, statement, trusted
 
 Result = TypeVar("Result")
+Connection = psycopg.Connection[dict[str, Any]]
 # What PostgreSQL says when a lock was not had: lock_timeout, statement_timeout over several locks, deadlock.
 BUSY = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
 
@@ -33,6 +36,7 @@ class Blocker:
     state: str
     query: str
     gid: str | None
+    lock: str | None = None  # what is waited for
 
     def __str__(self) -> str:
         if self.pid == 0:
@@ -66,7 +70,7 @@ class Patience:
         """Say once of each that it is in the way, in the notebook as in the terminal."""
         for blocker in blockers:
             if blocker.pid not in self.blockers:
-                print(f"waiting for {blocker}", flush=True)
+                tell(f"waiting for {blocker}")
             self.blockers[blocker.pid] = blocker
             self.seen_last[blocker.pid] = self.attempts
 
@@ -96,21 +100,73 @@ def persist(database: Database, session: Session, patience: Patience, what: str,
 @contextmanager
 def watching(database: Database, session: Session, patience: Patience) -> Iterator[None]:
     """While statements wait, ask from a second connection who they wait for; it is opened when they have waited a little."""
-    done = threading.Event()
-    pid = sql.Literal(session.connection.info.backend_pid)
-    every = max(0.02, patience.lock_timeout_ms / 4000)
+    waits = database.waits.pop(session.pid, session.waits)  # the slower look leaves this session alone
 
-    def look() -> None:
+    def look(other: Connection) -> None:
+        found = _blockers(other, session.pid)
+        patience.note(found)
+        waits.update({each.pid: f"{each.lock}: {each}" for each in found})
+
+    try:
+        with _looking(database, max(0.02, patience.lock_timeout_ms / 4000), look):
+            yield
+    finally:
+        database.waits[session.pid] = waits
+
+
+@contextmanager
+def attended(database: Database) -> Iterator[None]:
+    """While an action works, say once of each who its sessions wait for, and how far is what has no progress of its own; from
+    a connection that is opened after some seconds."""
+    said: set[int] = set()
+
+    def look(other: Connection) -> None:
+        ours = dict(database.waits)
+        for row in other.execute(statement("locks.waiting", pids=list(ours))).fetchall():
+            found = [each for each in _blockers(other, row["pid"]) if each.pid not in ours]
+            ours[row["pid"]].update({each.pid: f"{each.lock}: {each}" for each in found})
+            for each in found:
+                if each.pid not in said:
+                    tell(f"waiting for {each}")
+                said.add(each.pid)
+        if at_work := "; ".join(row["text"] for row in other.execute(statement("locks.at_work", pids=list(ours)))):
+            print(f"\r{at_work[:120]:<80}", end="", flush=True)
+            worked.set()
+
+    worked = threading.Event()
+    try:
+        with _looking(database, 1.0, look):
+            yield
+    finally:
+        if worked.is_set():
+            print(flush=True)
+
+
+def tell(text: str) -> None:
+    """A line of its own, also where a progress bar stands."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _blockers(other: Connection, pid: int) -> list[Blocker]:
+    return [Blocker(**row) for row in other.execute(statement("locks.blockers", pid=pid))]
+
+
+@contextmanager
+def _looking(database: Database, every: float, look: Callable[[Connection], None]) -> Iterator[None]:
+    done = threading.Event()
+
+    def loop() -> None:
         if done.wait(every):
             return
         try:
             with database.connect("watch") as other:
                 while not done.wait(every):
-                    patience.note([Blocker(**row) for row in other.execute(statement("locks.blockers", pid=pid))])
+                    look(other)
         except (psycopg.Error, ServerUnavailable) as error:  # no connection to spare: go on unseeing, and say so
-            print(f"who is in the way cannot be seen: {' '.join(str(error).split())}", flush=True)
+            tell(f"who is in the way cannot be seen: {' '.join(str(error).split())}")
 
-    watcher = threading.Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=loop, daemon=True)
     watcher.start()
     try:
         yield

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from runbook.database import Session
 from runbook.errors import RunbookError
+from runbook.locks import tell
 
 
 @dataclass
@@ -26,12 +27,12 @@ class Brakes:
         """Return when there is room, or raise RunbookError when the step is stopped."""
         while reason := self._reason(session):
             if not self.paused:
-                print(f"paused: {reason}", flush=True)
+                tell(f"paused: {reason}")
             self.paused = True
             if self.stop.wait(0.5):
                 raise RunbookError("The copy was stopped while it paused.")
         if self.paused:
-            print("goes on", flush=True)
+            tell("goes on")
             self.paused = False
 
     def _reason(self, session: Session) -> str:
@@ -49,9 +50,9 @@ class Brakes:
 class Progress:
     """Rows done, rows a second, time left; thread-safe. A line every ten seconds where nobody watches a terminal."""
 
-    def __init__(self, verb: str, total: int, done: int = 0) -> None:
+    def __init__(self, verb: str, total: int, done: int = 0, unit: str = "rows") -> None:
         interval = 0.2 if sys.stdout.isatty() or "ipykernel" in sys.modules else 10.0
-        self._bar = tqdm(total=max(total, done) or None, initial=done, desc=verb, unit=" rows", unit_scale=True, file=sys.stdout,
+        self._bar = tqdm(total=max(total, done) or None, initial=done, desc=verb, unit=f" {unit}", unit_scale=True, file=sys.stdout,
                          mininterval=interval, ascii=" ▏▎▍▌▋▊▉█", ncols=80)  # fmt: skip
         self._lock = threading.Lock()
 

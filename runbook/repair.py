@@ -253,7 +253,7 @@ def fill(action: Action, batch_rows: int) -> Evidence:
 
 def _fill_round(session: Session, reference: Reference, own: dict[str, sql.Composable], wrong: int, blocks: int) -> int:
     end, rows = int(session.row("foreign_keys.blocks", **own)["blocks"]), 0
-    progress = Progress(f"{reference.table}: rows", wrong)
+    progress = Progress(reference.table, wrong)
     try:
         for first in range(0, end, blocks):
             with session.transaction(lock_timeout="5s"):

@@ -10,8 +10,21 @@ SELECT b.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, ''
          SELECT string_agg(DISTINCT p.gid, ', ') FROM pg_prepared_xacts p
            JOIN pg_locks x ON x.pid IS NULL AND x.locktype = 'transactionid' AND x.transactionid = p.transaction
            JOIN pg_locks h ON h.pid IS NULL AND h.virtualtransaction = x.virtualtransaction
-           JOIN pg_locks w ON w.pid = {pid} AND NOT w.granted AND w.relation = h.relation AND w.database = h.database) END AS gid
+           JOIN pg_locks w ON w.pid = {pid} AND NOT w.granted AND w.relation = h.relation AND w.database = h.database) END AS gid,
+       (SELECT w.mode || ' on ' || coalesce(w.relation::regclass::text, w.locktype) FROM pg_locks w WHERE w.pid = {pid} AND NOT w.granted LIMIT 1) AS lock
   FROM (SELECT DISTINCT unnest(pg_blocking_pids({pid})) AS pid) b LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+
+-- name: waiting
+SELECT pid FROM pg_stat_activity WHERE pid = ANY ({pids}::int[]) AND wait_event_type = 'Lock'
+
+-- name: at_work
+-- What our sessions have done for some seconds: an action's own statement, or the indexes that its workers build.
+SELECT coalesce(p.relid::regclass || ': ' || p.phase
+                || coalesce(' ' || 100 * nullif(p.tuples_done, 0) / nullif(p.tuples_total, 0) || ' %', ' ' || 100 * p.blocks_done / nullif(p.blocks_total, 0) || ' %', ''),
+                substr(a.application_name, 9)) || ', ' || extract(epoch FROM clock_timestamp() - a.query_start)::int || ' s' AS text
+  FROM pg_stat_activity a LEFT JOIN pg_stat_progress_create_index p ON p.pid = a.pid
+ WHERE a.pid = ANY ({pids}::int[]) AND a.state = 'active' AND a.query_start < clock_timestamp() - interval '3 s'
+   AND (p.pid IS NOT NULL OR a.application_name <> 'runbook worker') ORDER BY a.pid
 
 -- name: now
 SELECT clock_timestamp()::text

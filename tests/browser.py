@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -24,3 +28,10 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+def keep(page: Any, file: Path) -> None:
+    """What the window shows, as a picture for the README: few colours, so that it is small."""
+    file.parent.mkdir(exist_ok=True)
+    shown = Image.open(io.BytesIO(page.screenshot()))
+    shown.convert("RGB").quantize(48, dither=Image.Dither.NONE).save(file, optimize=True)

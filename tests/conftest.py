@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
@@ -25,6 +26,7 @@ numbers = itertools.count(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pg", default="18", help="versions of PostgreSQL to test with, for example 14,15,18")
+    parser.addoption("--pictures", type=Path, help="where the browser's tests put the README's pictures: notebooks/pictures")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,6 +74,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for skip in refused_skips(config):
         terminalreporter.write_line(f"ERROR a skip is an error in CI: {skip}", red=True)
+
+
+@pytest.fixture(scope="session")
+def pictures(request: pytest.FixtureRequest) -> Path | None:
+    """Where pictures for the README go; None for none."""
+    folder: Path | None = request.config.getoption("--pictures")
+    return folder
 
 
 @pytest.fixture(scope="session")

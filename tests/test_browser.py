@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from runbook import cli
-from tests.browser import chromium
+from tests.browser import chromium, keep
 from tests.conftest import fresh
 from tests.servers import Server
 from tests.walk import CLINIC_FILE, FORWARD
@@ -58,6 +58,14 @@ FAULTS = """() => {
 }"""
 
 
+# For the README: of each notebook the window that begins at this heading.
+WINDOWS = {
+    "00_plan": "The-values-of-the-key", "01_backup": "What-must-be-true-now", "02_partition": "", "03_restore": "Copy",
+    "04_foreign_keys": "", "05_cutover": "The-swap", "06_verify": "The-partitions", "07_application": "Inserts",
+    "08_monitor": "All-looks-so-far", "certificate": "",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def runs(server: Server, clinic_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The records of a plan that was refused, and of a whole migration."""
@@ -68,6 +76,8 @@ def runs(server: Server, clinic_template: str, tmp_path_factory: pytest.TempPath
         assert refused.exit_code == 1, refused.output
         done = CliRunner().invoke(cli.main, [*given, "-p", "approved_by", "ann"])
         assert done.exit_code == 0, done.output
+        watched = CliRunner().invoke(cli.main, ["monitor", *given[1:]])
+        assert watched.exit_code == 0, watched.output
         yield made
 
 
@@ -98,6 +108,20 @@ def test_every_page_of_the_record_is_whole_without_network_and_scripts(
         page.close()
     context.close()
     assert faults == {}
+
+
+def test_the_pictures_of_the_readme(runs: Path, browser: Any, pictures: Path | None) -> None:
+    """Made anew where `--pictures` says so; the headings that they begin at exist in any case."""
+    page = browser.new_page(viewport={"width": 1000, "height": 620})
+    for name, heading in WINDOWS.items():
+        file = sorted(runs.glob(f"*/{name}.html"))[-1]
+        page.goto(file.as_uri())
+        assert page.evaluate(
+            "id => !id || (e => e && (e.scrollIntoView(), true))(document.querySelector(`[id^='${id}']`))", heading
+        ), name
+        if pictures:
+            keep(page, pictures / f"{name}.png")
+    page.close()
 
 
 def test_every_link_of_the_record_leads_somewhere(runs: Path, browser: Any) -> None:

@@ -96,7 +96,7 @@ def test_stop_stops_the_example_and_says_so_when_it_was_stopped_already() -> Non
     assert command("stop").output == "The embedded server was not running.\n"
 
 
-def wait_for(sql: Sql, query: str, seconds: float = 60) -> None:
+def wait_for(sql: Sql, query: str, seconds: float = 180) -> None:
     """Return when the query finds something."""
     end = time.monotonic() + seconds
     while not sql(query):
@@ -107,25 +107,19 @@ def wait_for(sql: Sql, query: str, seconds: float = 60) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"])
 def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, tmp_path: Path, number: int, code: int) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "runbook",
-        "run",
-        "-f",
-        CLINIC_FILE,
-        "--database",
-        clinic,
-        "--out",
-        str(tmp_path),
-        "--to",
-        "partition",
-    ]
+    program = str(Path(sys.executable).with_name("runbook"))
+    words = ["run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path), "--to", "partition"]
     with psycopg.connect(clinic) as application:
         application.execute("LOCK TABLE users IN ROW EXCLUSIVE MODE")
-        going = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        waiting = "SELECT FROM pg_stat_activity WHERE application_name = 'runbook partition.log' AND wait_event_type = 'Lock'"
+        going = subprocess.Popen(
+            [program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'runbook partition.log' AND wait_event_type = 'Lock'"
         wait_for(sql, waiting)
+        lines = []
+        while not any(line.startswith("  waiting for pid ") for line in lines):  # without a terminal, too, at once
+            lines.append(going.stdout.readline())
+            assert lines[-1], "it ended before it said who was in the way"
         os.killpg(going.pid, number) if number == signal.SIGINT else going.send_signal(number)
         printed, said = going.communicate(timeout=60)
     assert going.returncode == code, said
@@ -137,9 +131,11 @@ def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, 
     assert (manifest["state"], manifest["sealed"]) == ("failed", True)
     assert [step["state"] for step in manifest["steps"]] == ["completed", "completed", "failed"]
     assert printed.splitlines()[-1].startswith("Head:   ")
-    again = command(*words[3:])
+    again = command(*words)
     assert again.exit_code == 0, again.output
     assert [line.split()[1] for line in again.stdout.splitlines()[:3]] == ["already", "already", "done"]
+    kept = [json.loads(line) for line in (folder / "02_partition.statements.jsonl").read_text().splitlines()]
+    assert any("ShareRowExclusiveLock on users: pid " in held for each in kept for held in each["waited_for"])
     assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
 
 
@@ -156,3 +152,19 @@ def test_a_failure_of_the_record_itself_is_not_told_as_success(
     manifest = json.loads(kept.read_text())
     assert manifest["state"] == "failed"
     assert manifest["result"] == "00_plan stopped: OSError: No space left on device"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_is_offered_commands_and_steps(shell: str) -> None:
+    program = str(Path(sys.executable).with_name("runbook"))
+    environment = {**os.environ, "_RUNBOOK_COMPLETE": f"{shell}_source"}
+    script = subprocess.run([program], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "_RUNBOOK_COMPLETE" in script
+    environment |= {
+        "_RUNBOOK_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": "runbook r",
+        "COMP_CWORD": "r" if shell == "fish" else "1",
+    }
+    offered = subprocess.run([program], env=environment, capture_output=True, text=True, check=False).stdout
+    assert all(name in offered for name in ("rehearse", "rollback", "run"))
+    assert "audit" not in offered

@@ -20,7 +20,7 @@ import pytest
 
 from runbook.archive import audit
 from runbook.desk import outcome
-from tests.browser import chromium
+from tests.browser import chromium, keep
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, notebook
 
 PATIENCE_MS = 120_000
@@ -101,38 +101,44 @@ def follow(page: Any, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.browser
-def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_path: Path) -> None:
+def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_path: Path, pictures: Path | None) -> None:
     """Opens each by the link in the one before, runs it, sees what a person sees; interrupts one and goes on."""
     runs, shots = tmp_path / "runs", tmp_path / SCREENSHOTS
     seen: dict[str, set[str]] = {}
-    options = ["-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann"]
+    names = (*FORWARD, "08_monitor", "20_add_partitions")
+    options = ["-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", "-p", "add", '{"users_nurses": ["nurse"]}']
     with lab(runs, *options) as (address, folder, _), chromium() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         elsewhere: list[str] = []
         page.on("request", lambda request: elsewhere.append(request.url))
         page.goto(address)
         page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=PATIENCE_MS)
-        for name in FORWARD:
-            if name != FORWARD[0]:
+        for name in names:
+            if name != names[0]:
                 follow(page, name)
             if name == "03_restore":
                 interrupt_and_look(page, clinic, folder)
+                if pictures:
+                    keep(page, pictures / "jupyterlab.png")
             run_all(page)
             until(lambda name=name: step(folder, name)["state"] == "completed")  # type: ignore[misc]
             shots.mkdir(exist_ok=True)
             page.screenshot(path=shots / f"{name}.png")
             seen[name] = shown(page)
         assert audit(runs) == [], "the record is true while the work goes on"
-    assert all("table" in seen[name] for name in FORWARD)
-    assert "chart" in seen["00_plan"] & seen["03_restore"]
+    assert all("table" in seen[name] for name in names)
+    charts = ("00_plan", "03_restore", "05_cutover", "06_verify", "08_monitor")
+    assert [name for name in names if "chart" in seen[name]] == list(charts)
+    assert "bar" in seen["03_restore"] & seen["04_foreign_keys"]
+    assert all("next" in seen[name] for name in names)
     assert [url for url in elsewhere if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))] == []
 
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["state"], manifest["sealed"], manifest["by_hand"]) == ("completed", True, True)
-    assert [each["notebook"] for each in manifest["steps"]] == [f"{name}.ipynb" for name in FORWARD]
+    assert [each["notebook"] for each in manifest["steps"]] == [f"{name}.ipynb" for name in names]
     assert all(each["seconds"] > 0 for each in manifest["steps"])
     assert manifest["plan_hash"] and manifest["server"] and manifest["approved_by"] == "ann"
-    for name in FORWARD:
+    for name in names:
         assert {f"{name}.ipynb", f"{name}.html", f"{name}.statements.jsonl"} <= manifest["files"].keys()
     assert audit(runs) == []
     with psycopg.connect(clinic) as connection:
@@ -144,15 +150,21 @@ def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_
 
 
 def interrupt_and_look(page: Any, clinic: str, folder: Path) -> None:
-    """Somebody holds the table: 03 waits and says for whom; the engineer interrupts it; the record says so."""
+    """Somebody is in the way in the middle of the copy: 03 says who; the engineer interrupts it; the record says so."""
     with psycopg.connect(clinic, application_name="somebody else") as holder:
-        holder.execute("LOCK users IN ACCESS EXCLUSIVE MODE")
+        holder.execute("LOCK runbook.copied_range IN SHARE MODE")
         run_all(page)
         until(lambda: waits(clinic))
+        pid = holder.info.backend_pid
+        until(lambda: f"waiting for pid {pid}" in (folder / "03_restore.ipynb").read_text())
         page.locator(f'{PANEL} [data-command="notebook:interrupt-kernel"]').first.click()
         until(lambda: step(folder, "03_restore")["state"] == "failed")
     said = step(folder, "03_restore")
     assert said["error_name"] == "KeyboardInterrupt"
+    text = (folder / "03_restore.ipynb").read_text()
+    assert f"waiting for pid {pid} (postgres, somebody else, idle in transaction" in text
+    assert "Interrupted. The statement that ran was cancelled." in text
+    assert "<details><summary>Traceback</summary>" in text
     until(lambda: not waits(clinic))  # the statement was cancelled too
 
 
@@ -165,7 +177,8 @@ def waits(clinic: str) -> bool:
 def shown(page: Any) -> set[str]:
     """What kinds of output the notebook shows, as one scrolls through it."""
     panel = page.locator(PANEL)
-    found, kinds = set(), {"table": "table", "chart": 'img[src^="data:image/png"], svg', "text": ".jp-RenderedText"}
+    found, kinds = set(), {"table": "table", "chart": 'img[src^="data:image/png"]', "next": 'strong:has-text("Undo now")'}
+    kinds["bar"] = r'pre:text-matches("100%\|.*(rows|blocks)/s")'
     panel.locator(".jp-WindowedPanel-outer").hover()
     for _ in range(40):
         found |= {kind for kind, selector in kinds.items() if panel.locator(f".jp-OutputArea-output {selector}").count()}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import psycopg
 import pytest
 
-from runbook import cutover, partition
+from runbook import cutover, partition, restore
 from runbook.errors import LockNotGranted
 from tests import migration, servers, traffic
 
@@ -50,6 +52,28 @@ def test_an_idle_transaction_makes_the_cutover_give_up_and_is_named(clinic, sql,
         assert_as_before(sql)
     assert f"waiting for pid {pid}" in capsys.readouterr().out
     assert cutover.swap(run).locked_s < 5
+
+
+def test_whoever_keeps_any_statement_waiting_is_named_and_kept_in_the_record(clinic, capsys, tmp_path, monkeypatch):
+    run = migration.forward(clinic, last="partition check")
+    monkeypatch.setenv("RUNBOOK_RECORD", str(tmp_path))
+    monkeypatch.setenv("JPY_SESSION_NAME", "03_restore.ipynb")
+    with transaction(clinic, "LOCK users IN ACCESS EXCLUSIVE MODE") as clerk, ThreadPoolExecutor(1) as pool:
+        pid, copying = clerk.info.backend_pid, pool.submit(restore.copy, run)
+        said = ""
+        while f"waiting for pid {pid} (postgres, a clerk, idle in transaction" not in said:
+            assert not copying.done()
+            time.sleep(0.1)
+            said += capsys.readouterr().out
+        assert not copying.done()
+        clerk.rollback()
+        assert copying.result(timeout=30).rows == 1000
+    kept = [json.loads(line) for line in (tmp_path / "03_restore.statements.jsonl").read_text().splitlines()]
+    assert {"at", "name", "seconds", "rows", "error", "waited_for"} == kept[0].keys()
+    (waited,) = (each for each in kept if each["waited_for"])
+    assert waited["name"] == "catalog.definition" and waited["seconds"] > 1
+    assert waited["waited_for"][0].startswith(f"AccessShareLock on users: pid {pid} (postgres, a clerk")
+    assert run.statements()["waited_for"].str.contains("a clerk").sum() == 1
 
 
 def test_what_blocks_the_log_is_named_too(clinic, sql):

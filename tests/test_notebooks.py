@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from click.testing import CliRunner, Result
 from papermill.inspection import inspect_notebook
 
 from runbook import cli, embedded
+from runbook.archive import LIBRARIES, _checkout
+from runbook.database import target
+from runbook.ledger import STEPS, of
 from runbook.parameters import Parameters
 from tests.conftest import fresh
 from tests.servers import Server
@@ -67,6 +73,36 @@ def test_all_notebooks_in_order_end_in_the_partitioned_clinic(migrated: tuple[st
         ("FOREIGN KEY (user_id, user_role) REFERENCES users(id, role) ON UPDATE CASCADE ON DELETE CASCADE",)
     ]
     assert query(database, "SELECT count(*) FROM appointments a JOIN users u ON u.id = user_id WHERE role <> user_role") == [(0,)]
+
+
+def test_the_record_of_a_run_is_complete(migrated: tuple[str, Path, Result]) -> None:
+    """Who, by whose leave, with what, by which plan, every statement, every step's evidence, every warning."""
+    database, runs, _ = migrated
+    (folder,) = (entry for entry in runs.iterdir() if entry.is_dir())
+    said, evidence = (json.loads((folder / name).read_text()) for name in ("manifest.json", "evidence.json"))
+    run = of(target(database), "users")
+    assert (said["operator"], said["host"]) == (getpass.getuser(), socket.gethostname())
+    assert (said["database_user"], said["approved_by"], said["plan_hash"]) == ("postgres", "ann", run.plan.hash)
+    assert said["server"].startswith("PostgreSQL ")
+    assert all(said["versions"][name] for name in ("python", "partition-runbook", *LIBRARIES))
+    assert said["git"]["runbook"] == _checkout(Path(cli.__file__)), "as long as nobody commits while this runs"
+    assert said["parameters"]["table"] == "users" and said["parameters"]["partitions"]["users_admins"] == ["admin"]
+    assert evidence["migration"]["plan_hash"] == run.plan.hash
+    warnings = [each["sentence"] for each in evidence["migration"]["plan"]["findings"]]
+    assert warnings == [each.sentence for each in run.plan.findings] and warnings
+    assert {each["step"] for each in evidence["actions"]} >= set(STEPS)
+    for each in evidence["actions"]:
+        assert each["state"] == "done" and each["started_at"] <= each["finished_at"] and each["operator"] and each["sentence"]
+    ran = {}
+    for name in FORWARD:
+        assert f"{name}.statements.jsonl" in said["files"]
+        kept = [json.loads(line) for line in (folder / f"{name}.statements.jsonl").read_text().splitlines()]
+        for each in kept:
+            assert {"at", "name", "seconds", "rows", "error", "waited_for"} == each.keys()
+            assert datetime.fromisoformat(each["at"]).tzinfo and each["seconds"] >= 0
+        ran[name] = {each["name"] for each in kept}
+    assert {"restore.copy_range", "changes.take_changed"} <= ran["03_restore"]
+    assert any(name.startswith('ALTER TABLE "public"."users" RENAME TO "users_retired"') for name in ran["05_cutover"])
 
 
 def test_each_step_prints_a_line_and_the_last_line_is_the_records_head(migrated: tuple[str, Path, Result]) -> None:
@@ -201,8 +237,8 @@ def test_a_notebook_says_what_it_does_locks_and_undoes(name: str) -> None:
     assert all(word in first.source for word in ("**Does**", "**Locks**", "**Undo**"))
     assert "parameters" in second.metadata.tags
     for cell in cells(name):
-        for target in re.findall(r"\]\(([^)]*)\)", cell.source if cell.cell_type == "markdown" else ""):
-            assert notebook("x").with_name(target).is_file(), f"{name} links to {target}"
+        for linked in re.findall(r"\]\(([^)]*)\)", cell.source if cell.cell_type == "markdown" else ""):
+            assert notebook("x").with_name(linked).is_file(), f"{name} links to {linked}"
 
 
 def test_no_notebook_holds_logic() -> None:
@@ -215,7 +251,7 @@ def test_no_notebook_holds_logic() -> None:
 
 
 def test_no_run_leaves_anything_among_the_notebooks(migrated: tuple[str, Path, Result]) -> None:
-    assert {path.suffix for path in notebook("x").parent.iterdir()} <= {".ipynb", ".yaml"}
+    assert {path.suffix or path.name for path in notebook("x").parent.iterdir()} <= {".ipynb", ".yaml", "pictures"}
     refused = command("run", "--out", str(notebook("x").parent / "runs"))
     assert refused.exit_code == 1
     assert "lies inside the notebooks' own folder" in refused.stderr

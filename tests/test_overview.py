@@ -21,6 +21,12 @@ def test_every_notebook_opens_with_the_strip_and_ends_with_what_comes_next() -> 
         assert code[-1] == "run.next()", name
 
 
+def test_every_notebook_is_linked_from_another() -> None:
+    heads = {name: cells(name)[0].source for name in EVERY}
+    for name in EVERY:
+        assert any(f"]({name}.ipynb)" in head for other, head in heads.items() if other != name), name
+
+
 def test_before_the_plan_the_strip_is_empty(clinic: str) -> None:
     given = {name: value for name, value in CLINIC.items() if name != "approved_by"}
     shown = runbook.draft(database=clinic, **given).overview()
