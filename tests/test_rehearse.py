@@ -91,7 +91,8 @@ def test_whoever_waits_for_it_is_seen_and_nobody_else(clinic: str) -> None:
     "change",
     [
         "CREATE TABLE users_backup ()", "ALTER TABLE appointments ADD user_role text", "CREATE SCHEMA runbook_1", "GRANT SELECT ON users TO public",
-        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER t AFTER INSERT ON users EXECUTE FUNCTION f()",
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        "CREATE TRIGGER t BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
         "ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey", "CREATE INDEX left_over ON users (role)",
     ],
 )  # fmt: skip
