@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -45,8 +45,9 @@ def measure(action: Action) -> Evidence:
         with session.transaction(lock_timeout="300ms", statement_timeout="5s"):
             sample = sampled(run, session)
             raise psycopg.Rollback
-        with sample.timed("session"), run.database.session("forecast"):
-            pass
+        begun = time.perf_counter()
+        with run.database.session("forecast"):
+            sample.seconds["session"] = time.perf_counter() - begun
     except psycopg.Error as error:
         return action.finish(f"There is no forecast, because a sample could not be copied. {told(error)}")
     facts = _project(run, sample) | {"free_bytes": free(session, run.plan.table.oid)}
@@ -77,20 +78,18 @@ class _Sample:
         self.run, self.session = run, session
         self.leaves = changes.leaves(run, run.staging)
         self.seconds = dict[str, float](session=0, create=0, empty=0, copy=0, index=0, hash=0, analyze=0, keys=0, move=0)
-        self.copied = self.wal_bytes = 0
+        self.copied = self.placed = self.wal_bytes = 0  # rows; of them those in the partitions that are tried; bytes
         self.sizes: dict[str, int] = {}
         self.references: list[dict[str, float]] = []
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
+    def time(self, part: str, statements: Iterable[sql.Composed]) -> float:
+        """Run these; the seconds that they took, which are added to the part's."""
         begun = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - begun
-
-    def time(self, part: str, statements: Iterable[sql.Composed]) -> None:
-        with self.timed(part):
-            for each in statements:
-                self.session.run(each)
+        for each in statements:
+            self.session.run(each)
+        length = time.perf_counter() - begun
+        self.seconds[part] = self.seconds.get(part, 0) + length
+        return length
 
     def look(self) -> None:
         run, session = self.run, self.session
@@ -113,15 +112,18 @@ class _Sample:
     def copy(self) -> None:
         run, blocks = self.run, self.session.row("restore.blocks", **self.run.names)["blocks"]
         pieces = Random(0).sample(range(0, blocks, BLOCKS), min(1000, -(-blocks // BLOCKS)))
+        begun = time.perf_counter()
         for first in pieces:
-            ends = {"first": f"({first},0)", "last": f"({first + BLOCKS},0)"}
-            with self.timed("copy"):
-                copied = statement("restore.copy_range", **run.names, **ends)
-                done = self.session.value("forecast.measured", query=copied)[0]["Plan"]
+            copied = statement("restore.copy_range", **run.names, first=f"({first},0)", last=f"({first + BLOCKS},0)")
+            done = self.session.value("forecast.measured", query=copied)[0]["Plan"]
             self.wal_bytes += done.get("WAL Bytes", 0)
             self.copied += int(done["Plans"][0]["Actual Rows"])
-            if self.seconds["copy"] > COPY_S:
+            if time.perf_counter() - begun > COPY_S:
                 break
+        self.seconds["copy"] = time.perf_counter() - begun
+        self.placed = self.copied - (
+            0 if run.plan.takes_any_value else int(self.session.value("cutover.unplaced_rows", **run.names))
+        )
 
     def reference(self, reference: Any) -> None:
         """A referencing table's first rows: what filling them in, looking them up and adding their key takes."""
@@ -138,12 +140,10 @@ class _Sample:
         rows, size = session.row("forecast.referencing", **own, sample_text=spelled(own["sample"])).values()
         if reference.adds_column:
             session.run("forecast.add_column", **own)
-        parts = {"fill": f"fill {reference.name}", "look up": f"look up {reference.name}"}
-        self.time(parts["fill"], [statement("forecast.fill", **own)])
-        self.time(parts["look up"], [statement("forecast.look_up", **own)])
+        fill = self.time("fill", [statement("forecast.fill", **own)])
+        look_up = self.time("look up", [statement("forecast.look_up", **own)])
         for _ in sizes:  # on each leaf where it is partitioned
             self.time("keys", [statement("forecast.add_key", **own)])
-        fill, look_up = (self.seconds[each] for each in parts.values())
         self.references.append({"rows": rows * blocks / max(1, taken), "bytes": size / max(1, rows), "adds": reference.adds_column,
                                 "fill": fill / max(1, rows), "look up": look_up / max(1, rows + self.copied)})  # fmt: skip
 
@@ -154,7 +154,8 @@ def _project(run: Run, sample: _Sample) -> dict[str, Any]:
     rows, wider = sum(each.rows for each in plan.partitions), len(plan.partitions) / max(1, len(sample.leaves))
     times = rows / max(1, sample.copied)
     copy, hashing, empty = times * took["copy"], times * took["hash"], wider * took["empty"]
-    index = empty + times * max(0.0, took["index"] - took["empty"])
+    indexed = rows / max(1, sample.placed)  # the others went where there is no index
+    index = empty + indexed * max(0.0, took["index"] - took["empty"])
     analyze = took["analyze"] * min(times, wider * max(1, 30_000 * len(sample.leaves) / max(1, sample.copied)))
     frequent = max((each.rows for each in plan.partitions if plan.frequent_value in each.values), default=0)
     minority = 1 - frequent / max(1, rows)
@@ -169,7 +170,7 @@ def _project(run: Run, sample: _Sample) -> dict[str, Any]:
         "restore": (copy + index) / GAIN + wider * took["adopt"] + analyze + 2 * hashing,
         "foreign_keys": fill / GAIN, "cutover": locked + sum(each["look up"] for each in sample.references), "verify": (3 + len(plan.guards)) * hashing,
     }  # fmt: skip
-    table, indexes = times * sample.sizes["table_bytes"], times * sample.sizes["index_bytes"]
+    table, indexes = times * sample.sizes["table_bytes"], indexed * sample.sizes["index_bytes"]
     # A pg_dump archive is compressed, but lies on the machine that the notebooks run on, and is restored once on the server.
     backup = times * sample.sizes["backup_bytes"]
     updates = 2 * sum(each["rows"] * minority * each["bytes"] for each in filled)

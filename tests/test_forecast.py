@@ -60,6 +60,10 @@ def test_any_table_has_a_forecast_that_leaves_nothing(database: str, sql: Sql, g
     assert seen.rows == seen.facts["copied"] == rows  # so few that the sample is the whole
     assert all(length >= 0 for length in seen.facts["seconds"].values())
     assert seen.facts["locked_s"] > 0
+    migration.walk(run, migration.FORWARD, last="index")
+    sizes = forecast.beside(run).set_index("what").loc[["the partitions", "their indexes"]]
+    if rows:
+        assert (sizes["forecast"] / sizes["actual"]).between(0.75, 1.35).all(), sizes
     assert forecast.measure(run).sentence.startswith("Already done")
 
 
