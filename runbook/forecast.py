@@ -27,6 +27,7 @@ REFERENCING = 128  # blocks of all the tables that reference it
 PARTITIONS = 8  # tried; those with the most rows
 GAIN = 1.5  # by how much 03's two workers are faster than one
 SESSIONS = {"backup": 6, "partition": 6, "restore": 16, "foreign_keys": 6, "cutover": 12, "verify": 40}  # that a step opens
+UNDER_LOCKS = 8  # statements besides the swap's own: the last replay and its checks
 MB = 1e6
 
 
@@ -163,12 +164,13 @@ def _project(run: Run, sample: _Sample) -> dict[str, Any]:
     for each in sample.references:
         each["look up"] *= each["rows"] + rows
     fill = sum(each["rows"] * minority * each["fill"] + each["look up"] for each in filled)
-    catalog = sum(1 for _ in cutover.swap_statements(run)) - len(plan.references)
+    guarded = 2 * index * len(plan.guards) / max(1, len(plan.indexes))  # 06 compares each guard with all rows
+    catalog = sum(1 for _ in cutover.swap_statements(run)) + UNDER_LOCKS + 4 * len(plan.references)
     locked = catalog * took["move"] / max(1, len(sample.leaves)) + wider * took["keys"]
     seconds = {
-        "backup": copy + 2 * hashing, "partition": wider * took["create"],
+        "backup": copy / 2 + 2 * hashing, "partition": wider * took["create"],
         "restore": (copy + index) / GAIN + wider * took["adopt"] + analyze + 2 * hashing,
-        "foreign_keys": fill / GAIN, "cutover": locked + sum(each["look up"] for each in sample.references), "verify": (3 + len(plan.guards)) * hashing,
+        "foreign_keys": fill, "cutover": locked + sum(each["look up"] for each in sample.references), "verify": 4 * hashing + guarded,
     }  # fmt: skip
     table, indexes = times * sample.sizes["table_bytes"], indexed * sample.sizes["index_bytes"]
     # A pg_dump archive is compressed, but lies on the machine that the notebooks run on, and is restored once on the server.
