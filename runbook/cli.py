@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -270,7 +271,7 @@ def _teller(bar: Any) -> Callable[[str], None]:
     def tell(text: str) -> None:
         nonlocal said_at
         lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-        bar.set_postfix_str((lines or [""])[-1][:60])
+        bar.set_postfix_str(re.sub(r"\|.*\|", "", (lines or [""])[-1])[:90])  # of a bar the numbers
         waits = [line for line in lines if line.startswith(("waiting for ", "paused: "))]
         if bar.disable and lines and (waits or time.monotonic() - said_at > QUIET_S):
             said_at = time.monotonic()

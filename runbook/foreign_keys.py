@@ -156,7 +156,7 @@ def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int)
             skipped.set()
             with worker.transaction(lock_timeout="1s", **settings):
                 filled.append(worker.run("foreign_keys.fill_free_in_range", **(own | place)).rowcount)
-        progress.add(blocks[1] - blocks[0])
+        progress.add(blocks[1] - blocks[0], lambda: int(worker.value("changes.length", **run.names)))
 
     try:
         parallel(run, workers, work, one)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -48,17 +50,22 @@ class Brakes:
 
 
 class Progress:
-    """Rows done, rows a second, time left; thread-safe. A line every ten seconds where nobody watches a terminal."""
+    """Rows done, rows a second, time left, the log's tail; thread-safe. Where nobody watches a terminal or a notebook, a line
+    every ten seconds."""
 
     def __init__(self, verb: str, total: int, done: int = 0, unit: str = "rows") -> None:
         interval = 0.2 if sys.stdout.isatty() or "ipykernel" in sys.modules else 10.0
         self._bar = tqdm(total=max(total, done) or None, initial=done, desc=verb, unit=f" {unit}", unit_scale=True, file=sys.stdout,
-                         mininterval=interval, ascii=" ▏▎▍▌▋▊▉█", ncols=80)  # fmt: skip
-        self._lock = threading.Lock()
+                         mininterval=interval, ascii=" ▏▎▍▌▋▊▉█", ncols=96)  # fmt: skip
+        self._lock, self._look_again = threading.Lock(), 0.0
 
-    def add(self, rows: int) -> None:
+    def add(self, number: int, tail: Callable[[], int] | None = None) -> None:
+        """So much more is done; `tail` counts the changes that wait in the log, and is asked every two seconds at most."""
         with self._lock:
-            self._bar.update(rows)
+            if tail and (begun := time.monotonic()) > self._look_again:
+                self._bar.set_postfix_str(f"log {tail():,}", refresh=False)
+                self._look_again = time.monotonic() + max(2.0, 20 * (time.monotonic() - begun))
+            self._bar.update(number)
 
     def close(self) -> None:
         self._bar.close()

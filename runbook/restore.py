@@ -155,7 +155,7 @@ def _copy_range(run: Run, holder: int, brakes: pace.Brakes, progress: pace.Progr
             rows=rows,
         )
         refuse_orphan(run, session, holder)
-    progress.add(rows)
+    progress.add(rows, partial(changes.length, run, session))
 
 
 def refuse_orphan(run: Run, session: Session, holder: int) -> None:

@@ -1,0 +1,39 @@
+"""Long work says how far it is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tqdm import tqdm
+
+from runbook import cli, pace, restore
+from tests.migration import forward
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+
+
+def test_the_copy_says_rows_speed_time_and_the_logs_tail(clinic: str, sql: Sql, capsys: pytest.CaptureFixture[str]) -> None:
+    run = forward(clinic, "partition check")
+    sql("UPDATE users SET is_active = NOT is_active WHERE id IN (SELECT id FROM users LIMIT 7)")
+    assert restore.copy(run).rows == 1000
+    last = capsys.readouterr().out.split("\r")[-1].strip()
+    assert last.startswith("copied: 100%|") and "1.00k/1.00k [00:0" in last, last
+    assert last.endswith(" rows/s, log 7]"), last
+
+
+def test_the_logs_tail_is_counted_seldom() -> None:
+    asked: list[int] = []
+    progress = pace.Progress("copied", 100)
+    for number in range(100):
+        progress.add(1, lambda number=number: asked.append(number) or 5)  # type: ignore[misc]
+    progress.close()
+    assert asked == [0]
+
+
+def test_beside_the_steps_stand_a_bars_numbers() -> None:
+    bar = tqdm(total=8, file=io.StringIO())
+    cli._teller(bar)("\rcopied:  45%|████▌     | 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]")
+    assert bar.postfix == "copied:  45% 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]"
