@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,6 +21,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
+from tqdm import tqdm
 
 from runbook import embedded
 from runbook.errors import BadInput, ServerUnavailable
@@ -84,6 +86,7 @@ class Database:
         except psycopg.OperationalError as error:
             reason = " ".join(str(error).split())
             raise ServerUnavailable(f"{self.name} cannot be reached: {reason}") from None
+        connection.add_notice_handler(_pass_on)
         connection.execute(
             "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
             " SET idle_in_transaction_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
@@ -190,6 +193,13 @@ class Session:
                     sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(*name.split("__")), sql.Literal(str(setting)))
                 )
             yield
+
+
+def _pass_on(said: psycopg.errors.Diagnostic) -> None:
+    """A warning of the server's own (a table that VACUUM skipped) is seen, and is in the record; its notices are not, nor what
+    a function of somebody's says, which may be somebody's data."""
+    if said.severity_nonlocalized == "WARNING" and not said.context:
+        tqdm.write(f"the server warns: {said.message_primary}", file=sys.stdout)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Long work says how far it is."""
+"""Long work says how far it is, and what the server has to say of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from psycopg.sql import SQL
 from tqdm import tqdm
 
 from runbook import cli, pace, restore
+from runbook.database import Database
 from tests.migration import forward
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -22,6 +24,16 @@ def test_the_copy_says_rows_speed_time_and_the_logs_tail(clinic: str, sql: Sql, 
     last = capsys.readouterr().out.split("\r")[-1].strip()
     assert last.startswith("copied: 100%|") and "1.00k/1.00k [00:0" in last, last
     assert last.endswith(" rows/s, log 7]"), last
+
+
+def test_what_the_server_warns_of_is_seen_but_no_notice_and_no_functions_words(
+    clinic: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Database("clinic", clinic).session() as session:
+        session.run(SQL("DO $$ BEGIN RAISE WARNING 'ann@example.org has no doctor'; END $$").format())
+        session.run(SQL("DROP TABLE IF EXISTS nothing").format())
+        session.run(SQL("COMMIT").format())
+    assert capsys.readouterr().out == "the server warns: there is no transaction in progress\n"
 
 
 def test_the_logs_tail_is_counted_seldom() -> None:
