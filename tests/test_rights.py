@@ -118,7 +118,8 @@ def test_trigger_functions_cannot_be_hijacked_through_the_search_path(clinic, sq
         "DESC LIMIT 1"
     ) == [("admin",)]
     for row in sql(f"SELECT proname::text, prosecdef, proconfig FROM pg_proc WHERE pronamespace = '{run.staging}'::regnamespace"):
-        assert row[1] and row[2] == ["search_path=pg_catalog, pg_temp"], row[0]
+        needs_no_rights = row[0].startswith("role_named_")  # it reads and writes no table
+        assert row[1] != needs_no_rights and row[2] == ["search_path=pg_catalog, pg_temp"], row[0]
 
 
 @pytest.mark.node
