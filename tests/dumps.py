@@ -58,7 +58,9 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
                 line = re.sub(r" (CONSTRAINT \S+ )?NOT NULL", "", line)
             if kind == "TABLE" and any(name == table and re.match(rf'\s*"?{re.escape(role)}"? ', line) for table, role in added):
                 continue
-            if kind == "TABLE" and re.search(r'_present"? CHECK', line):
+            if kind == "TABLE" and any(
+                name == table and "CHECK" in line and role.replace('"', '""') in line for table, role in added
+            ):
                 continue
             if (line.startswith("ALTER TABLE") and " CLUSTER ON " in line) or (
                 "ALTER INDEX" in line and "ATTACH PARTITION" in line
