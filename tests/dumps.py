@@ -31,17 +31,19 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
     plan = run.plan
     root, leaves = plan.table.name, [partition.name for partition in plan.partitions]
     added = {(reference.table, reference.role_column) for reference in (*plan.references, *plan.selves) if reference.adds_column}
+    for (kind, name), text in before.items():  # a referencing table may be partitioned
+        if kind == "TABLE ATTACH":
+            added |= {(name, role) for table, role in added if f".{table} ATTACH" in text}
     leaf_indexes = {name for index in plan.indexes for name in index.leaf_names.values()}
     ours = {plan.retired, plan.backup, *leaves, *leaf_indexes, *(index.retired_name for index in plan.indexes)}
     elsewhere = {index.name for index in plan.indexes if not index.everywhere}
     composite = {f"{reference.table} {reference.name}" for reference in (*plan.references, *plan.selves)}
 
-    def of_ours(kind: str, name: str, text: str) -> bool:
+    def of_ours(name: str, text: str) -> bool:
         plain = name.replace('"', "")
         return (
             any(re.search(rf"(^| ){re.escape(each.replace(chr(34), ''))}($|[ .(])", plain) for each in ours)
             or bool(re.search(r"_retired\b|\bretired_", plain))
-            or "ATTACH" in kind
             or "runbook" in name
             or f".{plan.retired}" in text
             or name == f"{root}_keep_partition()"
@@ -90,7 +92,7 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
         return "\n".join(lines)
 
     found = []
-    kept = {key: text for key, text in after.items() if not of_ours(*key, text)}
+    kept = {key: text for key, text in after.items() if not of_ours(key[1], text)}
     for key, text in before.items():
         if key[0] in ("INDEX", "CONSTRAINT", "COMMENT") and elsewhere & {
             key[1].split(" ")[-1],
