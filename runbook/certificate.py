@@ -23,7 +23,7 @@ PAGE = """<!DOCTYPE html>
   color: #1a1a1a; overflow-wrap: anywhere }}
  h2 {{ margin: 2em 0 .5em }} h3 {{ margin: 1.6em 0 .3em; font-size: 1em }} p {{ margin: .2em 0 }}
  table {{ border-collapse: collapse }} th, td {{ text-align: left; vertical-align: top; padding: .2em 1em .2em 0 }}
- th {{ font-weight: normal; color: #555; overflow-wrap: normal }}
+ th {{ font-weight: normal; color: #555; overflow-wrap: normal; min-width: 7em }}
  pre {{ background: #f4f4f4; padding: .6em .8em; margin: .4em 0; font-size: .8em; white-space: pre-wrap }}
  summary {{ color: #00459e; cursor: pointer }} .pass {{ color: #00602b }} .fail {{ color: #9b0019 }} .not-tried {{ color: #555 }}
  .pass, .fail, .not-tried {{ font-weight: bold }}
@@ -33,7 +33,7 @@ PAGE = """<!DOCTYPE html>
 <h1>{title}</h1>
 <p>{verdict}</p>
 <table>{facts}</table>
-<h2>What was promised</h2>
+<h2 id="promised">What was promised</h2>
 <p>Each block below is one command: given to a shell, it asks the database again, without the runbook, and writes nothing.
  Where the plan's own values are needed, it reads them from the ledger (schema <code>runbook</code>).</p>
 {promises}

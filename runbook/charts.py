@@ -151,6 +151,8 @@ def over_time(frame: pd.DataFrame, column: str, title: str) -> Picture:
     axes.grid(axis="y", color="#e5e7eb")
     axes.tick_params(labelsize=8)
     axes.tick_params(axis="x", rotation=20)
+    if frame["at"].nunique() == 1:  # one look: its day, and not the years around it
+        axes.set_xlim(frame["at"].min() - pd.Timedelta(hours=12), frame["at"].max() + pd.Timedelta(hours=12))
     picture.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     seen = f"{title}, the last of {frame['at'].nunique()} looks: "
     picture.words = seen + "; ".join(f"{name} {value:,.6g} {column}" for name, value in last.items())

@@ -40,7 +40,7 @@ def strip(plan: Plan, run: Run | None = None) -> Any:
 
     def link(step: object) -> str:
         name = ledger.NOTEBOOKS[str(step)]
-        return f'{"▸ " * (name == here)}<a href="{name}.ipynb">{name}</a>'
+        return f'{"▸&nbsp;" * (name == here)}<a href="{name}.ipynb">{name}</a>'
 
     return frame.style.hide(axis="index").format(escape="html").format(link, subset=["step"]).set_caption(escape(title))
 

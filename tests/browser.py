@@ -34,4 +34,4 @@ def keep(page: Any, file: Path) -> None:
     """What the window shows, as a picture for the README: few colours, so that it is small."""
     file.parent.mkdir(exist_ok=True)
     shown = Image.open(io.BytesIO(page.screenshot()))
-    shown.convert("RGB").quantize(48, dither=Image.Dither.NONE).save(file, optimize=True)
+    shown.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)

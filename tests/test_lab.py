@@ -119,9 +119,14 @@ def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_
             if name == "03_restore":
                 interrupt_and_look(page, clinic, folder)
                 if pictures:
+                    page.set_viewport_size({"width": 1100, "height": 760})
+                    bring(page, "Interrupted.")
                     keep(page, pictures / "jupyterlab.png")
+                    page.set_viewport_size({"width": 1400, "height": 1000})
             run_all(page)
-            until(lambda name=name: step(folder, name)["state"] == "completed")  # type: ignore[misc]
+            finished(page)
+            # JupyterLab saves by itself, more rarely where saving takes long.
+            until(lambda name=name: step(folder, name)["state"] == "completed", 300)  # type: ignore[misc]
             shots.mkdir(exist_ok=True)
             page.screenshot(path=shots / f"{name}.png")
             seen[name] = shown(page)
@@ -172,6 +177,22 @@ def waits(clinic: str) -> bool:
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND wait_event_type = 'Lock'"
     with psycopg.connect(clinic) as connection:
         return bool(connection.execute(query).fetchone() != (0,))
+
+
+def bring(page: Any, text: str) -> None:
+    """Scrolls to the output that says so: JupyterLab keeps only what is near the window."""
+    output = page.locator(f"{PANEL} .jp-OutputArea-output", has_text=text).first
+    page.locator(f"{PANEL} .jp-WindowedPanel-outer").hover()
+    page.mouse.wheel(0, -50_000)
+    for _ in range(100):
+        page.wait_for_timeout(100)
+        if output.count():
+            output.scroll_into_view_if_needed()
+            page.mouse.wheel(0, 60)
+            page.wait_for_timeout(500)
+            return
+        page.mouse.wheel(0, 200)
+    raise AssertionError(f"nothing says {text}")
 
 
 def shown(page: Any) -> set[str]:

@@ -41,7 +41,7 @@ def test_the_strip_says_what_is_done_and_links_each_step(clinic: str, monkeypatc
     shown = run.overview()
     assert list(shown.data["state"])[:3] == ["done", "done", "shadow: done"]
     page = shown.to_html()
-    assert '▸ <a href="02_partition.ipynb">02_partition</a>' in page and page.count("▸") == 1
+    assert '▸&nbsp;<a href="02_partition.ipynb">02_partition</a>' in page and page.count("▸") == 1
     for name in EVERY[:9]:
         assert f'<a href="{name}.ipynb">' in page
 

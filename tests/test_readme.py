@@ -115,6 +115,14 @@ def test_every_link_leads_to_a_file() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_every_picture_is_shown_in_words_and_small() -> None:
+    shown = {path: words for words, path in re.findall(r"^!\[(.+)\]\((.+)\)$", README, re.MULTILINE)}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "notebooks" / "pictures").iterdir()} == set(shown)
+    for path, words in shown.items():
+        assert (ROOT / path).stat().st_size < 100_000, path
+        assert len(words) > 20
+
+
 def test_the_two_commands_are_marked_for_ci() -> None:
     for name in ("run", "test"):
         after = README.split(f"<!-- command: {name} -->\n")[1]
