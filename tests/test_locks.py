@@ -144,9 +144,9 @@ def test_a_prepared_transaction_is_waited_for_and_named(clinic, sql):
 
 
 def test_a_running_autovacuum_is_got_past(clinic, sql):
+    sql("ALTER TABLE users SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0)")
     run = ready(clinic)
     sql("UPDATE users SET phone = phone")
-    sql("ALTER TABLE users SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0)")
     run = run.__class__(run.database, run.migration, run.plan)
     with vacuum_that_takes_long(clinic, sql) as pid:
         swapped = cutover.swap(run, budget_s=30)
