@@ -130,6 +130,7 @@ def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(cl
     assert sql("SELECT count(*) FROM users_nurses") == [(0,)]
 
 
+@pytest.mark.long
 def test_who_is_in_the_way_is_named_and_nothing_is_changed(clinic, sql):
     run = migration.forward(clinic)
     draft = additions.draft(run, add=NURSES)

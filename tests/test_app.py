@@ -115,6 +115,7 @@ def imported(path: Path, text: str) -> ModuleType:
     return module
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("legacy", ["fill", "strict"])
 def test_a_sqlalchemy_application_before_and_after(clinic: str, tmp_path: Path, legacy: str) -> None:
     before = models.work(clinic, models, knows_role=False)

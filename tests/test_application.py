@@ -41,6 +41,7 @@ def migrated(clinic):
     return migration.forward(clinic)
 
 
+@pytest.mark.long
 def test_the_schemas_are_the_same_from_the_plan_and_from_the_catalogue(clinic):
     run = migration.plan(clinic)
     before = schemas(run)
@@ -276,6 +277,7 @@ TABLES = {
 SHORT = {"range, identities, a key that may be NULL", "names that are traps"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in TABLES])
 def test_any_table_is_shown_before_and_after(database, sql, tmp_path, name):
     text, given = TABLES[name]

@@ -439,6 +439,7 @@ LOST = {
 }
 
 
+@pytest.mark.long
 def test_what_is_lost_after_the_cut_over_is_seen(roles: None, database: str) -> None:
     execute(database, BASE, *(CARRIED[case] for case in TOGETHER))
     run = plan(database, "thing", "kind", unique="per_partition")

@@ -132,6 +132,7 @@ def test_the_certificate_is_part_of_what_the_audit_checks(made: Made) -> None:
     page.write_text(text)
 
 
+@pytest.mark.long
 def test_a_broken_promise_is_certified_as_broken(clinic: str, tmp_path: Path, sql: Callable[..., Any]) -> None:
     migration = forward(clinic)
     sql("DROP INDEX users_is_active_idx")

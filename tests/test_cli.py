@@ -53,6 +53,7 @@ def test_help_does_not_wait_for_jupyter() -> None:
     assert shown.stdout.strip() == "[]"
 
 
+@pytest.mark.long
 def test_a_step_is_known_by_number_and_by_name(clinic: str, tmp_path: Path) -> None:
     given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
     for words in (["--from", "03", "--to", "restore"], ["--from", "restore", "--to", "03_restore"]):
@@ -139,6 +140,7 @@ def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, 
     assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
 
 
+@pytest.mark.long
 def test_a_failure_of_the_record_itself_is_not_told_as_success(
     clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

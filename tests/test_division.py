@@ -136,6 +136,7 @@ def test_a_key_of_any_type_divides_the_table(database, sql, case):
     assert dump(database, "--exclude-schema=runbook*") == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "given",
     [
@@ -154,6 +155,7 @@ def test_null_becomes_the_value_that_was_chosen(database, sql, given):
     there_and_back(database, sql, null_value="a" if by_letter else 1, **given)
 
 
+@pytest.mark.long
 def test_null_may_have_a_partition_of_its_own(database, sql):
     sql("CREATE TABLE things (id int PRIMARY KEY, kind text, note text)")
     sql("INSERT INTO things SELECT n, CASE WHEN n % 3 > 0 THEN 'a' END, 'note ' || n FROM generate_series(1, 60) n")
@@ -246,6 +248,7 @@ FILL = {
 KINDS = {"list": {"partitions": {"p": [0, 1, 2], "rest": "default"}}, "range": by_range(every=2, ahead=30), "hash": by_hash(2)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["range", *(pytest.param(each, marks=pytest.mark.long) for each in ("list", "hash"))])
 @pytest.mark.parametrize(
     "keys", [each if each in list(KEYS)[:3:2] else pytest.param(each, marks=pytest.mark.long) for each in KEYS]
@@ -259,6 +262,7 @@ def test_primary_and_foreign_keys_of_any_form(database, sql, keys, kind):
     there_and_back(database, sql, **KINDS[kind])
 
 
+@pytest.mark.long
 def test_on_delete_set_null_leaves_the_key_column_alone(database, sql):
     prepare(sql, "integer", "n")
     sql("ALTER TABLE notes DROP CONSTRAINT notes_maybe_id_fkey, ADD FOREIGN KEY (maybe_id) REFERENCES things ON DELETE SET NULL")
@@ -330,6 +334,7 @@ INSERT INTO people SELECT n, CASE WHEN n % 4 = 0 THEN 'b' ELSE 'a' END, nullif(n
 IN_STEP = "SELECT count(*) FROM people p JOIN people b ON (b.id, b.kind) = (p.boss, p.boss_kind) JOIN people f ON (f.id, f.kind) = (p.friend, p.friend_kind)"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["list", pytest.param("hash", marks=pytest.mark.long)])
 def test_a_table_that_references_itself(database, sql, kind):
     sql(SELF)
@@ -378,6 +383,7 @@ def quiet(server: Server) -> Iterator[str]:
     yield from fresh(server, "template1")
 
 
+@pytest.mark.long
 def test_the_script_of_any_division_ends_where_the_notebooks_end(database, sql, quiet):
     tables = {"people": (SELF, {"partition_by": "hash", "modulus": 2}),
               "things": (TABLES.format(type="date", values=f"({DAY})::date"), {"partition_by": "range", "every": "month"})}  # fmt: skip

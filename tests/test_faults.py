@@ -248,6 +248,7 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(cli
     again(run, "copy")
 
 
+@pytest.mark.long
 def test_a_crash_between_building_an_index_and_adopting_it_is_made_good(clinic, sql):
     run = prepare(clinic, "index")
     _, _, statements = next(iter(restore.index_builds(run)))
@@ -311,6 +312,7 @@ def test_a_full_tablespace_stops_the_copy_and_not_the_application(server, clinic
 # What somebody else does meanwhile
 
 
+@pytest.mark.long
 def test_an_altered_source_is_found_before_the_swap(clinic, sql):
     run = prepare(clinic, "swap")
     sql("ALTER TABLE users ADD COLUMN nickname text")
@@ -321,6 +323,7 @@ def test_an_altered_source_is_found_before_the_swap(clinic, sql):
     migration.forward(clinic)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change", ["CREATE INDEX later ON users (phone)", "CREATE TABLE later (u uuid REFERENCES users)", "DROP TABLE appointments"]
 )
@@ -333,6 +336,7 @@ def test_what_somebody_else_makes_or_drops_is_found_and_named(clinic, sql, chang
     assert sql("SELECT count(*) FROM users") == [(1000,)]
 
 
+@pytest.mark.long
 def test_triggers_that_were_off_for_a_while_are_noticed(clinic, sql):
     run = prepare(clinic, "swap")
     sql("ALTER TABLE users DISABLE TRIGGER ALL")
@@ -344,6 +348,7 @@ def test_triggers_that_were_off_for_a_while_are_noticed(clinic, sql):
     assert sql("SELECT count(*) FROM users WHERE first_name = 'unlogged'") == [(1,)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["swap", *long("copy", "settle", "index", "replay")])
 @pytest.mark.parametrize("change", ["TRUNCATE users CASCADE", *long("VACUUM FULL users")])
 def test_a_rewrite_sends_the_copy_back_to_its_beginning(clinic, sql, name, change):
@@ -376,6 +381,7 @@ def test_an_unknown_key_disturbs_nobody_and_stops_the_cutover(clinic, sql):
     assert_nothing_left(sql)
 
 
+@pytest.mark.long
 def test_a_role_that_changed_and_changed_back_is_followed_by_its_appointments(clinic, sql):
     """Corrected in between, from what was then the truth: only a comparison with the rows themselves finds it."""
     run = prepare(clinic, "swap")

@@ -51,6 +51,7 @@ def measured(run: Run) -> Any:
 CASES = [pytest.param(*each, id=name, marks=() if name in SHORT else pytest.mark.long) for name, each in DIVIDED.items()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows, given", CASES)
 def test_any_table_has_a_forecast_that_leaves_nothing(database: str, sql: Sql, given: dict[str, Any], rows: int) -> None:
     run = events(database, sql, rows, **given)
@@ -67,6 +68,7 @@ def test_any_table_has_a_forecast_that_leaves_nothing(database: str, sql: Sql, g
     assert forecast.measure(run).sentence.startswith("Already done")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "tables, table, key, rows", [(SELF.format(action=""), "staff", "dept", 500), (PARTITIONED, "device", "kind", 400)]
 )
@@ -107,6 +109,7 @@ def test_writers_are_no_hindrance_and_who_is_one_stops_nobody(clinic: str, sql: 
         assert forecast.beside(run).empty
 
 
+@pytest.mark.long
 def test_the_forecast_stands_beside_what_it_took(clinic: str, sql: Sql) -> None:
     run = migration.plan(clinic, unique="global")
     measured(run)

@@ -128,6 +128,7 @@ def test_an_old_writer_elsewhere_does_not_hold_everybody_up(clinic, sql):
             assert cutover.swap(run, budget_s=20).locked_s < 5
 
 
+@pytest.mark.long
 def test_a_prepared_transaction_is_waited_for_and_named(clinic, sql):
     run = ready(clinic)
     with psycopg.connect(clinic, autocommit=True) as other:
@@ -143,6 +144,7 @@ def test_a_prepared_transaction_is_waited_for_and_named(clinic, sql):
     cutover.swap(run)
 
 
+@pytest.mark.long
 def test_a_running_autovacuum_is_got_past(clinic, sql):
     sql("ALTER TABLE users SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0)")
     run = ready(clinic)
@@ -197,6 +199,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "orders", [list(ORDERS), *(pytest.param([each] * 2, marks=pytest.mark.long) for each in list(ORDERS)[:2])]
 )

@@ -51,6 +51,7 @@ def test_what_is_seen_is_what_is_there(migrated, sql, clinic):
     assert dump(clinic) == before, "it only reads"
 
 
+@pytest.mark.long
 def test_every_look_stays_in_the_ledger_and_is_drawn(migrated):
     for _ in range(2):
         monitor.look(migrated)
@@ -62,6 +63,7 @@ def test_every_look_stays_in_the_ledger_and_is_drawn(migrated):
     assert shown["image/png"]["alt"] == words
 
 
+@pytest.mark.long
 def test_new_values_and_rows_without_a_partition_of_their_own_fail_it(clinic, sql):
     run = migration.forward(clinic, partitions=WITH_REST)
     assert seen(run)["new_values"] == []
@@ -76,6 +78,7 @@ def test_new_values_and_rows_without_a_partition_of_their_own_fail_it(clinic, sq
     monitor.check(run, max_default_rows=1, max_new_values=1)
 
 
+@pytest.mark.long
 def test_dead_rows_a_long_log_and_old_code_pass_their_thresholds(migrated, sql):
     sql("ALTER TABLE users_patients SET (autovacuum_enabled = off)")
     for _ in range(3):
@@ -94,6 +97,7 @@ def test_dead_rows_a_long_log_and_old_code_pass_their_thresholds(migrated, sql):
         monitor.check(migrated, max_dead_percent=100, max_log_mib=0)
 
 
+@pytest.mark.long
 def test_the_share_of_calls_that_prune_is_weighed(migrated, tmp_path):
     (tmp_path / "queries.sql").write_text(
         "SELECT * FROM users WHERE role = $1;\nSELECT * FROM users WHERE id = $1;\n"
@@ -106,6 +110,7 @@ def test_the_share_of_calls_that_prune_is_weighed(migrated, tmp_path):
         monitor.check(migrated, min_pruning_percent=51)
 
 
+@pytest.mark.long
 def test_it_goes_on_after_the_end(migrated):
     verify.check(migrated)
     migration.walk(migrated, migration.END)
@@ -115,6 +120,7 @@ def test_it_goes_on_after_the_end(migrated):
     monitor.check(run)
 
 
+@pytest.mark.long
 def test_a_threshold_that_is_passed_is_exit_code_1(clinic, sql, tmp_path):
     migration.forward(clinic, partitions=WITH_REST)
     sql(NURSE % 1)
@@ -124,6 +130,7 @@ def test_a_threshold_that_is_passed_is_exit_code_1(clinic, sql, tmp_path):
     assert "rows lie in the DEFAULT partition" in failed.stderr
 
 
+@pytest.mark.long
 def test_91_waits_until_nothing_has_needed_the_trigger_for_so_long(migrated, sql):
     verify.check(migrated)
     with pytest.raises(OutOfOrder, match="Nothing has needed the fill trigger yet, but it came only"):

@@ -83,7 +83,10 @@ def parameters(names: Names) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+FIRST_SHORT = [pytest.param(case, marks=[pytest.mark.long] if number else []) for number, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", FIRST_SHORT)
 def test_a_table_of_such_names_migrates_verifies_and_rolls_back(database: str, sql: Callable[..., Any], case: str) -> None:
     names = CASES[case]
     prepare(database, names)
@@ -99,7 +102,7 @@ def test_a_table_of_such_names_migrates_verifies_and_rolls_back(database: str, s
     assert dump(database, "--exclude-schema=runbook") == before
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FIRST_SHORT)
 def test_the_script_of_such_a_table_runs(database: str, tmp_path: Any, case: str) -> None:
     names = CASES[case]
     prepare(database, names)

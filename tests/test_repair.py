@@ -158,6 +158,7 @@ def test_a_row_that_clashes_with_a_newer_one_is_named_and_nothing_put_back(clini
     assert sql("SELECT count(*) FROM users") == [(1,)]
 
 
+@pytest.mark.long
 def test_the_command_line_executes_the_notebooks_of_a_repair_only(clinic: str, sql: Sql, tmp_path: Path) -> None:
     sql(f"{BY_HAND}; {FEW}")
     words = ["-p", "restore_from", "backup", "-p", "references", '{"appointments": ["user_id"]}', "--out", str(tmp_path)]

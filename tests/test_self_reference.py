@@ -61,6 +61,7 @@ def test_a_manager_who_moves_takes_the_reports_columns_along(database, server, s
     assert sql("SELECT manager_id FROM staff WHERE id = 77") == [(7,)]
 
 
+@pytest.mark.long
 def test_old_code_need_not_know_the_column(database, sql):
     run = planned(database)
     migration.walk(run, migration.FORWARD)
@@ -72,6 +73,7 @@ def test_old_code_need_not_know_the_column(database, sql):
     assert sql("SELECT s.manager_dept = m.dept FROM staff s JOIN staff m ON m.id = s.manager_id WHERE s.id = 9000") == [(True,)]
 
 
+@pytest.mark.long
 def test_the_old_key_has_no_row_without_its_column(database, sql):
     run = planned(database, legacy_inserts="strict")
     migration.walk(run, migration.FORWARD)
