@@ -264,6 +264,7 @@ def test_reset_refuses_a_server_whose_data_are_not_ours(example: Site, account: 
     assert rows(example.start(), "SELECT count(*) FROM users") == [(2,)]
 
 
+@pytest.mark.long
 def test_an_interrupted_load_is_done_again(example: Site) -> None:
     clinic = example.start()
     example.call(embedded.reset)
@@ -304,6 +305,7 @@ def test_processes_that_start_it_at_once_share_one_server(stopped: Site) -> None
     assert stopped.starts() == earlier + 1
 
 
+@pytest.mark.long
 def test_a_server_that_lost_its_socket_is_started_again(stopped: Site) -> None:
     """As when the folder was deleted and made anew while a server ran: that one takes the new one's socket along."""
     clinic = stopped.start()
@@ -330,6 +332,7 @@ def test_stop_makes_nothing_where_there_is_nothing(account: str, packages: Path)
         assert not empty.home.exists()
 
 
+@pytest.mark.long
 def test_a_stranger_with_the_servers_old_process_id_is_not_the_server(stopped: Site) -> None:
     stopped.start()
     postmaster = stopped.postmaster()
@@ -350,6 +353,7 @@ def test_a_stranger_with_the_servers_old_process_id_is_not_the_server(stopped: S
         stranger.wait()
 
 
+@pytest.mark.long
 def test_a_recovery_is_waited_for_and_said(stopped: Site, account: str) -> None:
     go = stopped.home.parent / "go"
     stopped.write("recovery.signal", "")
@@ -392,6 +396,7 @@ def test_variables_of_libpq_lead_nowhere_else(stopped: Site) -> None:
     assert not any(name.startswith("PG") for name in stopped.call(embedded.environment, **swaying))
 
 
+@pytest.mark.long
 def test_a_home_too_deep_for_a_socket_has_it_elsewhere(account: str, packages: Path) -> None:
     with made(account, packages, "a path with 'quotes', a comma and é" * 4) as deep:
         clinic = deep.start(users=2)

@@ -211,6 +211,7 @@ def test_an_interrupted_process_leaves_a_true_record_with_the_kernels_last_words
     assert notebook.cells[2].outputs[0].text == "34 of 80 ranges are done\n"
 
 
+@pytest.mark.long
 def test_a_killed_process_leaves_a_record_that_claims_nothing(tmp_path: Path) -> None:
     process = begin(tmp_path, WORK)
     os.kill(process.pid, signal.SIGKILL)
@@ -221,6 +222,7 @@ def test_a_killed_process_leaves_a_record_that_claims_nothing(tmp_path: Path) ->
     assert notebook.metadata.papermill.end_time is None
 
 
+@pytest.mark.long
 def test_plain_papermill_with_this_engine_leaves_the_same_record(tmp_path: Path) -> None:
     write(tmp_path / "a.ipynb", "import os\nraise OSError('postgresql://ann:tr0ub4dor@db is not there')")
     (tmp_path / "out").mkdir()

@@ -153,6 +153,7 @@ def test_run_all_twice_is_harmless(clinic: str, until: int, capsys: pytest.Captu
         assert "Already done: the plan" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_each_notebook_can_be_run_again_after_the_end(clinic: str) -> None:
     walk(clinic)
     walk(clinic, "91_finish", unneeded_for_h=0)
@@ -190,6 +191,7 @@ def test_plain_papermill_runs_a_notebook_from_any_working_directory(clinic: str,
     assert query(clinic, "SELECT count(*) FROM users_backup") == [(1000,)]
 
 
+@pytest.mark.long
 def test_plain_papermill_refuses_a_parameter_that_no_notebook_has(clinic: str, tmp_path: Path) -> None:
     before = dump(clinic)
     options = ["-f", CLINIC_FILE, "-p", "database", clinic, "-p", "partition", "users_patients"]

@@ -70,6 +70,7 @@ def test_what_comes_next_and_what_undo_costs_follow_the_ledger(clinic: str, sql:
     assert repr(run.next()) == "Next: the migration can be started again with 00_plan. Undo now: nothing is left to undo."
 
 
+@pytest.mark.long
 def test_after_the_end_the_backup_is_what_is_left(clinic: str) -> None:
     run = migration.forward(clinic)
     walk(clinic, "06_verify")

@@ -76,6 +76,7 @@ def test_a_row_that_the_table_has_is_newer_and_stays(clinic: str, sql: Sql) -> N
     assert sql("SELECT DISTINCT user_role FROM appointments WHERE user_id = %s", [one]) == [("doctor",)]
 
 
+@pytest.mark.long
 def test_old_code_goes_on_inserting_and_role_changes_are_carried_along(clinic: str, sql: Sql) -> None:
     sql(f"{BY_HAND}; {FEW}")
     walk(clinic, *REPAIR, **PLANNED)
@@ -89,6 +90,7 @@ def test_old_code_goes_on_inserting_and_role_changes_are_carried_along(clinic: s
         assert sql("SELECT DISTINCT user_role FROM appointments WHERE user_id = %s", [doctor]) == [("admin",)]
 
 
+@pytest.mark.long
 def test_a_repair_twice_says_that_it_is_done(clinic: str, sql: Sql, capsys: pytest.CaptureFixture[str]) -> None:
     sql(f"{BY_HAND}; {FEW}")
     walk(clinic, *REPAIR, **PLANNED)
@@ -98,6 +100,7 @@ def test_a_repair_twice_says_that_it_is_done(clinic: str, sql: Sql, capsys: pyte
     assert "Already done: the plan" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("column", LOST, ids=["without the column", "with the column"])
 def test_the_way_back_takes_the_key_away_and_leaves_the_rows(clinic: str, sql: Sql, column: str) -> None:
     sql(f"{BY_HAND}; {column}")
@@ -108,6 +111,7 @@ def test_the_way_back_takes_the_key_away_and_leaves_the_rows(clinic: str, sql: S
     assert sql("SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM users_backup)") == [(1000, 1000)]
 
 
+@pytest.mark.long
 def test_a_finished_repair_leaves_the_strict_form(clinic: str, sql: Sql) -> None:
     sql(f"{BY_HAND}; {FEW}")
     walk(clinic, *REPAIR, **PLANNED)

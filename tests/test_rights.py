@@ -42,6 +42,7 @@ def test_the_owner_needs_no_superuser(owner, sql):
     assert sql("SELECT count(*) FROM users") == [(1001,)]
 
 
+@pytest.mark.long
 def test_a_snapshot_that_the_owner_may_not_see_is_waited_for_all_the_same(owner, clinic, sql):
     from runbook import cutover
     from runbook.errors import LockNotGranted
