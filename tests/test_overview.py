@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 import runbook
 from runbook.database import target
 from runbook.ledger import of
