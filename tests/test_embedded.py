@@ -149,7 +149,7 @@ def packages() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(scope="module", params=["root", "ordinary"] if ROOT else ["ordinary"])
+@pytest.fixture(scope="module", params=["root", pytest.param("ordinary", marks=pytest.mark.long)] if ROOT else ["ordinary"])
 def account(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -172,7 +172,7 @@ def test_rollback_leads_back_from_every_step(clinic: str, until: int) -> None:
     assert dump(clinic, "--exclude-schema=runbook") == before
 
 
-@pytest.mark.parametrize("name", [pytest.param("90_rollback", marks=pytest.mark.long), "91_finish"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in ("90_rollback", "91_finish")])
 def test_rollback_and_finish_are_notebooks_too(clinic: str, tmp_path: Path, name: str) -> None:
     walk(clinic)
     verb = name.partition("_")[2]

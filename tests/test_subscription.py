@@ -80,7 +80,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("how", PUBLISHED)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.long] if n else []) for n, how in enumerate(PUBLISHED)])
 def test_a_subscriber_gets_every_change_through_migration_cutover_and_rollback(server: Server, database: str, how: str) -> None:
     if how.endswith("15") and server.version < 15:
         pytest.skip(f"PostgreSQL {server.version} publishes neither columns nor schemas")
@@ -107,6 +107,7 @@ def test_a_subscriber_gets_every_change_through_migration_cutover_and_rollback(s
             in_step(database, there)
 
 
+@pytest.mark.long
 def test_a_subscriber_gets_every_change_after_the_end(server: Server, database: str) -> None:
     for statement in (TABLE, ROWS, PUBLISHED["by name"]):
         rows(database, statement)
