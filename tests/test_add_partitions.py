@@ -122,6 +122,7 @@ def test_no_write_to_the_default_partition_is_lost_meanwhile(clinic, sql):
     verify.check(run)
 
 
+@pytest.mark.long
 def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(clinic, sql):
     run = migration.forward(clinic)
     statements = (insert("open@x", "user"), "SELECT * FROM users", "UPDATE users SET first_name = 'open' WHERE role = 'doctor'")
@@ -146,6 +147,7 @@ def test_who_is_in_the_way_is_named_and_nothing_is_changed(clinic, sql):
     additions.check(draft)
 
 
+@pytest.mark.long
 def test_it_works_after_91_and_for_the_next_months(database, sql):
     sql(
         "CREATE TABLE visits (id int PRIMARY KEY, at timestamptz NOT NULL); INSERT INTO visits SELECT n, now() - n * interval '1 day' FROM generate_series(1, 40) n"
@@ -233,6 +235,7 @@ def test_one_partition_is_looked_after_while_the_others_are_locked(clinic, sql, 
     assert sql("SELECT count(*) FROM users WHERE role = 'user'") == [(949,)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "statement",
     [

@@ -62,6 +62,7 @@ def test_the_drizzle_schema_has_the_composite_keys_in_the_strict_state(migrated)
     assert "users_patients" not in new and "_retired" not in new and "_backup" not in new
 
 
+@pytest.mark.long
 def test_sqlacodegen_is_corrected_where_it_takes_partitions_for_tables(migrated):
     old, new = application.Schema(migrated).sqlalchemy
     for name in ("Patients", "Admins", "_fkey_1"):
@@ -195,6 +196,7 @@ def test_an_extension_without_its_library_is_as_good_as_none(clinic, server, sql
     assert "There is no pg_stat_statements" in run.finished("application", "queries").sentence
 
 
+@pytest.mark.long
 def test_what_old_code_still_needs_is_counted(migrated, sql):
     assert list(application.filled(migrated)["since yesterday"]) == [0]
     sql(

@@ -191,6 +191,7 @@ COMMANDS: list[tuple[list[str], int, list[str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("words", "code", "said"), COMMANDS, ids=[" ".join(case[0])[:40] for case in COMMANDS])
 def test_a_command_that_cannot_be_meant(untouched: str, tmp_path: Path, words: list[str], code: int, said: list[str]) -> None:
     out = ["--out", str(tmp_path)] if words[0] in ("run", "rollback") else []

@@ -63,6 +63,7 @@ def test_the_certificate_names_every_promise_with_what_was_seen_who_and_by_which
     assert not re.search(r"<script|<link|https?://", page)
 
 
+@pytest.mark.long
 def test_the_plan_has_one_hash_from_the_freeze_to_the_last_page(made: Made) -> None:
     _, migration, folder = made
     assert ledger.of(migration.database, "users").plan.hash == migration.plan.hash
@@ -76,6 +77,7 @@ def evidence_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "evidence.json").read_text()))
 
 
+@pytest.mark.long
 def test_every_command_of_the_certificate_runs_as_it_stands(made: Made) -> None:
     commands = re.findall(r"Ask again</summary><pre>(.*?)</pre>", (made[2] / "certificate.html").read_text(), re.DOTALL)
     assert len(commands) > 15

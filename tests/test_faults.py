@@ -215,6 +215,7 @@ def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(server, clini
     assert_nothing_left(sql)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["swap", *long("swap back")])
 def test_the_ledger_and_the_swap_never_disagree(clinic, sql, name):
     """The connection is lost at whatever moment of the step: the table and the ledger tell the same."""
@@ -236,6 +237,7 @@ def test_the_ledger_and_the_swap_never_disagree(clinic, sql, name):
     assert_nothing_left(sql)
 
 
+@pytest.mark.long
 def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(clinic, sql):
     run = prepare(clinic, "copy")
     holder = Holder(clinic, LOCKED["copy"].format(staging=run.staging))

@@ -102,6 +102,7 @@ def test_a_table_of_such_names_migrates_verifies_and_rolls_back(database: str, s
     assert dump(database, "--exclude-schema=runbook") == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FIRST_SHORT)
 def test_the_script_of_such_a_table_runs(database: str, tmp_path: Any, case: str) -> None:
     names = CASES[case]

@@ -97,6 +97,7 @@ def write_everywhere(sql) -> None:
         )
 
 
+@pytest.mark.long
 def test_a_partition_attached_since_comes_along(clinic, sql):
     run = migration.forward(clinic)
     sql("CREATE TABLE users_nurses (LIKE users INCLUDING DEFAULTS)")
@@ -117,6 +118,7 @@ def test_a_partition_detached_since_stays_its_owners(clinic, sql):
     assert sql("SELECT count(*) FROM users WHERE role = 'admin'") == [(0,)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("truncated", "left"), [("users_doctors", 951), pytest.param("users", 1, marks=pytest.mark.long)])
 def test_a_truncate_after_the_cutover_is_followed(clinic, sql, truncated, left):
     run = migration.forward(clinic)
@@ -163,6 +165,7 @@ def test_what_was_made_since_is_never_dropped_silently(clinic, sql, made, named)
     assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("p",)]
 
 
+@pytest.mark.long
 def test_there_and_back_and_there_again_and_the_end(clinic, sql):
     before = state(clinic, sql)
     for _ in range(2):
@@ -198,6 +201,7 @@ def test_the_backup_can_be_kept_under_another_name(clinic, sql):
     migration.forward(clinic)
 
 
+@pytest.mark.long
 def test_identities_go_on_in_both_directions(database, sql):
     sql("CREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, kind text NOT NULL, body text);"
         " INSERT INTO notes (kind, body) SELECT CASE WHEN n % 3 = 0 THEN 'a' ELSE 'b' END, n::text FROM generate_series(1, "

@@ -35,6 +35,7 @@ def test_the_script_ends_where_the_notebooks_end(clinic: str, copy: str, legacy:
     assert dump(copy) == dump(clinic)
 
 
+@pytest.mark.long
 def test_the_script_stops_at_the_first_error(clinic: str) -> None:
     script = printed(clinic)
     with psycopg.connect(clinic, autocommit=True) as connection:

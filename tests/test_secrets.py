@@ -69,6 +69,7 @@ def ledger(url: str) -> str:
         return "\n".join(text for table in rows for (text,) in table)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "database", [f"postgresql://ann:{WORD}@db/shop", f"host=db password={WORD}", f"postgresql://ann@db/shop?password={WORD}"]
 )

@@ -55,6 +55,7 @@ def test_what_was_committed_survives_an_immediate_stop(server):
             assert connection.execute("SELECT * FROM kept").fetchall() == [(1,)]
 
 
+@pytest.mark.long
 def test_a_failing_test_leaves_no_server(server):
     with pytest.raises(ZeroDivisionError), servers.start(server.version) as other:
         1 / 0  # noqa: B018
@@ -62,6 +63,7 @@ def test_a_failing_test_leaves_no_server(server):
     assert not other.data.exists() and not other.sockets.exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_a_killed_test_process_leaves_no_server():
     script = (
@@ -95,6 +97,7 @@ def test_a_server_with_tls_proves_who_it_is():
             psycopg.connect(verified, sslrootcert=str(server.certificate), password="wrong")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("reason", "ci", "code"),
     [("no time", "true", 1), ("PostgreSQL 14 has no MERGE", "true", 0), ("no time", "", 0)],

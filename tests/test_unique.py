@@ -107,6 +107,7 @@ def test_every_way_to_write_is_held_to_it(clinic, sql, guarded):
     verify.check(guarded)
 
 
+@pytest.mark.long
 def test_what_was_emptied_is_free_again(clinic, sql, guarded):
     email = sql("SELECT email FROM users_doctors LIMIT 1")[0][0]
     sql("TRUNCATE users_doctors CASCADE")
@@ -115,6 +116,7 @@ def test_what_was_emptied_is_free_again(clinic, sql, guarded):
     assert not [each for each in verify.seen(guarded) if "unique in the whole" in each.promise and each.verdict != "pass"]
 
 
+@pytest.mark.long
 def test_a_guard_that_was_switched_off_breaks_a_promise(clinic, sql, guarded):
     trigger = sql("SELECT tgname FROM pg_trigger WHERE tgrelid = 'users'::regclass AND tgname LIKE '%email%keep' LIMIT 1")[0][0]
     sql(

@@ -304,6 +304,7 @@ def draw(run: Run) -> None:
     assert all(str(name) in pictures[0].words for name in rows["name"][:40])
 
 
+@pytest.mark.long
 def test_pictures_are_drawn_without_a_display(migrated: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     output = io.StringIO()
@@ -324,6 +325,7 @@ def test_an_empty_table_that_nobody_references_is_verified(database: str) -> Non
     assert list(verify.pruning(run)["partitions"]) == [1, 1, 1]
 
 
+@pytest.mark.long
 def test_a_backup_made_by_dump_is_held_against_its_digest(clinic: str) -> None:
     run = forward(clinic, backup_method="dump")
     verify.check(run)
