@@ -56,9 +56,16 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
         text = text.replace(" ON ONLY ", " ON ").replace("ALTER TABLE ONLY ", "ALTER TABLE ")
         lines = []
         for line in text.splitlines():
-            if kind == "TABLE" and name == root and re.match(rf'\s*"?{re.escape(plan.key)}"? ', line):
+            if (
+                kind == "TABLE"
+                and name == root
+                and re.match(rf'\s*"?{re.escape(plan.key.replace(chr(34), chr(34) * 2))}"? ', line)
+            ):
                 line = re.sub(r" (CONSTRAINT \S+ )?NOT NULL", "", line)
-            if kind == "TABLE" and any(name == table and re.match(rf'\s*"?{re.escape(role)}"? ', line) for table, role in added):
+            if kind == "TABLE" and any(
+                name == table and re.match(rf'\s*"?{re.escape(role.replace(chr(34), chr(34) * 2))}"? ', line)
+                for table, role in added
+            ):
                 continue
             if kind == "TABLE" and any(
                 name == table and "CHECK" in line and role.replace('"', '""') in line for table, role in added
@@ -104,5 +111,6 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
             found.append(f"lost: {key} {was}")
         elif (now := normal(*key, kept[key])) != was:
             found.append(f"changed: {key}\n  {was}\n  {now}")
-    found += [f"new: {key} {text}" for key, text in kept.items() if key not in before]
+    attached = {key for key in kept if key[0] == "INDEX ATTACH" and key[1].startswith(tuple(f"{leaf}_" for leaf in leaves))}
+    found += [f"new: {key} {text}" for key, text in kept.items() if key not in before and key not in attached]
     return found

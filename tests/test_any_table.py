@@ -1,6 +1,6 @@
 """Any table: made at random, migrated, verified, rolled back; judged by pg_dump as in test_carried.
 
-RUNBOOK_EXAMPLES says how many tables (50 unless told, on each of the two versions that CI tests wholly); thousands: RUNBOOK_EXAMPLES=5000 pytest -m long tests/test_any_table.py.
+RUNBOOK_EXAMPLES says how many tables (25, always the same, unless told; on each of the two versions that CI tests wholly); thousands: RUNBOOK_EXAMPLES=5000 pytest -m long tests/test_any_table.py.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ def tables(draw: st.DrawFn) -> tuple[list[str], str, str, dict[str, object]]:
 @pytest.mark.long
 def test_any_table_is_migrated_verified_and_rolled_back(server: Server) -> None:
     @settings(
-        max_examples=int(os.environ.get("RUNBOOK_EXAMPLES", "50")),
+        max_examples=int(os.environ.get("RUNBOOK_EXAMPLES", "25")),
+        derandomize="RUNBOOK_EXAMPLES" not in os.environ,  # the same ones each time, so that a failure is the change's
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink] if os.environ.get("CI") != "true" else [Phase.generate],
