@@ -25,8 +25,9 @@ HASHES = {
     "int8": "hashint8extended({}, {})",
     "bool": "hashint4extended({}::int4, {})",
     "timestamp": "timestamp_hash_extended({}, {})",
-    "timestamptz": "timestamp_hash_extended({} AT TIME ZONE 'UTC', {})",
+    "timestamptz": "timestamptz_hash_extended({}, {})",
 }
+HASHES_BEFORE_18 = HASHES | {"timestamptz": "timestamp_hash_extended({} AT TIME ZONE 'UTC', {})"}
 
 
 class Fact(BaseModel):
@@ -365,11 +366,12 @@ class Plan(Fact):
     def hashed(self, alias: str) -> sql.Composable:
         """A row's hash as the comparison sums it: every column's own, so that no record has to be made of a row; text
         where equality does not promise the same bytes. What has no entry in HASHES shares one record."""
+        forms = HASHES if self.server_version >= 18 else HASHES_BEFORE_18
         parts: list[sql.Composable] = []
         records: list[sql.Composable] = []
         for seed, column in enumerate(self.columns, 1):
             value = self.value(column, alias) if not column.generated else sql.Identifier(alias, column.name)
-            if form := HASHES.get(column.compared):
+            if form := forms.get(column.compared):
                 own = trusted(form).format(value, sql.Literal(seed))
                 parts.append(own if column.not_null else sql.SQL("coalesce({}, {})").format(own, sql.Literal(seed)))
             else:
