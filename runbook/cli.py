@@ -21,7 +21,7 @@ from tqdm import tqdm
 from runbook import __version__, archive, embedded, ledger, parameters, rehearsal
 from runbook.database import target
 from runbook.draft import draft
-from runbook.errors import BadInput, PlanBlocked, RunbookError
+from runbook.errors import BadInput, RunbookError
 from runbook.redaction import known_secrets, redact
 from runbook.statements import folder
 
@@ -375,8 +375,7 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
     from runbook import script
 
     made = draft(**gather(file, pairs, database, users))
-    if made.plan.blockers and not made.already:
-        raise PlanBlocked(" ".join(f"{finding.sentence} {finding.way_out}".strip() for finding in made.plan.blockers))
+    made.require_passable()
     if made.already:
         planned = ledger.of(made.database, made.plan.full_name)
     else:

@@ -94,17 +94,23 @@ class Draft:
             columns=["level", "object", "sentence", "way_out"],
         )
 
-    def freeze(self) -> ledger.Run:
+    def require_passable(self, fail_on: str = "blocker") -> None:
+        """Raises PlanBlocked with all findings of the level `fail_on` and worse ones."""
+        worst = findings.LEVELS[: findings.LEVELS.index(fail_on) + 1]
+        stopping = [finding for finding in self.plan.findings if finding.level in worst]
+        if stopping and not self.already:
+            raise PlanBlocked(" ".join(f"{finding.sentence} {finding.way_out}".strip() for finding in stopping))
+
+    def freeze(self, fail_on: str = "blocker") -> ledger.Run:
         """Store the plan with its hash; from here on every notebook works by it.
 
-        Raises PlanBlocked with all blockers; an open plan that nothing was done for is replaced, one that is
+        Raises PlanBlocked as `require_passable` does; an open plan that nothing was done for is replaced, one that is
         under way with another hash refuses.
         """
         if self.already:
             print(self.already)
             return ledger.of(self.database, self.plan.full_name)
-        if self.plan.blockers:
-            raise PlanBlocked(" ".join(f"{finding.sentence} {finding.way_out}".strip() for finding in self.plan.blockers))
+        self.require_passable(fail_on)
         with self.database.session("plan.freeze") as session, session.transaction():
             source = sql.Literal(self.plan.full_name)
             session.run("ledger.create")

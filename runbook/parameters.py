@@ -53,6 +53,7 @@ class Parameters(BaseModel):
     backup_method: Literal["table", "dump"] = "table"
     restore_from: Literal["source", "backup"] = "source"
     references: Annotated[dict[str, list[str]] | None, Parsed] = None
+    fail_on: Literal["blocker", "warning"] = "blocker"
     users: Annotated[int | None, Field(ge=0)] = None
     # how a step goes about it
     workers: Count = 2

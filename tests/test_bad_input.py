@@ -39,6 +39,7 @@ PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
     ({"partitions": {"doctors": "default"}}, PlanBlocked, ["The name public.doctors is taken", "Choose another name"]),
     ({"partitions": {"users_pkey": "default"}}, PlanBlocked, ["The name public.users_pkey is taken"]),
     ({"backup": "doctors"}, PlanBlocked, ["A backup public.doctors exists", "never overwritten"]),
+    ({"fail_on": "warning"}, PlanBlocked, ["email"]),
     ({"database": "postgresql://ann:secret@localhost/clinic"}, BadInput, ["holds a password", "PGPASSWORD"]),
     ({"database": "host=localhost password=secret"}, BadInput, ["holds a password", "PGPASSFILE"]),
     ({"database": "clinic of ours"}, BadInput, ["database cannot be read", "postgresql://user@host/db"]),

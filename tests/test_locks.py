@@ -158,8 +158,23 @@ def test_a_running_autovacuum_is_got_past(clinic, sql):
         ) == [(0,)]
 
 
+@pytest.mark.long
+def test_a_vacuum_against_wraparound_is_waited_for_and_named(clinic, sql):
+    sql("ALTER TABLE users SET (autovacuum_freeze_max_age = 100000)")
+    run = ready(clinic)
+    sql("DO $$BEGIN FOR n IN 1..100001 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END$$")
+    with vacuum_that_takes_long(clinic, sql, "(to prevent wraparound)") as pid:  # which yields to nobody
+        with pytest.raises(LockNotGranted, match=rf"pid {pid} .*to prevent wraparound"):
+            cutover.swap(run, budget_s=1)
+        assert_as_before(sql)
+        sql("SELECT pg_terminate_backend(%s)", [pid])
+    cutover.swap(run, budget_s=60)
+    cutover.validate_foreign_keys(run)
+    cutover.check(run)
+
+
 @contextmanager
-def vacuum_that_takes_long(url: str, sql) -> Iterator[int]:
+def vacuum_that_takes_long(url: str, sql, why: str = "") -> Iterator[int]:
     """A real autovacuum worker, slowed down, on users."""
     name = sql("SELECT current_database()")[0][0]
     settings = {"autovacuum_naptime": "1s", "autovacuum_vacuum_cost_delay": "100ms", "autovacuum_vacuum_cost_limit": "1"}
@@ -171,9 +186,9 @@ def vacuum_that_takes_long(url: str, sql) -> Iterator[int]:
             end = time.monotonic() + 60
             query = (
                 "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = %s"
-                " AND query LIKE '%%public.users%%'"
+                " AND query LIKE '%%public.users%%' || %s"
             )
-            while not (found := admin.execute(query, [name]).fetchone()):
+            while not (found := admin.execute(query, [name, f"{why}%"]).fetchone()):
                 assert time.monotonic() < end, "autovacuum does not come"
                 time.sleep(0.05)
             yield found[0]
