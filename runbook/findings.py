@@ -63,8 +63,6 @@ def _table(plan: Plan, row: dict[str, Any]) -> Iterator[Finding]:
             f"{name} is unlogged: a crash would empty it in the middle.",
             "ALTER TABLE … SET LOGGED first.",
         )
-    if plan.blockers:
-        return
 
 
 def _values(plan: Plan, division: Division) -> Iterator[Finding]:
