@@ -173,7 +173,7 @@ def run_timeline(run: Run) -> Picture:
     done = history[history["state"] == "done"].drop_duplicates(["step", "action"], keep="last").sort_values("started_at")
     lengths = (done["finished_at"] - done["started_at"]).dt.total_seconds().tolist()
     names = (done["step"].str.replace("_", " ") + " · " + done["action"]).tolist()
-    locked = done["locked_s"].fillna(0.0).tolist()
+    locked = done["locked_s"].fillna(0.0).where(done["action"] != "forecast", 0.0).tolist()  # that one foretells a time
     starts = [sum(lengths[:line]) for line in range(len(lengths))]
     texts = [
         f"{length:.2f} s" + f", locked {lock * 1000:.0f} ms" * (lock > 0) for length, lock in zip(lengths, locked, strict=True)
