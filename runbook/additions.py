@@ -403,7 +403,7 @@ def validate(draft: Draft, budget_s: float = 120) -> Evidence:
 
             locks.persist(run.database, session, patience, key.name, attempt)
             done.append(key.name)
-        return action.finish(f"{len(done)} foreign keys were validated again: {', '.join(done) or 'none had to step aside'}.")
+        return action.finish(f"Foreign keys that were validated again: {', '.join(done) or 'none had to step aside'}.")
 
 
 def tree(run: Run) -> pd.DataFrame:

@@ -217,7 +217,7 @@ def _record(action: Action, patience: locks.Patience, replayed: int, locked: flo
     sentence = (
         f"{action.run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us "
         f"longer than"
-        f" {slowest * 1000:.0f} ms, in {len(waits)} attempt(s). The way back is open: 90_rollback replays what changes"
+        f" {slowest * 1000:.0f} ms; attempts: {len(waits)}. The way back is open: 90_rollback replays what changes"
         " from now on into the retired table and swaps back."
     )
     blockers = [str(each) for each in patience.blockers.values()]
@@ -278,7 +278,7 @@ def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
                 session.run(each)
 
         locks.persist(run.database, session, patience, reference.table, require)
-    return action.finish(f"{len(done)} foreign keys were validated: {', '.join(done) or 'there are none'}.")
+    return action.finish(f"Foreign keys that were validated: {', '.join(done) or 'none'}.")
 
 
 def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
@@ -329,4 +329,4 @@ def check(action: Action) -> Evidence:
         raise PromiseBroken(
             f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: run 05_cutover again."
         )
-    return action.finish(f"{run.plan.full_name} is the partitioned table; {len(rows)} foreign keys are valid.")
+    return action.finish(f"{run.plan.full_name} is the partitioned table; valid foreign keys: {len(rows)}.")

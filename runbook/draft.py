@@ -33,7 +33,8 @@ class Draft:
 
     def columns(self) -> pd.DataFrame:
         """The columns as they are."""
-        return pd.DataFrame([column.model_dump(include={"name", "type", "not_null", "default"}) for column in self.plan.columns])
+        kept = {"name", "type", "not_null", "default"}
+        return pd.DataFrame([column.model_dump(include=kept) for column in self.plan.columns]).fillna("")
 
     def keys(self) -> pd.DataFrame:
         """Keys and indexes as they are, and where each will stand."""

@@ -105,7 +105,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
 
         locks.persist(run.database, session, patience, reference.table, attempt)
     return action.finish(
-        f"{len(added(run))} referencing tables have their role column, and a log of their own.",
+        f"Referencing tables with their role column, and a log of their own: {len(added(run))}.",
         len(added(run)),
     )
 
@@ -325,4 +325,4 @@ def check(action: Action) -> Evidence:
             raise PromiseBroken(
                 f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}."
             )
-    return action.finish(f"Every row of {len(added(run))} referencing tables has its role.")
+    return action.finish(f"Every row that references {run.plan.full_name} has its {run.plan.key}.")

@@ -119,6 +119,7 @@ class Run:
         return frame.assign(
             at=[f"{at:%H:%M:%S.%f}"[:-3] for at in frame["at"]],
             seconds=frame.seconds.round(4),
+            rows=frame.rows.map(lambda rows: "" if rows < 0 else rows),  # of what has no rows
             waited_for=frame.waited_for.map("; ".join),
         )
 

@@ -96,7 +96,7 @@ def copy(
             progress.close()
     rows = sum(row["rows"] for row in session.rows("restore.copied", **run.names))
     return action.finish(
-        f"{rows:,} rows were copied in {len(done) + len(pending)} ranges.",
+        f"{rows:,} rows were copied; ranges: {len(done) + len(pending)}.",
         rows,
         ranges=len(done) + len(pending),
     )
