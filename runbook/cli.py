@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import re
 import sys
@@ -44,6 +45,14 @@ class Sentence(click.Group):
             said = str(error)
         except psycopg.Error as error:
             said = f"The server refused what `runbook {ctx.invoked_subcommand}` asked of it: {' '.join(str(error).split())}."
+        except KeyboardInterrupt:  # click would say "Aborted!" and exit with 1
+            click.echo("Interrupted.", err=True)
+            sys.exit(EXIT_CODES["KeyboardInterrupt"])
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            where = error.filename or "A file of the record"
+            said = f"{where} cannot be used: {error.strerror or error}. Mend that, or choose another folder; then give the command again."
         raise click.ClickException(redact(said, known_secrets()))
 
 
@@ -220,7 +229,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
 
     `result` says at the end, when all did go well, what came of it.
     """
-    from runbook.engine import execute  # Jupyter's libraries take seconds to load, and only this needs them
+    from runbook import engine  # Jupyter's libraries take seconds to load, and only this needs them
 
     table, where = str(given["table"]), str(given.get("database", "embedded"))
     record = _begin(out, given)
@@ -228,25 +237,26 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     stopped = error_name = ""
     bar = tqdm(total=len(names), unit="step", disable=not sys.stderr.isatty(), leave=False)
     try:
-        for name in names:
-            bar.set_description(name)
-            before = _history(where, table)
-            done = execute(
-                folder("notebooks") / f"{name}.ipynb", record.start(f"{name}.ipynb"), _own(name, given),
-                on_output=_teller(bar),
-            )  # fmt: skip
-            record.add(done)
-            lines.append(_line(name, done, before, _history(where, table)))
-            bar.update()
-            with bar.external_write_mode(file=sys.stdout):
-                click.echo("{step:<16} {state:<12} {rows:>12} rows {seconds:>8.1f} s".format(**lines[-1]))
-            if done.error or done.failed_cell is not None:
-                stopped, error_name = f"{name} stopped at cell {done.failed_cell}: {done.error}", done.error_name
-                break
-            if name == FORWARD[0]:  # the others work by the plan that this run froze, or not at all
-                given = {"plan": ledger.of(target(where), table).plan.hash} | given
-    except KeyboardInterrupt:
-        stopped, error_name = "Interrupted between two cells.", "KeyboardInterrupt"
+        with engine.ended_by_signals():
+            for name in names:
+                bar.set_description(name)
+                before = _history(where, table)
+                done = engine.execute(
+                    folder("notebooks") / f"{name}.ipynb", record.start(f"{name}.ipynb"), _own(name, given),
+                    on_output=_teller(bar),
+                )  # fmt: skip
+                record.add(done)
+                lines.append(_line(name, done, before, _history(where, table)))
+                bar.update()
+                with bar.external_write_mode(file=sys.stdout):
+                    click.echo("{step:<16} {state:<12} {rows:>12} rows {seconds:>8.1f} s".format(**lines[-1]))
+                if done.error or done.failed_cell is not None:
+                    stopped, error_name = f"{name} stopped at cell {done.failed_cell}: {done.error}", done.error_name
+                    break
+                if name == FORWARD[0]:  # the others work by the plan that this run froze, or not at all
+                    given = {"plan": ledger.of(target(where), table).plan.hash} | given
+    except (KeyboardInterrupt, engine.Terminated) as error:
+        stopped, error_name = f"{name} was stopped between two cells.", type(error).__name__
     except Exception as error:  # told by whoever called; the record must not say that all went well
         stopped = redact(f"{name} stopped: {type(error).__name__}: {error}", record.secrets)
         raise
@@ -257,10 +267,20 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
         click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{result()}".rstrip())
     click.echo(f"\nRecord: {record.folder}")
     if stopped:
-        click.echo(f"{stopped}\nThe same command goes on from there; `runbook rollback` takes everything away.", err=True)
+        click.echo(f"{stopped}\n{_way_on(name, error_name)}".rstrip(), err=True)
     click.echo(f"Head:   {head}")
     if stopped:
         sys.exit(EXIT_CODES.get(error_name, 1))
+
+
+def _way_on(name: str, error_name: str) -> str:
+    """What to do after this notebook was stopped; of no use would be to go on to a plan that was refused, or to roll back for
+    what a day's look has found."""
+    if name == FORWARD[0] and error_name not in EXIT_CODES:
+        return "Nothing was changed: when that is mended, give the command again."
+    if name in FORWARD:
+        return "The same command goes on from there; `runbook rollback` takes everything away."
+    return "" if name == "08_monitor" else "When that is mended, the same command goes on from there."
 
 
 def _teller(bar: Any) -> Callable[[str], None]:
@@ -316,7 +336,7 @@ def _under_way(where: str, table: str) -> bool:
 def _line(name: str, done: Executed, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     mine = after[(after["step"] == name.partition("_")[2]) & (after["state"] == "done")]
     rows = 0 if mine["rows"].isna().all() else int(mine["rows"].max())
-    state = "already done" if len(before) == len(after) else "done"
+    state = "already done" if before.equals(after) else "done"  # a plan that took another's place has as many lines
     if done.error or done.failed_cell is not None:
         state, rows = "failed", 0
     return {"step": name, "state": state, "rows": f"{rows:,}", "seconds": round(done.seconds, 1)}

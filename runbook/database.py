@@ -229,6 +229,8 @@ def target(database: str, users: int | None = None) -> Database:
         return Database("embedded", embedded.start(users), embedded=True)
     try:
         parts = {} if database == "environment" else conninfo_to_dict(database)
+        if not parts and database != "environment":  # empty, as of a variable that is not set: libpq would take any server
+            raise psycopg.ProgrammingError
     except psycopg.ProgrammingError:  # its text may repeat a password
         raise BadInput(
             'database cannot be read: give "embedded", "environment" (PG* variables), postgresql://user@host/db or service=name.'

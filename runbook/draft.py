@@ -146,7 +146,7 @@ def draft(**given: Any) -> Draft:
         if session.value("ledger.exists"):
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
             if row is not None and row["state"] in ("open", "finished") and _under_way(session, row["id"]):
-                return _in_force(database, row, parameters)
+                return _in_force(session, database, row, parameters)
         try:
             with session.transaction("REPEATABLE READ"), session.qualified():
                 return Draft(database, _decide(session, found, parameters, database.name))
@@ -162,18 +162,29 @@ def _under_way(session: Session, migration: int) -> bool:
     return any(row["step"] != "plan" for row in session.rows("ledger.history", migration=migration))
 
 
-def _in_force(database: Database, row: dict[str, Any], parameters: Parameters) -> Draft:
+def _in_force(session: Session, database: Database, row: dict[str, Any], parameters: Parameters) -> Draft:
     plan = Plan.model_validate(row["plan"])
-    wanted = {
+    wanted: dict[str, Any] = {
         "key": plan.key,
         "unique": plan.unique,
         "legacy_inserts": plan.legacy_inserts,
         "restore_from": plan.restore_from,
     }
+    given = parameters.model_dump(include={*wanted, "partition_by"})
+    if plan.restore_from == "source":
+        wanted["partition_by"] = plan.partition_by
+        done = {
+            (each["step"], each["action"])
+            for each in session.rows("ledger.history", migration=row["id"])
+            if each["state"] == "done"
+        }
+        if parameters.partitions and ("cutover", "swap") not in done:  # afterwards 20 may have added some
+            wanted["partitions"] = sorted(each.name for each in plan.partitions)
+            given["partitions"] = sorted(parameters.partitions)
     for name, frozen in wanted.items():
-        if getattr(parameters, name) != frozen:
+        if given[name] != frozen:
             raise BadInput(
-                f"{name} is {getattr(parameters, name)!r}, but the plan {plan.hash[:12]} of {plan.full_name}, which is under way, has"
+                f"{name} is {given[name]!r}, but the plan {plan.hash[:12]} of {plan.full_name}, which is under way, has"
                 f" {frozen!r}: go on with that, or roll back with 90_rollback and plan again."
             )
     return Draft(

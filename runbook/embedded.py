@@ -191,8 +191,9 @@ def _locked() -> Iterator[Server]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield _locate(folder, lock.fileno())
     except (OSError, psycopg.Error) as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else str(error).strip()  # copytree lists each file's
         raise ServerUnavailable(
-            f"The embedded server in {folder} cannot be used: {str(error).strip()}. Mend that, set "
+            f"The embedded server in {folder} cannot be used: {reason}. Mend that, set "
             "RUNBOOK_HOME to a folder of your own, or name a server with --database."
         ) from error
 

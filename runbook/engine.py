@@ -118,7 +118,7 @@ class RecordEngine(NBClientEngine):  # type: ignore[misc]
             papermill_io.register(output_path, _Record(papermill_io.get_handler(output_path), options["secrets"]))
         nb.metadata["runbook"] = {"state": "running"}
         nb.metadata.setdefault("language_info", {"name": "python", "pygments_lexer": "ipython3"})
-        with _ended_by_signals():
+        with ended_by_signals():
             return super().execute_notebook(nb, kernel_name, output_path=output_path, **options)
 
     @classmethod
@@ -306,7 +306,7 @@ class _Record(LocalHandler):  # type: ignore[misc]
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP become an exception, so that the record is finished; a handler of the caller stays."""
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -97,7 +97,8 @@ def _sentences(error: ValidationError) -> list[str]:
             given = problem["input"]
             cause = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
             kind = {"str": "text", "NoneType": "empty", "bool": "yes/no"}.get(type(given).__name__, type(given).__name__)
-            said.setdefault(name, f"{name} is {given!r} ({kind}), but {cause}: write it in that form.")
+            form = "put it in quotes" if problem["type"] == "string_type" else "write it in that form"
+            said.setdefault(name, f"{name} is {given!r} ({kind}), but {cause}: {form}.")
     return list(said.values())
 
 
@@ -105,7 +106,7 @@ def from_file(path: Path) -> dict[str, Any]:
     """A YAML file of parameters, as Papermill's -f takes it; raises BadInput when it holds anything else."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"{path} cannot be read as a YAML file of parameters: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise BadInput(f"{path} must hold parameters, a line each, as `table: users`.")

@@ -25,7 +25,7 @@ PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
     ({"table": "usres"}, BadInput, ["usres is not a table of", "did you mean", "users"]),
     ({"table": "nowhere.users"}, BadInput, ["nowhere.users is not a table of"]),
     ({"table": 7}, BadInput, ["table is 7 (int)", "string"]),
-    ({"table": False}, BadInput, ["table is False (yes/no)"]),
+    ({"table": False}, BadInput, ["table is False (yes/no)", "put it in quotes"]),
     ({"unique": "globally"}, BadInput, ["unique is 'globally'", "'global' or 'per_partition'"]),
     ({"partitions": ["user"]}, BadInput, ["partitions is ['user']", "dictionary"]),
     ({"partitions": '{"a": ["user"'}, BadInput, ["partitions", "is not valid JSON"]),
@@ -42,6 +42,7 @@ PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
     ({"fail_on": "warning"}, PlanBlocked, ["email"]),
     ({"database": "postgresql://ann:secret@localhost/clinic"}, BadInput, ["holds a password", "PGPASSWORD"]),
     ({"database": "host=localhost password=secret"}, BadInput, ["holds a password", "PGPASSFILE"]),
+    ({"database": ""}, BadInput, ["database cannot be read"]),
     ({"database": "clinic of ours"}, BadInput, ["database cannot be read", "postgresql://user@host/db"]),
 ]
 # A wish for the table, and what must stand in the sentence.
@@ -150,6 +151,10 @@ def test_another_key_than_the_one_of_the_plan_that_is_under_way(clinic: str) -> 
     before = dump(clinic)
     with pytest.raises(BadInput, match=r"key is 'is_active', but the plan .* has 'role'"):
         walk(clinic, "00_plan", key="is_active")
+    with pytest.raises(BadInput, match=r"partitions is \['everybody'\], but the plan .* has \['users_admins', "):
+        walk(clinic, "00_plan", partitions={"everybody": "default"})
+    with pytest.raises(BadInput, match="partition_by is 'hash', but the plan"):
+        walk(clinic, "00_plan", partition_by="hash", partitions=None, modulus=2)
     assert dump(clinic) == before
 
 
@@ -211,13 +216,14 @@ def test_a_command_that_cannot_be_meant(untouched: str, tmp_path: Path, words: l
         ("table: users\nkey: 012", "key is 10 (int)"),
         ("- table", "must hold parameters, a line each"),
         ("table: [", "cannot be read as a YAML file"),
+        (b"table: caf\xe9", "cannot be read as a YAML file"),
         ("key: role", "No table is named"),
         ("table: users\nkey: role\npartitions: {users_patients: user}", "users_patients has the value 'user'"),
     ],
 )
-def test_a_file_that_cannot_be_meant(untouched: str, tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_that_cannot_be_meant(untouched: str, tmp_path: Path, text: str | bytes, said: str) -> None:
     file = tmp_path / "parameters.yaml"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     result = CliRunner().invoke(cli.main, ["sql", "-f", str(file), "--database", untouched])
     assert (result.exit_code, result.stdout) == (1, "")
     assert said in result.stderr

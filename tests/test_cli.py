@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -62,7 +63,7 @@ def test_a_step_is_known_by_number_and_by_name(clinic: str, tmp_path: Path) -> N
         assert result.stdout.startswith("03_restore       failed")
         assert "03_restore stopped at cell" in result.stderr
         assert "run 00_plan first" in result.stderr
-        assert "The same command goes on from there" in result.stderr
+        assert "The same command goes on from there; `runbook rollback`" in result.stderr
         assert result.stdout.splitlines()[-1].startswith("Head:   ")
 
 
@@ -140,6 +141,50 @@ def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, 
     assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
 
 
+def test_a_ctrl_c_before_the_first_notebook_is_told_as_one(tmp_path: Path) -> None:
+    words = [str(Path(sys.executable).with_name("runbook")), "status"]
+    with open(tmp_path / "lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        environment = {**os.environ, "RUNBOOK_HOME": str(tmp_path)}
+        going = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+        while "FLOCK  ADVISORY  WRITE " + str(going.pid) not in Path("/proc/locks").read_text():
+            assert going.poll() is None
+            time.sleep(0.1)
+        going.send_signal(signal.SIGINT)
+        said = going.communicate(timeout=30)[1]
+    assert (going.returncode, said) == (130, "Interrupted.\n")
+
+
+def test_a_run_that_is_terminated_between_two_notebooks_is_sealed(clinic: str, sql: Sql, tmp_path: Path) -> None:
+    walk(clinic, "00_plan")
+    words = ["run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
+    with psycopg.connect(clinic) as somebody:
+        somebody.execute("LOCK TABLE runbook.migration")  # what was done before is looked up before each notebook
+        program = str(Path(sys.executable).with_name("runbook"))
+        going = subprocess.Popen([program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for(sql, "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND wait_event_type = 'Lock'")
+        going.send_signal(signal.SIGTERM)
+        time.sleep(1)
+    said = going.communicate(timeout=60)[1]
+    assert (going.returncode, "00_plan was stopped between two cells." in said) == (143, True)
+    (kept,) = tmp_path.glob("*/manifest.json")
+    assert json.loads(kept.read_text())["sealed"]
+
+
+def test_what_is_told_to_do_fits_what_was_stopped(clinic: str, tmp_path: Path) -> None:
+    given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
+    assert "rollback" not in command("monitor", *given).stderr
+    refused = command("run", *given, "-p", "key", "nothing").stderr
+    assert "Nothing was changed: when that is mended, give the command again." in refused
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(clinic: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = command("run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path / "file" / "runs"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "file/runs cannot be used: Not a directory." in result.stderr
+
+
 @pytest.mark.long
 def test_a_failure_of_the_record_itself_is_not_told_as_success(
     clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +194,8 @@ def test_a_failure_of_the_record_itself_is_not_told_as_success(
 
     monkeypatch.setattr(archive.Run, "add", full)
     result = command("run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path), "--to", "plan")
-    assert isinstance(result.exception, OSError)
+    assert result.exit_code == 1
+    assert "A file of the record cannot be used: No space left on device." in result.stderr
     (kept,) = tmp_path.glob("*/manifest.json")
     manifest = json.loads(kept.read_text())
     assert manifest["state"] == "failed"
