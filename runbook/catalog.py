@@ -146,21 +146,19 @@ def references_of(session: Session, table: Table, key: str) -> tuple[Reference, 
 
 
 def _composite(row: Row, table: Table, key: str, role: str) -> str:
-    """The definition of the composite key: the old one's actions and timing, and ON UPDATE CASCADE, which carries a
-    changed partition key along. SET NULL names its columns, or it would empty the role column too (PostgreSQL 15)."""
+    """The definition of the composite key: itself where it has the partition key already; else the old one's actions and
+    timing, and ON UPDATE CASCADE, which carries a changed partition key along. SET NULL names its columns, or it would
+    empty the role column too (PostgreSQL 15)."""
     referenced = tuple(row["referenced"])
-    columns = tuple(row["columns"]) if key in referenced else (*row["columns"], role)
-    on_update = ACTIONS[row["on_update"]] if key in referenced else "CASCADE"
-    on_delete = ACTIONS[row["on_delete"]]
-    if row["on_delete"] in "nd" and key not in referenced:
-        on_delete += " ({})"
-    text = sql.SQL("FOREIGN KEY ({}) REFERENCES {} ({}){} ON UPDATE {} ON DELETE {}{}").format(
-        sql.SQL(", ").join(map(sql.Identifier, columns)),
+    if key in referenced:
+        return str(row["definition"]).removesuffix(" NOT VALID")
+    on_delete = ACTIONS[row["on_delete"]] + (" ({})" if row["on_delete"] in "nd" else "")
+    text = sql.SQL("FOREIGN KEY ({}) REFERENCES {} ({}){} ON UPDATE CASCADE ON DELETE {}{}").format(
+        sql.SQL(", ").join(map(sql.Identifier, (*row["columns"], role))),
         sql.Identifier(table.schema_name, table.name),
         sql.SQL(", ").join(map(sql.Identifier, with_key(referenced, key))),
         # Of a single column, and where nothing may be NULL, both match alike; the role column may be set where the key is NULL.
-        sql.SQL(" MATCH FULL" if row["match"] == "f" and (key in referenced or row["not_null"]) else ""),
-        trusted(on_update),
+        sql.SQL(" MATCH FULL" if row["match"] == "f" and row["not_null"] else ""),
         trusted(on_delete).format(sql.SQL(", ").join(map(sql.Identifier, row["delete_columns"] or row["columns"]))),
         trusted((" DEFERRABLE" if row["deferrable"] else "") + (" INITIALLY DEFERRED" if row["deferred"] else "")),
     )

@@ -214,10 +214,10 @@ def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
 def _references(session: Session, plan: Plan) -> Iterator[Finding]:
     for reference in (*plan.references, *plan.selves):
         name = f"{reference.schema_name}.{reference.table}"
-        if set(reference.referenced) | {plan.key} != set(plan.new_primary_key):
+        if reference.adds_column and {*reference.referenced, plan.key} != set(plan.new_primary_key):
             yield _blocker(
-                name, f"{name} references {', '.join(reference.referenced)} of {plan.full_name}, which is not its primary key.",
-                "Drop that foreign key first.",
+                name, f"{name} references {', '.join(reference.referenced)} of {plan.full_name}, which is not its primary key and lacks {plan.key}.",
+                "Drop that foreign key first, or partition by a column that it references.",
             )  # fmt: skip
         if (
             "MATCH FULL" in reference.definition

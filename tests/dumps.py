@@ -37,7 +37,7 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
     leaf_indexes = {name for index in plan.indexes for name in index.leaf_names.values()}
     ours = {plan.retired, plan.backup, *leaves, *leaf_indexes, *(index.retired_name for index in plan.indexes)}
     elsewhere = {index.name for index in plan.indexes if not index.everywhere}
-    composite = {f"{reference.table} {reference.name}" for reference in (*plan.references, *plan.selves)}
+    composite = {f"{reference.table} {reference.name}" for reference in (*plan.references, *plan.selves) if reference.adds_column}
 
     def of_ours(name: str, text: str) -> bool:
         plain = name.replace('"', "")

@@ -221,6 +221,16 @@ CARRIED = {
         CREATE TABLE maybe (thing_id bigint REFERENCES thing ON DELETE SET NULL, d bigint DEFAULT 1 REFERENCES thing ON
         DELETE SET DEFAULT); INSERT INTO maybe VALUES (1, 2), (NULL, NULL)
         """,
+    "incoming with key": """
+        ALTER TABLE thing ADD UNIQUE (kind, other); CREATE TABLE task (kind text NOT NULL, other bigint, FOREIGN KEY (kind,
+        other) REFERENCES thing (kind, other) MATCH FULL ON DELETE CASCADE); INSERT INTO task VALUES ('b', 3); CREATE INDEX
+        ON task (other, kind)
+        """,
+    "incoming with key set null 15": """
+        ALTER TABLE thing ADD UNIQUE (kind, id), ADD parent bigint, ADD FOREIGN KEY (kind, parent) REFERENCES thing (kind,
+        id) ON DELETE SET NULL (parent); CREATE TABLE task (kind text NOT NULL, thing_id bigint, FOREIGN KEY (kind,
+        thing_id) REFERENCES thing (kind, id) ON DELETE SET NULL (thing_id)); INSERT INTO task VALUES ('b', 3)
+        """,
     "incoming not valid": """
         INSERT INTO part VALUES (77, 777); ALTER TABLE part ADD CONSTRAINT of_thing FOREIGN KEY (thing_id) REFERENCES
         thing NOT VALID
@@ -307,7 +317,7 @@ BLOCKED = {
         """,
     ),
     "incoming to unique": (
-        "references other of public.thing, which is not its primary key",
+        "references other of public.thing, which is not its primary key and lacks kind",
         """
         ALTER TABLE thing ADD UNIQUE (other); CREATE TABLE to_other (o bigint REFERENCES thing (other))
         """,
