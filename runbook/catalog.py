@@ -139,7 +139,7 @@ def references_of(session: Session, table: Table, key: str) -> tuple[Reference, 
                 name=row["name"], schema_name=row["schema"], table=row["table"], owner=row["owner"], definition=row["definition"],
                 columns=columns, referenced=referenced, role_column=role, adds_column=key not in referenced, not_null=row["not_null"],
                 indexed=row["indexed"], composite=_composite(row, table, key, role), comment=row["comment"],
-                leaves=tuple((schema, name) for schema, name in row["leaves"] or []),
+                leaves=tuple((schema, name) for schema, name in row["leaves"] or []), operators=tuple(row["operators"]),
             )
         )  # fmt: skip
     return tuple(found)

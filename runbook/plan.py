@@ -97,7 +97,7 @@ class Guard(Fact):
     """A table with one unique index, which keeps a key unique over all partitions that no root's index can keep.
 
     `parts` holds the name, the expression over a row, and collation and operator class of each key column; `watched`
-    are the table's columns that the key is made of.
+    are the table's columns that the key is made of, `operators` what compares each part: functions have no search_path.
     """
 
     index: str
@@ -107,6 +107,7 @@ class Guard(Fact):
     nulls_not_distinct: bool
     deferrable: bool
     watched: tuple[str, ...]
+    operators: tuple[str, ...] = ()
 
 
 class Reference(Fact):
@@ -126,6 +127,7 @@ class Reference(Fact):
     composite: str
     comment: str | None
     leaves: tuple[tuple[str, str], ...] = ()  # where it is partitioned itself
+    operators: tuple[str, ...] = ()  # what compares each column: functions have no search_path
 
     @property
     def tables(self) -> list[sql.Identifier]:

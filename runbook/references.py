@@ -74,8 +74,8 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "old_columns": of_row("OLD"),
         "new_present": sql.SQL("({}) IS NOT NULL").format(sql.SQL("ROW({})").format(of_row("NEW"))),
         "s_is_new": sql.SQL(" AND ").join(
-            sql.SQL("s.{} = NEW.{}").format(sql.Identifier(a), sql.Identifier(b))
-            for a, b in zip(referenced, columns, strict=True)
+            sql.SQL("s.{} {} NEW.{}").format(sql.Identifier(a), equals, sql.Identifier(b))
+            for a, equals, b in zip(referenced, _equals(reference), columns, strict=True)
         ),
     }
 
@@ -94,13 +94,20 @@ def _unknown(run: Run, reference: Reference) -> sql.Composable:
     return refuse
 
 
+def _equals(reference: Reference) -> list[sql.SQL]:
+    """The foreign key's own operators, by their schemas: a trigger's search_path has none of an extension's."""
+    return [trusted(each) for each in reference.operators or ["="] * len(reference.columns)]
+
+
 def _itself(run: Run, reference: Reference) -> sql.Composable:
     """What the fill trigger does first: a row that refers to itself has its own partition key, before it is there and whenever
     that changes."""
     if reference not in run.plan.selves:
         return sql.SQL("")
-    pairs = zip(reference.columns, reference.referenced, strict=True)
-    itself = sql.SQL(" AND ").join(sql.SQL("NEW.{} = NEW.{}").format(sql.Identifier(a), sql.Identifier(b)) for a, b in pairs)
+    pairs = zip(reference.referenced, _equals(reference), reference.columns, strict=True)
+    itself = sql.SQL(" AND ").join(
+        sql.SQL("NEW.{} {} NEW.{}").format(sql.Identifier(a), e, sql.Identifier(b)) for a, e, b in pairs
+    )
     text = "IF {0} AND (TG_OP = 'UPDATE' OR NEW.{1} IS NULL) THEN NEW.{1} := NEW.{2}; RETURN NEW; END IF;"
     return sql.SQL(text).format(itself, sql.Identifier(reference.role_column), sql.Identifier(run.plan.key))
 

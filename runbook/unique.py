@@ -18,7 +18,8 @@ def names(plan: Plan, guard: Guard, staging: str, schema: str = "") -> dict[str,
     conditions: list[sql.Composable] = [trusted(f"({guard.predicate})")] if guard.predicate else []
     if not guard.nulls_not_distinct:  # rows with a NULL in the key cannot clash
         conditions += [sql.SQL("({}) IS NOT NULL").format(trusted(expression)) for _, expression, _ in guard.parts]
-    same = "(g.{0} = o.{0} OR g.{0} IS NULL AND o.{0} IS NULL)" if guard.nulls_not_distinct else "g.{0} = o.{0}"
+    same = "(g.{0} {1} o.{0} OR g.{0} IS NULL AND o.{0} IS NULL)" if guard.nulls_not_distinct else "g.{0} {1} o.{0}"
+    equals = map(trusted, guard.operators or ["="] * len(columns))
 
     def row(which: str, form: str = "{}.{}") -> sql.Composable:
         each = (sql.SQL(form).format(trusted(which), sql.Identifier(name)) for name in guard.watched)
@@ -41,7 +42,7 @@ def names(plan: Plan, guard: Guard, staging: str, schema: str = "") -> dict[str,
             sql.SQL("{} {}").format(column, trusted(how)) for column, (_, _, how) in zip(columns, guard.parts, strict=True)
         ),
         "nulls": sql.SQL("NULLS NOT DISTINCT" if guard.nulls_not_distinct else ""),
-        "g_is_o": sql.SQL(" AND ").join(sql.SQL(same).format(column) for column in columns),
+        "g_is_o": sql.SQL(" AND ").join(sql.SQL(same).format(*each) for each in zip(columns, equals, strict=True)),
         "old_row": sql.SQL("SELECT {}").format(row("OLD", "{0}.{1} AS {1}")),
         "new_row": sql.SQL("SELECT {}").format(row("NEW", "{0}.{1} AS {1}")),
         "old_watched": row("OLD"),

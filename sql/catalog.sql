@@ -123,6 +123,8 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
           JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.attnum) AS columns,
        (SELECT array_agg(a.attname ORDER BY u.ord) FROM unnest(k.confkey) WITH ORDINALITY u(attnum, ord)
           JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.attnum) AS referenced,
+       (SELECT array_agg(format('OPERATOR(%I.%s)', os.nspname, o.oprname) ORDER BY u.ord) FROM unnest(k.conpfeqop) WITH ORDINALITY u(op, ord)
+          JOIN pg_operator o ON o.oid = u.op JOIN pg_namespace os ON os.oid = o.oprnamespace) AS operators,
        (SELECT bool_and(a.attnotnull) FROM pg_attribute a
          WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)) AS not_null,
        k.confdeltype AS on_delete, k.confupdtype AS on_update, k.confmatchtype AS match,
@@ -420,9 +422,14 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM (
 SELECT pg_relation_filenode({oid}::oid)
 
 -- name: guards
--- Unique keys that lack the partition key: the name, expression, collation and operator class of each part; and the columns
--- that they are made of.
-SELECT x.relname AS index, p.parts, pg_get_expr(i.indpred, i.indrelid) AS predicate,
+-- Unique keys that lack the partition key: the name, expression, collation and operator class of each part, and its operator of
+-- equality, which a type of an extension has in a schema of its own; and the columns that they are made of.
+SELECT x.relname AS index, p.parts,
+       ARRAY(SELECT format('OPERATOR(%I.%s)', os.nspname, o.oprname) FROM unnest(i.indclass::oid[]) WITH ORDINALITY u(class, n)
+               JOIN pg_opclass c ON c.oid = u.class
+               JOIN pg_amop e ON (e.amopfamily, e.amoplefttype, e.amoprighttype, e.amopstrategy) = (c.opcfamily, c.opcintype, c.opcintype, 3)
+               JOIN pg_operator o ON o.oid = e.amopopr JOIN pg_namespace os ON os.oid = o.oprnamespace ORDER BY n) AS operators,
+       pg_get_expr(i.indpred, i.indrelid) AS predicate,
        coalesce((to_jsonb(i) ->> 'indnullsnotdistinct')::boolean, false) AS nulls_not_distinct, NOT i.indimmediate AS deferrable,
        ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum > 0 AND (a.attnum = ANY (i.indkey::int2[])
                 OR EXISTS (SELECT FROM pg_depend g WHERE g.classid = 'pg_class'::regclass AND g.objid = i.indexrelid

@@ -27,7 +27,7 @@ BEGIN
   IF TG_OP <> 'INSERT' THEN
     INSERT INTO {back} VALUES ({row_old});
   END IF;
-  IF TG_OP = 'INSERT' OR TG_OP = 'UPDATE' AND ROW({row_old}) IS DISTINCT FROM ROW({row_new}) THEN
+  IF TG_OP = 'INSERT' OR TG_OP = 'UPDATE' AND ROW({row_old})::record *<> ROW({row_new})::record THEN
     INSERT INTO {back} VALUES ({row_new});
   END IF;
   RETURN NULL;

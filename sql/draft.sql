@@ -9,11 +9,14 @@ SELECT {key}::text AS value, count(*) AS rows FROM ONLY {table} GROUP BY {key} O
 
 -- name: placed
 -- The values that occur, NULL as what it becomes, with the given one that each equals. Beyond {most} of those that nothing
--- equals, the rest is one.
-WITH counted AS (SELECT coalesce({key}, {filled}::{type}) AS value, count(*) AS rows FROM ONLY {table} GROUP BY 1),
+-- equals, the rest is one. Grouped: what equals what is the type's to say, and its operator need not be in the search_path.
+WITH counted AS (
+  SELECT value, max(given) AS given, sum(rows) AS rows
+    FROM (SELECT coalesce({key}, {filled}::{type}) AS value, NULL AS given, count(*) AS rows FROM ONLY {table} GROUP BY 1
+          UNION ALL SELECT g::{type}, g, 0 FROM unnest({values}::text[]) g) each GROUP BY value),
 ranked AS (
-  SELECT c.value::text AS value, g.given, c.rows, row_number() OVER (PARTITION BY g.given IS NULL ORDER BY c.rows DESC, c.value) AS place
-    FROM counted c LEFT JOIN unnest({values}::text[]) g(given) ON g.given::{type} = c.value)
+  SELECT value::text AS value, given, rows, row_number() OVER (PARTITION BY given IS NULL ORDER BY rows DESC, value) AS place
+    FROM counted WHERE rows > 0)
 SELECT CASE WHEN given IS NULL AND value IS NOT NULL AND place > {most} THEN '(others)' ELSE value END AS value, given, sum(rows)::bigint AS rows
   FROM ranked GROUP BY 1, 2 ORDER BY 3 DESC, 1
 

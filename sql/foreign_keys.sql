@@ -193,7 +193,7 @@ BEGIN
     PERFORM set_config('runbook.role_named', 'off', true);
   ELSE
     {itself}
-    IF TG_OP = 'UPDATE' AND ROW({new_columns}) IS DISTINCT FROM ROW({old_columns}) THEN
+    IF TG_OP = 'UPDATE' AND ROW({new_columns})::record *<> ROW({old_columns})::record THEN
       NEW.{role_column} := NULL;
     END IF;
   END IF;

@@ -11,7 +11,7 @@ import pytest
 import runbook
 from runbook import verify
 from runbook.errors import PromiseBroken
-from tests import migration
+from tests import migration, servers
 from tests.walk import dump
 
 PAYLOAD = "(email, password, first_name, last_name, role)"
@@ -164,6 +164,36 @@ def test_a_unique_key_of_any_form_is_kept(database, sql, form):
         sql("BEGIN; UPDATE things SET a = CASE id WHEN 2 THEN 'a3' ELSE 'a2' END WHERE id IN (2, 3);"
             " UPDATE things SET a = 'a' || id WHERE id IN (2, 3); COMMIT")  # fmt: skip
     verify.check(run)
+    migration.back(run)
+    assert dump(database, "--exclude-schema=runbook*") == before
+
+
+CONTRIB = """
+CREATE EXTENSION citext; CREATE EXTENSION ltree;
+CREATE TABLE things (path ltree PRIMARY KEY, name citext NOT NULL UNIQUE, kind citext NOT NULL);
+INSERT INTO things SELECT ('a.b' || n)::ltree, 'N' || n, (ARRAY['X', 'y'])[1 + n % 2] FROM generate_series(1, 40) n;
+CREATE TABLE notes (path ltree REFERENCES things ON DELETE CASCADE); INSERT INTO notes SELECT path FROM things
+"""
+
+
+@pytest.mark.long
+def test_the_types_of_an_extension_are_compared_by_operators_of_its_own(server, database, sql):
+    if server.version in servers.WHEEL:
+        pytest.skip(f"PostgreSQL {server.version} has no contrib in the wheel")
+    sql(CONTRIB)
+    before = dump(database, "--exclude-schema=runbook*")
+    run = migration.forward(database, table="things", key="kind", partitions={"x": ["x"], "y": ["Y"]})
+    assert [partition.rows for partition in run.plan.partitions] == [20, 20]
+    verify.check(run)
+    sql(
+        "INSERT INTO notes VALUES ('a.b3'); UPDATE notes SET path = 'a.b4' WHERE path = 'a.b3'; DELETE FROM things WHERE path = 'a.b3'"
+    )
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql("INSERT INTO things VALUES ('c', 'n1', 'x')")
+    sql(
+        "INSERT INTO things VALUES ('a.b3', 'N3', 'y'); UPDATE notes SET path = 'a.b3' WHERE ctid IN (SELECT max(ctid) FROM notes)"
+    )
+    sql("TRUNCATE notes; INSERT INTO notes SELECT path FROM things")
     migration.back(run)
     assert dump(database, "--exclude-schema=runbook*") == before
 
