@@ -22,7 +22,7 @@ from tqdm import tqdm
 from runbook import __version__, archive, embedded, ledger, parameters, rehearsal
 from runbook.database import target
 from runbook.draft import draft
-from runbook.errors import BadInput, RunbookError
+from runbook.errors import BadInput, RunbookError, told
 from runbook.redaction import known_secrets, redact
 from runbook.statements import folder
 
@@ -44,7 +44,7 @@ class Sentence(click.Group):
         except RunbookError as error:
             said = str(error)
         except psycopg.Error as error:
-            said = f"The server refused what `runbook {ctx.invoked_subcommand}` asked of it: {' '.join(str(error).split())}."
+            said = told(error)
         except KeyboardInterrupt:  # click would say "Aborted!" and exit with 1
             click.echo("Interrupted.", err=True)
             sys.exit(EXIT_CODES["KeyboardInterrupt"])
@@ -277,7 +277,7 @@ def _way_on(name: str, error_name: str) -> str:
     """What to do after this notebook was stopped; of no use would be to go on to a plan that was refused, or to roll back for
     what a day's look has found."""
     if name == FORWARD[0] and error_name not in EXIT_CODES:
-        return "Nothing was changed: when that is mended, give the command again."
+        return "Nothing but the ledger was written: when that is mended, give the command again."
     if name in FORWARD:
         return "The same command goes on from there; `runbook rollback` takes everything away."
     return "" if name == "08_monitor" else "When that is mended, the same command goes on from there."
@@ -438,6 +438,8 @@ def audit(runs: Path, database: str | None) -> None:
     heads: list[str] = []
     if database:
         with target(database).session("audit") as session:
+            if not session.value("ledger.exists"):
+                raise BadInput(f"{database} has no ledger to compare with: name the database that was migrated.")
             heads = [row["head"] for row in session.rows("ledger.heads")]
     said = archive.audit(runs, heads)
     for sentence in said:

@@ -60,6 +60,8 @@ def told(error: BaseException) -> str:
     diag = error.diag if isinstance(error, psycopg.Error) else None
     if diag is None or not diag.message_primary:
         return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    detail = diag.message_detail or ""
-    parts = [diag.message_primary, "" if detail.startswith("Failing row contains") else detail, diag.message_hint or ""]
+    detail, hint = diag.message_detail or "", diag.message_hint or ""
+    if diag.sqlstate == "42501" and "runbook" in diag.message_primary:
+        hint = "Schema runbook is the ledger, and belongs to whoever planned first: work as that role, or as a member of it"
+    parts = [diag.message_primary, "" if detail.startswith("Failing row contains") else detail, hint]
     return f"The server refused it ({diag.sqlstate}): {'. '.join(part.strip().rstrip('.') for part in parts if part)}."

@@ -175,7 +175,7 @@ def test_what_is_told_to_do_fits_what_was_stopped(clinic: str, tmp_path: Path) -
     given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
     assert "rollback" not in command("monitor", *given).stderr
     refused = command("run", *given, "-p", "key", "nothing").stderr
-    assert "Nothing was changed: when that is mended, give the command again." in refused
+    assert "Nothing but the ledger was written: when that is mended" in refused
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(clinic: str, tmp_path: Path) -> None:

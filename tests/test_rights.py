@@ -7,10 +7,11 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict
 
 import runbook
-from runbook import embedded
+from runbook import cli, embedded
 from runbook.errors import BadInput, PlanBlocked
 from tests import migration, servers
 
@@ -40,6 +41,16 @@ def test_the_owner_needs_no_superuser(owner, sql):
     ]
     migration.back(run)
     assert sql("SELECT count(*) FROM users") == [(1001,)]
+
+
+def test_whoever_may_not_read_the_ledger_is_told_whose_it_is(owner, clinic, tmp_path):
+    words = ["audit", str(tmp_path), "--database", owner]
+    assert "has no ledger to compare with" in CliRunner().invoke(cli.main, words).stderr
+    migration.plan(clinic)
+    for asked in (words, ["status", "--database", owner]):
+        done = CliRunner().invoke(cli.main, asked)
+        assert done.exit_code == 1
+        assert "permission denied for schema runbook. Schema runbook is the ledger" in done.stderr
 
 
 @pytest.mark.long
