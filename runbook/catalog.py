@@ -32,7 +32,7 @@ def table_of(row: Row) -> Table:
     return Table(
         oid=row["oid"], schema_name=row["schema"], name=row["name"], owner=row["owner"], rows=max(row["estimated_rows"], 0),
         table_bytes=row["table_bytes"], index_bytes=row["index_bytes"], tablespace=row["tablespace"], options=tuple(row["options"]),
-        replica_identity=row["replica_identity"], replica_index=row["replica_index"], comment=row["comment"], strangers=tuple(row["strangers"]),
+        replica_identity=row["replica_identity"], comment=row["comment"], strangers=tuple(row["strangers"]),
     )  # fmt: skip
 
 

@@ -176,7 +176,6 @@ class Table(Fact):
     tablespace: str
     options: tuple[str, ...]
     replica_identity: str
-    replica_index: str | None
     comment: str | None
     strangers: tuple[str, ...]
 

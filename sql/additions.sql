@@ -87,11 +87,6 @@ ALTER TABLE {leaf} DROP CONSTRAINT {check}
 -- name: analyze
 ANALYZE {leaf}
 
--- name: detach
--- The inverse, where no row came: ACCESS EXCLUSIVE on the root for an instant.
-ALTER TABLE {root} DETACH PARTITION {leaf};
-DROP TABLE {leaf}
-
 -- name: upkeep
 -- Each of these locks this partition, not the others; readers and writers of the other partitions go on.
 -- Empty it. (TRUNCATE would be refused where foreign keys point at the table.)

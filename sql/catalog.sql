@@ -31,8 +31,6 @@ SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind =
        coalesce((SELECT spcname FROM pg_tablespace t WHERE t.oid = c.reltablespace), '') AS tablespace,
        coalesce(c.reloptions, '{{}}') || coalesce((SELECT array_agg('toast.' || o) FROM unnest(t.reloptions) o), '{{}}') AS options,
        c.relreplident AS replica_identity,
-       (SELECT relname FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
-         WHERE i.indrelid = c.oid AND i.indisreplident) AS replica_index,
        obj_description(c.oid, 'pg_class') AS comment,
        -- Whom default privileges would give rights on a new table: the source's own grants are to be the only ones.
        coalesce((SELECT array_agg(DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END)

@@ -45,9 +45,6 @@ ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
 -- name: validate
 ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
 
--- name: replica_full
-ALTER TABLE {table} REPLICA IDENTITY {identity}
-
 -- name: unplaced_rows
 SELECT count(*) FROM {unplaced}
 

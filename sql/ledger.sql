@@ -42,16 +42,9 @@ CREATE TABLE IF NOT EXISTS runbook.record (
   head      text NOT NULL,
   sealed_at timestamptz NOT NULL DEFAULT clock_timestamp())
 
--- name: open_migration
-SELECT m.id, m.source, m.plan, m.plan_hash, m.state FROM runbook.migration m
- WHERE m.source = {source} AND m.state = 'open'
-
 -- name: last_migration
 SELECT m.id, m.source, m.plan, m.plan_hash, m.state FROM runbook.migration m
  WHERE m.source = {source} ORDER BY (m.state = 'open') DESC, m.id DESC LIMIT 1
-
--- name: next_id
-SELECT nextval(pg_get_serial_sequence('runbook.migration', 'id'))
 
 -- name: replace_open
 UPDATE runbook.migration SET state = 'replaced' WHERE source = {source} AND state = 'open'

@@ -56,9 +56,6 @@ COMMENT ON CONSTRAINT {constraint} ON {table} IS {comment}
 -- name: comment_index
 COMMENT ON INDEX {index} IS {comment}
 
--- name: staging_exists
-SELECT to_regnamespace({staging_text}) IS NOT NULL
-
 -- name: staged
 SELECT c.relname AS partition, pg_get_expr(c.relpartbound, c.oid) AS bound
   FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
