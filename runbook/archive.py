@@ -96,8 +96,8 @@ class Run:
         self._write()
         return self.folder / notebook
 
-    def add(self, executed: Executed, *, state: str = "", **facts: Any) -> None:
-        """The outcome of a notebook that was started, with its HTML and its statements beside it."""
+    def add(self, executed: Executed, *, state: str = "", rendered: bool = False, **facts: Any) -> None:
+        """The outcome of a notebook that was started, with its HTML (`rendered` already, or now) and its statements beside it."""
         from runbook.pages import render_html
 
         self._step(executed.notebook.name).update({
@@ -105,7 +105,8 @@ class Run:
             "seconds": round(executed.seconds, 3), "failed_cell": executed.failed_cell,
             "error_name": executed.error_name, "error": redact(executed.error, self.secrets),
         })  # fmt: skip
-        render_html(executed.notebook)
+        if not rendered:
+            render_html(executed.notebook)
         files = _of(executed.notebook.name, self.folder)
         if self.manifest.get("by_hand"):  # the kernel lives on, and with it its statements
             files = [file for file in files if not file.name.endswith(STATEMENTS)]

@@ -6,7 +6,10 @@ import json
 import os
 import signal
 import tempfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +24,7 @@ from traitlets.config import Config
 
 from runbook.archive import Run
 from runbook.engine import Executed, interpreter, shown
+from runbook.pages import render_html
 from runbook.redaction import redacted
 from runbook.statements import folder
 
@@ -69,14 +73,20 @@ def serve(record: Run, *, browser: bool = True) -> None:
         }
         words = [f"--{name}={value}" for name, value in options.items()]
         app = LabApp.initialize_server(argv=words, config=Config(ServerApp={"kernel_spec_manager_class": Interpreter}))
-        _watch(app, record)
-        if hasattr(signal, "SIGHUP"):  # a terminal that is closed ends the run; it does not break it off
-            signal.signal(signal.SIGHUP, lambda *_: app.stop(from_signal=True))
-        app.start()
+        with ThreadPoolExecutor(1) as beside_it:  # what it has begun is done before the record is sealed
+            _watch(app, record, beside_it)
+            if hasattr(signal, "SIGHUP"):  # a terminal that is closed ends the run; it does not break it off
+                signal.signal(signal.SIGHUP, lambda *_: app.stop(from_signal=True))
+            app.start()
 
 
-def _watch(app: Any, record: Run) -> None:
-    """Nothing reaches the folder but through these two hooks: whatever is saved is without secrets, and in the manifest."""
+def _watch(app: Any, record: Run, pool: ThreadPoolExecutor) -> None:
+    """Nothing reaches the folder but through these two hooks: whatever is saved is without secrets, and in the manifest.
+
+    The HTML is made in `pool`: a save that had to wait for it would still be under way when the next one begins, which
+    JupyterLab takes for a change by somebody else.
+    """
+    alone, saves = threading.Lock(), Counter[str]()
 
     def before(model: dict[str, Any], path: str, **_: Any) -> None:
         try:
@@ -85,8 +95,10 @@ def _watch(app: Any, record: Run) -> None:
                 model["content"] = redacted(_settled(model["content"]), record.secrets)
                 said = outcome(model["content"])[1]
                 model["content"]["metadata"]["runbook"] = redacted(said, record.secrets)
-                if said and "/" not in name:
-                    record.start(name)
+                with alone:
+                    saves[name] += 1
+                    if said and "/" not in name:
+                        record.start(name)
             elif model.get("format") == "text":
                 model["content"] = redacted(model["content"], record.secrets)
         except Exception as error:  # Jupyter would log any other, and save what was not redacted
@@ -95,14 +107,25 @@ def _watch(app: Any, record: Run) -> None:
     def after(os_path: str, model: dict[str, Any], **_: Any) -> None:
         path = Path(os_path)
         if path.is_dir():
-            return None
-        if model["type"] != "notebook" or path.parent != record.folder.resolve():
-            return record.keep(path)
-        seconds, said = outcome(json.loads(path.read_text(encoding="utf-8")))
-        if not said:  # opened, and nothing was run in it
-            return record.keep(path)
-        done = Executed(path, seconds, said.get("cell"), said.get("error", ""), said.get("error_name", ""))
-        return record.add(done, state=said["state"])
+            return
+        kept = model["type"] == "notebook" and path.parent == record.folder.resolve()
+        seconds, said = outcome(json.loads(path.read_text(encoding="utf-8"))) if kept else (0.0, {})
+        if said:
+            done = Executed(path, seconds, said.get("cell"), said.get("error", ""), said.get("error_name", ""))
+            pool.submit(show, done, said["state"], saves[path.name])
+            return
+        with alone:  # opened, and nothing was run in it; or no notebook of ours
+            record.keep(path)
+
+    def show(done: Executed, state: str, save: int) -> None:
+        try:
+            if saves[done.notebook.name] == save:
+                render_html(done.notebook)
+            with alone:
+                if saves[done.notebook.name] == save:  # else the next one's turn has come
+                    record.add(done, state=state, rendered=True)
+        except Exception:
+            app.log.exception(f"{done.notebook} was saved, but its HTML could not be written.")
 
     app.contents_manager.register_pre_save_hook(before)
     app.contents_manager.register_post_save_hook(after)

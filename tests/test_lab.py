@@ -125,8 +125,8 @@ def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_
                     page.set_viewport_size({"width": 1400, "height": 1000})
             run_all(page)
             finished(page)
-            # JupyterLab saves by itself, more rarely where saving takes long.
-            until(lambda name=name: step(folder, name)["state"] == "completed", 300)  # type: ignore[misc]
+            menu(page, "File", "Save Notebook")  # it saves by itself, but rarely where saving takes long
+            until(lambda name=name: step(folder, name)["state"] == "completed")  # type: ignore[misc]
             shots.mkdir(exist_ok=True)
             page.screenshot(path=shots / f"{name}.png")
             seen[name] = shown(page)
