@@ -239,7 +239,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
     judged = findings.worst_first([*findings.judge(session, plan, row, division, database), *advice.given(session, plan)])
     where = f"{plan.full_name}.{plan.key}"  # a value without a partition may come of bounds that cannot be
     if all(each.level != "blocker" or each.object == where for each in judged) and (refused := partition.rehearse(session, plan)):
-        way_out = "Correct key, partition_by or partitions."
+        way_out = "Correct key, partition_by, partitions or null_value; or what it names."
         judged = (Finding(level="blocker", object=plan.full_name, sentence=refused, way_out=way_out), *judged)
     return plan.model_copy(update={"findings": judged})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from runbook import catalog
 from runbook.database import Session
 from runbook.division import Division
 from runbook.plan import Finding, Plan
+from runbook.statements import trusted
 
 LEVELS = ("blocker", "warning", "note")
 
@@ -20,7 +22,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *_references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_names(session, plan), *_rights(session, plan),
         *_objects(session, plan), *_references(session, plan), *_uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -79,6 +81,11 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
             name,
             f"{plan.key} may be NULL until the cut-over and is NOT NULL after it; a NULL that comes before stops the cut-over.",
         )
+    elif plan.key_nullable and plan.null_value is not None:
+        yield _warning(
+            name, f"null_value fills {plan.key} until the cut-over only: after it a row without a {plan.key} is refused.",
+            f"Let whoever writes give it; where it is left out, ALTER TABLE … ALTER {plan.key} SET DEFAULT … helps.",
+        )  # fmt: skip
     if plan.takes_null:
         yield from _without_primary_key(plan)
     if not plan.takes_any_value:
@@ -89,6 +96,19 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
         yield _note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
+
+
+def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
+    """A foreign key by which null_value would refer to nobody: it would fail when it is validated, after the cut-over."""
+    for row in session.rows("catalog.outgoing", oid=plan.table.oid) if plan.null_value is not None else ():
+        referenced = (row["referenced_schema"], row["referenced_table"])
+        if row["columns"] == [plan.key] and not session.value(
+            "draft.exists", table=referenced, column=(row["referenced"],), value=plan.null_value, type=trusted(plan.key_type)
+        ):
+            yield _blocker(
+                row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
+                "Insert that row first, or set null_value to one that is there.",
+            )  # fmt: skip
 
 
 def _without_primary_key(plan: Plan) -> Iterator[Finding]:
@@ -209,9 +229,17 @@ def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
                 carried.name,
                 f"The trigger {carried.name} fires BEFORE each row: were it to change {plan.key}, the row could not be moved to another partition.",
             )
+        elif carried.kind == "trigger" and re.search(
+            r" AFTER (?:\S+ OR )*(?:INSERT|DELETE) .* FOR EACH ROW ", carried.definition
+        ):
+            yield _note(
+                carried.name,
+                f"The trigger {carried.name} fires for an update of {plan.key}, too: a row that moves to another partition is deleted and inserted.",
+            )
 
 
 def _references(session: Session, plan: Plan) -> Iterator[Finding]:
+    rows = {(row["schema"], row["table"], row["name"]): row for row in session.rows("catalog.incoming", oid=plan.table.oid)}
     for reference in (*plan.references, *plan.selves):
         name = f"{reference.schema_name}.{reference.table}"
         if reference.adds_column and {*reference.referenced, plan.key} != set(plan.new_primary_key):
@@ -233,6 +261,11 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
             yield _note(
                 name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column}.",
             )  # fmt: skip
+        if " ON UPDATE SET " in reference.definition and reference.adds_column:
+            yield _warning(
+                name, f"{reference.name} of {name} is ON UPDATE SET and becomes ON UPDATE CASCADE, by which {reference.role_column} follows.",
+                "Check for it in the application, or drop that action first.",
+            )  # fmt: skip
         if not reference.indexed:
             yield _warning(
                 name, f"{name} has no index that begins with {reference.columns[0]}: every correction and every delete of a referenced row scans it.",
@@ -253,18 +286,22 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"{reference.name} is ON DELETE SET NULL, and PostgreSQL 14 would empty {reference.role_column} too.",
                 "Upgrade to 15, or change the foreign key's action first.",
             )
-        rows = session.rows("catalog.incoming", oid=plan.table.oid)
-        for row in rows:
-            if (row["schema"], row["table"], row["name"]) == (
-                reference.schema_name,
-                reference.table,
-                reference.name,
-            ):
-                for trigger in row["update_triggers"] or []:
-                    yield _warning(
-                        name,
-                        f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in.",
-                    )
+        row = rows.get((reference.schema_name, reference.table, reference.name), {})
+        if row.get("is_partition") and reference.adds_column:
+            yield _blocker(
+                name, f"{name} is a partition with a foreign key {reference.name} of its own, and cannot gain the column {reference.role_column} alone.",
+                "Give the whole of its table that foreign key, or drop it first.",
+            )  # fmt: skip
+        if row.get("inherited") and reference.adds_column:
+            yield _blocker(
+                name, f"{name} is inherited from: {reference.role_column} would be required of its children too, which {reference.name} does not reach.",
+                "ALTER TABLE … NO INHERIT; for the children first.",
+            )  # fmt: skip
+        for trigger in row.get("update_triggers") or []:
+            yield _warning(
+                name,
+                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in.",
+            )
 
 
 def _uniqueness(plan: Plan) -> Iterator[Finding]:

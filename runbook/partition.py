@@ -74,7 +74,8 @@ def tables(plan: Plan, staging: str) -> Statements:
 
 
 def rehearse(session: Session, plan: Plan) -> str:
-    """Make the tables and their keys as temporary ones and take them back: the server itself judges bounds, types and keys.
+    """Make the tables and their keys as temporary ones, with some rows, and take them back: the server itself judges bounds,
+    types, checks and keys.
 
     Returns its refusal as a sentence, else nothing. Only ACCESS SHARE is taken on the source.
     """
@@ -85,6 +86,8 @@ def rehearse(session: Session, plan: Plan) -> str:
         with session.connection.transaction(force_rollback=True):
             for each in tables(plan, "pg_temp"):
                 session.run(each)
+            if refused := _try_rows(session, plan):
+                return refused
             for name, definition in keys.items():
                 session.run("restore.add_constraint", table=shadow, constraint=(name,), definition=trusted(definition))
     except psycopg.errors.InsufficientPrivilege:  # to make temporary tables: then 02 is the first to know
@@ -100,6 +103,24 @@ def rehearse(session: Session, plan: Plan) -> str:
     return ""
 
 
+def _try_rows(session: Session, plan: Plan) -> str:
+    """Copy some rows, of those that null_value fills too; returns what refuses them, without anybody's data."""
+    names = {**plan.names("pg_temp"), **plan.listed()}
+    conditions = [names["s_placed"]]
+    if plan.key_nullable and plan.null_value is not None:
+        conditions.append(sql.SQL("s.{} IS NULL").format(names["key"]))
+    try:
+        with session.connection.transaction(force_rollback=True):
+            if not plan.takes_any_value:
+                session.run("partition.create_unplaced", **names)
+            for some in conditions:
+                session.run("partition.try_rows", **names, some=some, size=SAMPLE)
+    except psycopg.Error as error:
+        said = error.diag.message_primary if (error.sqlstate or "")[:2] in ("23", "42") else f"error {error.sqlstate}"
+        return f"Rows of {plan.full_name} cannot be copied as they are: {said}."
+    return ""
+
+
 SAMPLE = 500  # rows
 
 
@@ -112,7 +133,7 @@ def measure(session: Session, plan: Plan) -> list[tuple[str, float, float]]:
             session.run(each)
         if not plan.takes_any_value:
             session.run("partition.create_unplaced", **plan.names("pg_temp"))
-        names = plan.names("pg_temp")
+        names = {**plan.names("pg_temp"), **plan.listed()}
         session.run("partition.create_sample", **names, size=SAMPLE)
         for choice in ("per_partition", "global"):
             if choice == "global":

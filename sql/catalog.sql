@@ -106,7 +106,11 @@ SELECT conname AS name, pg_get_constraintdef(oid) AS definition, convalidated AS
 -- name: outgoing
 -- Foreign keys of the table itself.
 SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalidated AS validated,
-       n.nspname AS referenced_schema, c.relname AS referenced_table, obj_description(k.oid, 'pg_constraint') AS comment
+       n.nspname AS referenced_schema, c.relname AS referenced_table,
+       (SELECT array_agg(a.attname ORDER BY u.ord) FROM unnest(k.conkey) WITH ORDINALITY u(attnum, ord)
+          JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.attnum) AS columns,
+       (SELECT a.attname FROM pg_attribute a WHERE a.attrelid = k.confrelid AND a.attnum = k.confkey[1]) AS referenced,
+       obj_description(k.oid, 'pg_constraint') AS comment
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.confrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE k.conrelid = {oid} AND k.contype = 'f' AND k.conparentid = 0
  ORDER BY k.conname
@@ -114,7 +118,8 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
 -- name: incoming
 -- conparentid = 0: on 14 to 17 the children of a key to a partitioned table have rows of their own.
 SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalidated AS validated,
-       c.oid::bigint AS oid, n.nspname AS schema, c.relname AS table, c.relkind = 'p' AS partitioned,
+       c.oid::bigint AS oid, n.nspname AS schema, c.relname AS table, c.relkind = 'p' AS partitioned, c.relispartition AS is_partition,
+       c.relkind = 'r' AND EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = c.oid) AS inherited,
        pg_get_userbyid(c.relowner) AS owner,
        c.oid = k.confrelid AS self, c.reltuples::bigint AS estimated_rows,
        (SELECT array_agg(a.attname ORDER BY u.ord) FROM unnest(k.conkey) WITH ORDINALITY u(attnum, ord)

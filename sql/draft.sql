@@ -57,3 +57,6 @@ SELECT b::{type}::text AS lower, (b + {step})::{type}::text AS upper, replace(b:
 -- What would be refused at the cut-over must be refused here.
 SELECT relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname = {schema} AND relname = ANY ({names})
+
+-- name: exists
+SELECT EXISTS (SELECT FROM {table} WHERE {column} = {value}::{type})

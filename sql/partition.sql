@@ -1,8 +1,10 @@
 -- The shadow: the table to be, in a schema of its own until the cut-over, with its partitions and no index yet.
 
 -- name: create_shadow
--- ACCESS SHARE on the source. The names are the final ones; only the schema is another.
-CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS EXCLUDING IDENTITY) PARTITION BY {partition_by} {tablespace}
+-- ACCESS SHARE on the source. The names are the final ones; only the schema is another. An event trigger may have enabled
+-- row-level security, as some hosts have it; what the source has of it follows at the cut-over.
+CREATE TABLE {shadow} (LIKE {source} INCLUDING ALL EXCLUDING INDEXES EXCLUDING CONSTRAINTS EXCLUDING STATISTICS EXCLUDING IDENTITY) PARTITION BY {partition_by} {tablespace};
+ALTER TABLE {shadow} DISABLE ROW LEVEL SECURITY
 
 -- name: require_key
 ALTER TABLE {shadow} ALTER COLUMN {key} SET NOT NULL
@@ -21,6 +23,11 @@ CREATE TABLE {unplaced} PARTITION OF {shadow} DEFAULT
 
 -- name: create_sample
 CREATE TEMPORARY TABLE runbook_sample AS SELECT {s_columns} FROM ONLY {source} s LIMIT {size}
+
+-- name: try_rows
+-- With the search_path of the sessions that will copy: the table's own functions may need it.
+SET LOCAL search_path TO DEFAULT;
+INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {s_columns} FROM ONLY {source} s WHERE {some} LIMIT {size}
 
 -- name: insert_sample
 INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT * FROM pg_temp.runbook_sample

@@ -56,6 +56,20 @@ TABLES: list[tuple[str, list[str]]] = [
     ("ALTER TABLE appointments DROP COLUMN user_id; DROP TABLE users CASCADE; CREATE TABLE users (id int, role text,"
      " PRIMARY KEY (id, role)) PARTITION BY LIST (role)", ["public.users is partitioned already", 'restore_from = "backup"']),
     ("CREATE TABLE more_users () INHERITS (users)", ["inheritance"]),
+    ("CREATE TABLE more_appointments () INHERITS (appointments)", ["public.appointments is inherited from", "NO INHERIT"]),
+    ("CREATE TABLE parts (user_id uuid) PARTITION BY LIST (user_id); CREATE TABLE part PARTITION OF parts DEFAULT;"
+     " ALTER TABLE part ADD FOREIGN KEY (user_id) REFERENCES users", ["public.part is a partition", "the whole of its table"]),
+    ("CREATE FUNCTION hidden(text) RETURNS boolean LANGUAGE sql AS 'SELECT true'; CREATE FUNCTION known(text) RETURNS boolean LANGUAGE plpgsql"
+     " AS 'BEGIN RETURN hidden($1); END'; ALTER TABLE users ADD CHECK (known(role::text)); ALTER FUNCTION hidden RENAME TO gone",
+     ["cannot be copied", "hidden(text) does not exist"]),
+]  # fmt: skip
+
+
+# The same, where null_value is to be what NULL becomes.
+FILLED: list[tuple[str, list[str]]] = [
+    ("UPDATE users SET role = NULL WHERE role = 'admin'; ALTER TABLE users ADD CONSTRAINT known CHECK (role <> '?')", ["cannot be copied", "known"]),
+    ("CREATE TABLE roles (role varchar PRIMARY KEY); INSERT INTO roles SELECT DISTINCT role FROM users; ALTER TABLE users ADD FOREIGN KEY (role)"
+     " REFERENCES roles", ["role references public.roles", "no row '?'", "Insert that row first"]),
 ]  # fmt: skip
 
 
@@ -95,6 +109,16 @@ def test_a_table_that_cannot_be_partitioned_as_asked(clinic: str, sql: Sql, chan
         assert part in str(caught.value)
     assert is_a_sentence(str(caught.value)), str(caught.value)
     assert dump(clinic) == before
+
+
+@pytest.mark.parametrize(("change", "said"), FILLED, ids=[case[0][:40] for case in FILLED])
+def test_a_null_value_that_the_table_cannot_have(clinic: str, sql: Sql, change: str, said: list[str]) -> None:
+    sql(change)
+    with pytest.raises(PlanBlocked) as caught:
+        walk(clinic, "00_plan", null_value="?", partitions={"users_rest": "default"})
+    for part in said:
+        assert part in str(caught.value)
+    assert is_a_sentence(str(caught.value)), str(caught.value)
 
 
 def test_a_step_before_its_time(untouched: str) -> None:

@@ -250,6 +250,12 @@ CARRIED = {
         ALTER TABLE thing SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, toast.autovacuum_enabled = off,
         autovacuum_enabled = off)
         """,
+    "event trigger": """
+        CREATE FUNCTION secure() RETURNS event_trigger LANGUAGE plpgsql AS 'DECLARE made record; BEGIN FOR made IN SELECT *
+        FROM pg_event_trigger_ddl_commands() WHERE command_tag LIKE ''CREATE TABLE%'' LOOP EXECUTE format(''ALTER TABLE %s
+        ENABLE ROW LEVEL SECURITY'', made.object_identity); END LOOP; END'; CREATE EVENT TRIGGER secure ON ddl_command_end
+        EXECUTE FUNCTION secure()
+        """,
     "tablespace": """
         CREATE INDEX by_name ON thing (name) TABLESPACE elsewhere WHERE id > 2; ALTER TABLE thing SET TABLESPACE
         elsewhere; ALTER INDEX thing_pkey SET TABLESPACE elsewhere
