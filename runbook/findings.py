@@ -280,6 +280,11 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
                 name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert: ON DELETE CASCADE would delete the rows of {name}, so such updates are refused.",
                 "Upgrade to 15 or later before values of the key change.",
             )  # fmt: skip
+        elif plan.server_version == 14 and " ON UPDATE CASCADE" in reference.composite:
+            yield _warning(
+                name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert, which {reference.name} refuses while rows of {name} refer to the row.",
+                "Upgrade to 15 or later before values of the key change.",
+            )  # fmt: skip
         if "ON DELETE SET" in reference.composite and plan.server_version == 14 and reference.adds_column:
             yield _blocker(
                 name,

@@ -282,6 +282,22 @@ def test_on_delete_set_null_leaves_the_key_column_alone(database, sql):
 
 
 @pytest.mark.long
+def test_the_plan_says_that_a_referenced_row_cannot_move_on_14(database, sql):
+    sql("CREATE TABLE things (id int PRIMARY KEY, kind int NOT NULL); INSERT INTO things VALUES (1, 1), (2, 2)")
+    sql("CREATE TABLE notes (thing_id int REFERENCES things); INSERT INTO notes VALUES (1)")
+    run = migration.forward(database, table="things", key="kind")
+    old = sql("SHOW server_version_num")[0][0].startswith("14")
+    assert any("which notes_thing_id_fkey refuses" in finding.sentence for finding in run.plan.findings) == old
+    verify.check(run)
+    if old:
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            sql("UPDATE things SET kind = 2 WHERE id = 1")
+    else:
+        sql("UPDATE things SET kind = 2 WHERE id = 1")
+        assert sql("SELECT thing_kind FROM notes") == [(2,)]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["list", "range"])
 def test_thirty_tables_reference_it(database, sql, kind):
     sql(
