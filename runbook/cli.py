@@ -274,13 +274,13 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
 
 
 def _way_on(name: str, error_name: str) -> str:
-    """What to do after this notebook was stopped; of no use would be to go on to a plan that was refused, or to roll back for
-    what a day's look has found."""
-    if name == FORWARD[0] and error_name not in EXIT_CODES:
-        return "Nothing but the ledger was written: when that is mended, give the command again."
-    if name in FORWARD:
+    """What to do after this notebook was stopped, where its error does not say it; to roll back is no answer to a plan that was
+    refused, nor to what a day's look has found."""
+    if name in FORWARD and (name != FORWARD[0] or error_name in EXIT_CODES):
         return "The same command goes on from there; `runbook rollback` takes everything away."
-    return "" if name == "08_monitor" else "When that is mended, the same command goes on from there."
+    if name == FORWARD[0]:
+        return "Nothing but the ledger was written: when that is mended, give the command again."
+    return "The same command goes on from there." if error_name in EXIT_CODES else ""
 
 
 def _teller(bar: Any) -> Callable[[str], None]:

@@ -184,6 +184,13 @@ def test_rollback_and_finish_are_notebooks_too(clinic: str, tmp_path: Path, name
     assert query(clinic, "SELECT state FROM runbook.migration") == [(state,)]
 
 
+def test_a_table_without_a_row_is_migrated_and_drawn(clinic: str) -> None:
+    query(clinic, "WITH gone AS (DELETE FROM users RETURNING 1) SELECT count(*) FROM gone")
+    space = walk(clinic, *FORWARD[:4])
+    drawn = space["restore"].rows(space["run"])
+    assert drawn.to_dict("list") == {"name": ["users_patients", "users_doctors", "users_admins"], "rows": [0, 0, 0]}
+
+
 def test_plain_papermill_runs_a_notebook_from_any_working_directory(clinic: str, tmp_path: Path) -> None:
     walk(clinic, "00_plan")
     done = papermill("01_backup", tmp_path / "out.ipynb", "-f", CLINIC_FILE, "-p", "database", clinic, cwd=tmp_path)
