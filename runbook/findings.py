@@ -22,7 +22,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *_references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
         *_objects(session, plan), *_references(session, plan), *_uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -108,6 +108,18 @@ def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
             yield _blocker(
                 row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
                 "Insert that row first, or set null_value to one that is there.",
+            )  # fmt: skip
+
+
+def _unlisted(session: Session, plan: Plan) -> Iterator[Finding]:
+    """What an enum or a boolean can be and no row is yet."""
+    taken = {value for partition in plan.partitions for value in partition.values}
+    if plan.partition_by == "list" and not plan.takes_any_value:
+        labels = [row["label"] for row in session.rows("draft.labels", type=plan.key_type)]
+        if left := ", ".join(repr(label) for label in labels if label not in taken):
+            yield _warning(
+                f"{plan.full_name}.{plan.key}", f"No partition takes {left}, which {plan.key} ({plan.key_type}) can be: such a row will be refused (23514).",
+                'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
 
 

@@ -60,3 +60,8 @@ SELECT relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnames
 
 -- name: exists
 SELECT EXISTS (SELECT FROM {table} WHERE {column} = {value}::{type})
+
+-- name: labels
+-- Every value that a type can have, where these are few.
+SELECT enumlabel::text AS label FROM pg_enum WHERE enumtypid = {type}::regtype
+UNION ALL SELECT unnest(ARRAY['false', 'true']) WHERE {type}::regtype = 'boolean'::regtype

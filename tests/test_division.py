@@ -281,6 +281,19 @@ def test_on_delete_set_null_leaves_the_key_column_alone(database, sql):
     assert sql("SELECT maybe_id FROM notes WHERE id = 6") == [(None,)]
 
 
+def test_what_a_type_can_be_and_no_partition_takes_is_named(database, sql):
+    sql(
+        "CREATE TYPE mood AS ENUM ('ok', 'bad', 'odd'); CREATE TABLE things (id int PRIMARY KEY, kind mood NOT NULL, flag bool NOT NULL)"
+    )
+    sql("INSERT INTO things VALUES (1, 'bad', true)")
+    for given, left in (
+        ({"key": "kind"}, "'ok', 'odd', which kind"), ({"key": "flag"}, "'false', which flag"),
+        ({"key": "kind", "partitions": {"rest": "default"}}, ""), ({"key": "flag", **by_list(True, False)}, ""),
+    ):  # fmt: skip
+        said = [each.sentence for each in runbook.draft(database=database, table="things", **given).plan.findings]
+        assert [left in each for each in said if each.startswith("No partition takes")] == [True] * bool(left)
+
+
 @pytest.mark.long
 def test_the_plan_says_that_a_referenced_row_cannot_move_on_14(database, sql):
     sql("CREATE TABLE things (id int PRIMARY KEY, kind int NOT NULL); INSERT INTO things VALUES (1, 1), (2, 2)")
