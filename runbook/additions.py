@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -228,17 +229,18 @@ def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Any) -
 def _rehearse(run: Run, session: Session, tree: list[Row], wanted: list[Partition]) -> tuple[dict[str, str], str]:
     """What each new partition takes, as the server writes it; or its refusal as a sentence."""
     rules = {}
+    bounds = [(row["name"], row["bound"]) for row in tree] + [(each.name, each.bound) for each in wanted]
     try:
         with session.connection.transaction(force_rollback=True):
             session.run("additions.create_twin", root=run.plan.source, partition_by=run.names["partition_by"])
-            existing = [row["bound"] for row in tree]
-            for number, bound in enumerate([*existing, *(each.bound for each in wanted)]):
+            for number, (name, bound) in enumerate(bounds):
                 leaf = f"runbook_twin_{number}"
                 session.run("additions.create_twin_partition", leaf=(leaf,), bound=trusted(bound))
-                if number >= len(existing):
-                    rules[wanted[number - len(existing)].name] = session.value("additions.rule", leaf=f"pg_temp.{leaf}")
+                if number >= len(tree):
+                    rules[name] = session.value("additions.rule", leaf=f"pg_temp.{leaf}")
     except psycopg.Error as error:
-        return {}, f"PostgreSQL refuses to add that to {run.plan.full_name}: {error.diag.message_primary}."
+        said = re.sub(r"runbook_twin_(\d+)", lambda twin: bounds[int(twin[1])][0], error.diag.message_primary or str(error))
+        return {}, f"PostgreSQL refuses to add that to {run.plan.full_name}: {said}."
     return rules, ""
 
 

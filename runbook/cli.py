@@ -232,6 +232,8 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     from runbook import engine  # Jupyter's libraries take seconds to load, and only this needs them
 
     table, where = str(given["table"]), str(given.get("database", "embedded"))
+    if where != "embedded":
+        target(where)  # where nobody answers, there is nothing to record
     record = _begin(out, given)
     lines: list[dict[str, Any]] = []
     stopped = error_name = ""

@@ -84,8 +84,10 @@ class Database:
                     prepare_threshold=None,
                 )
         except psycopg.OperationalError as error:
-            reason = " ".join(str(error).split())
-            raise ServerUnavailable(f"{self.name} cannot be reached: {reason}") from None
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ServerUnavailable(
+                f"{self.name} cannot be reached: {reason}. Mend that, or correct database; then run this again."
+            ) from None
         connection.add_notice_handler(_pass_on)
         connection.execute(
             "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"

@@ -170,6 +170,8 @@ def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 50
     """Work the reference's log off until its tail is short; returns how many rows were corrected."""
     own, corrected, idle = names(run, reference), 0, 0
     backlog = waiting = int(session.value("foreign_keys.log_length", **own))
+    if not backlog:
+        return 0
     done = 0
     progress = pace.Progress(f"{reference.table}, log", waiting, unit="keys")
     try:

@@ -168,7 +168,7 @@ def test_it_works_after_91_and_for_the_next_months(database, sql):
 
 REFUSED: dict[str, dict[str, Any]] = {
     "add is empty": {},
-    "would overlap": {"add": {"users_more": ["user"]}},
+    'users_more" would overlap partition "users_patients': {"add": {"users_more": ["user"]}},
     "is taken": {"add": {"doctors": ["nurse"]}},
     "has no value": {"add": {"users_nurses": []}},
 }
