@@ -372,7 +372,7 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
     def attempt() -> int:
         heavy = bool(growth.keys) and waiting() > 0
         tables: list[sql.Composable] = (
-            [run.plan.source, *(key.identifier for key in growth.keys)] if heavy else [default] if default else []
+            [*(key.identifier for key in growth.keys), run.plan.source] if heavy else [default] if default else []
         )
         mode = "ACCESS EXCLUSIVE" if tables else "SHARE UPDATE EXCLUSIVE"
         with locks.exclusive(session, patience, tables or [sql.SQL("ONLY {}").format(run.plan.source)], mode=mode, clock=clock):

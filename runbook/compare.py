@@ -38,7 +38,7 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
     table's. Raises NotEqual, naming partitions, counts and the first keys that differ. Both sides are read at the same
     time, in two sessions that share the snapshot.
     """
-    with session.transaction("REPEATABLE READ"):
+    with session.transaction("REPEATABLE READ", max_parallel_workers_per_gather=0):  # two processes, and no more
         changes.hold(run, session, way)
         snapshot = session.value("restore.export_snapshot")
         waiting = changes.length(run, session, way)
@@ -87,7 +87,10 @@ def queries(run: Run, session: Session, way: Way) -> tuple[sql.Composed, sql.Com
 
 
 def _sums_beside(run: Run, snapshot: str, plain: sql.Composed, reading: list[Session]) -> tuple[int, int]:
-    with run.database.session("compare") as session, session.transaction("REPEATABLE READ"):
+    with (
+        run.database.session("compare") as session,
+        session.transaction("REPEATABLE READ", max_parallel_workers_per_gather=0),
+    ):
         reading.append(session)
         session.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
         row = session.row(plain)

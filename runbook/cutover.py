@@ -34,12 +34,13 @@ class Swap:
 
 
 def lock_set(run: Run, session: Session | None = None) -> tuple[list[sql.Composable], list[sql.Composable]]:
-    """What a swap locks: tables that the source references or whose policies read it, source, referencing tables; and the views.
+    """What a swap locks: referencing tables, source, tables that the source references or whose policies read it; and the views.
+    In this order a row is written and its foreign keys are looked up: in the other one each would wait for a writer that waits.
 
     With a session: those that still stand; a referencing table may have been dropped since."""
     plan = run.plan
-    tables: list[sql.Composable] = [sql.Identifier(*table) for table in plan.referenced_tables]
-    tables += [plan.source, *(reference.identifier for reference in plan.references)]
+    tables: list[sql.Composable] = [*(reference.identifier for reference in plan.references), plan.source]
+    tables += [sql.Identifier(*table) for table in plan.referenced_tables]
     unique = {each.as_string(None): each for each in tables}
     views: list[sql.Composable] = [sql.Identifier(*view) for view in plan.view_tables]
     if session is not None:

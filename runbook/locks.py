@@ -184,12 +184,12 @@ class Clock:
 
 
 def together(
-    tables: Sequence[sql.Composable], views: Sequence[sql.Composable], mode: str, *, tables_first: bool = False
+    tables: Sequence[sql.Composable], views: Sequence[sql.Composable], mode: str, *, views_first: bool = False
 ) -> sql.Composed:
     """One statement that locks all of them, in this order."""
     each = [statement("locks.lock_view", view=spelled(view)) for view in views]
     own = [statement("locks.lock_table", table=table, mode=trusted(mode)) for table in tables]
-    lines = sql.SQL(";\n").join([*own, *each] if tables_first else [*each, *own]).as_string(None)
+    lines = sql.SQL(";\n").join([*each, *own] if views_first else [*own, *each]).as_string(None)
     return statement("locks.lock", block=f"BEGIN\n{lines};\nEND")
 
 
@@ -211,7 +211,7 @@ def exclusive(
     eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
     # One fixed order can starve against an application that has the other; a view's lock takes its tables' along.
     backwards = patience.attempts % 2 == 0
-    block = together(tables[::-1] if backwards else tables, views, mode, tables_first=backwards)
+    block = together(tables[::-1] if backwards else tables, views, mode, views_first=backwards)
     clock, asked, had = clock or Clock(), 0.0, 0.0
     try:
         with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):

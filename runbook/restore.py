@@ -176,6 +176,8 @@ def parallel(
 
     def loop() -> None:
         with run.database.session("worker") as session:
+            if len(work) > 1:  # so many processes as was said, and no more: the application needs the rest
+                session.connection.execute("SET max_parallel_maintenance_workers = 0; SET max_parallel_workers_per_gather = 0")
             sessions.append(session)
             while not stopped.is_set():
                 try:
