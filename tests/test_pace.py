@@ -10,7 +10,7 @@ import pytest
 from psycopg.sql import SQL
 from tqdm import tqdm
 
-from runbook import cli, pace, restore
+from runbook import execution, pace, restore
 from runbook.database import Database
 from tests.migration import forward
 
@@ -47,5 +47,5 @@ def test_the_logs_tail_is_counted_seldom() -> None:
 
 def test_beside_the_steps_stand_a_bars_numbers() -> None:
     bar = tqdm(total=8, file=io.StringIO())
-    cli._teller(bar)("\rcopied:  45%|████▌     | 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]")
+    execution._teller(bar)("\rcopied:  45%|████▌     | 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]")
     assert bar.postfix == "copied:  45% 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]"

@@ -1,0 +1,175 @@
+"""Executing notebooks into a record: what every command that changes a database does, and how it tells of it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import pandas as pd
+import psycopg
+from psycopg import sql
+from tqdm import tqdm
+
+from runbook import archive, ledger
+from runbook.database import target
+from runbook.errors import BadInput, RunbookError
+from runbook.redaction import redact
+from runbook.statements import folder
+
+if TYPE_CHECKING:
+    from runbook.engine import Executed
+
+FORWARD = tuple(ledger.NOTEBOOKS[step] for step in ledger.STEPS)
+QUIET_S = 30
+EXIT_CODES = {"KeyboardInterrupt": 130, "Terminated": 143}
+
+
+def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Callable[[], str] = str) -> None:
+    """Execute notebooks into a new folder under `out`; the record is sealed whatever happens. Exits unless all went well.
+
+    `result` says at the end, when all did go well, what came of it.
+    """
+    from runbook import engine  # Jupyter's libraries take seconds to load, and only this needs them
+
+    table, where = str(given["table"]), str(given.get("database", "embedded"))
+    if where != "embedded":
+        target(where)  # where nobody answers, there is nothing to record
+    record = begin(out, given)
+    lines: list[dict[str, Any]] = []
+    stopped = error_name = ""
+    bar = tqdm(total=len(names), unit="step", disable=not sys.stderr.isatty(), leave=False)
+    try:
+        with engine.ended_by_signals():
+            for name in names:
+                bar.set_description(name)
+                before = _history(where, table)
+                done = engine.execute(
+                    folder("notebooks") / f"{name}.ipynb", record.start(f"{name}.ipynb"), own(name, given),
+                    on_output=_teller(bar),
+                )  # fmt: skip
+                record.add(done)
+                lines.append(_line(name, done, before, _history(where, table)))
+                bar.update()
+                with bar.external_write_mode(file=sys.stdout):
+                    click.echo("{step:<16} {state:<12} {rows:>12} rows {seconds:>8.1f} s".format(**lines[-1]))
+                if done.error or done.failed_cell is not None:
+                    stopped, error_name = f"{name} stopped at cell {done.failed_cell}: {done.error}", done.error_name
+                    break
+                if name == FORWARD[0]:  # the others work by the plan that this run froze, or not at all
+                    given = {"plan": ledger.of(target(where), table).plan.hash} | given
+    except (KeyboardInterrupt, engine.Terminated) as error:
+        stopped, error_name = f"{name} was stopped between two cells.", type(error).__name__
+    except Exception as error:  # told by whoever called; the record must not say that all went well
+        stopped = redact(f"{name} stopped: {type(error).__name__}: {error}", record.secrets)
+        raise
+    finally:
+        bar.close()
+        head = seal(record, where, table, stopped or "completed")
+    if not stopped:
+        click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{result()}".rstrip())
+    click.echo(f"\nRecord: {record.folder}")
+    if stopped:
+        click.echo(f"{stopped}\n{_way_on(name, error_name)}".rstrip(), err=True)
+    click.echo(f"Head:   {head}")
+    if stopped:
+        sys.exit(EXIT_CODES.get(error_name, 1))
+
+
+def _way_on(name: str, error_name: str) -> str:
+    """What to do after this notebook was stopped, where its error does not say it; to roll back is no answer to a plan that was
+    refused, nor to what a day's look has found."""
+    if name in FORWARD and (name != FORWARD[0] or error_name in EXIT_CODES):
+        return "The same command goes on from there; `runbook rollback` takes everything away."
+    if name == FORWARD[0]:
+        return "Nothing but the ledger was written: when that is mended, give the command again."
+    return "The same command goes on from there." if error_name in EXIT_CODES else ""
+
+
+def _teller(bar: Any) -> Callable[[str], None]:
+    """Shows the last line of a notebook's output beside the bar. Where nobody watches a terminal, one every half minute, and
+    at once what somebody may have to do something about."""
+    said_at = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said_at
+        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+        bar.set_postfix_str(re.sub(r"\|.*\|", "", (lines or [""])[-1])[:90])  # of a bar the numbers
+        waits = [line for line in lines if line.startswith(("waiting for ", "paused: "))]
+        if bar.disable and lines and (waits or time.monotonic() - said_at > QUIET_S):
+            said_at = time.monotonic()
+            click.echo(f"  {(waits or lines)[-1]}")
+
+    return tell
+
+
+def begin(out: Path, given: dict[str, Any], **facts: Any) -> archive.Run:
+    """A new record under `out`."""
+    ours = folder("notebooks").resolve()
+    if ours in (out.resolve(), *out.resolve().parents):
+        raise BadInput(f"{out} lies inside the notebooks' own folder: choose another with --out.")
+    return archive.Run.begin(out, str(given["table"]), given, approved_by=str(given.get("approved_by", "")), **facts)
+
+
+def own(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that this notebook has."""
+    cells = json.loads((folder("notebooks") / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    known = {target.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets
+             if isinstance(target, ast.Name)}  # fmt: skip
+    return {key: value for key, value in given.items() if key in known}
+
+
+def _history(where: str, table: str) -> pd.DataFrame:
+    """What the ledger has of the table's last migration; empty where there is none, or nobody answers."""
+    with suppress(RunbookError, psycopg.Error):
+        found = ledger.of(target(where), table, ended=True)
+        return found.database.frame("ledger.history", migration=found.migration)
+    return pd.DataFrame(columns=["step", "state", "rows"])
+
+
+def under_way(where: str, table: str) -> bool:
+    """Whether a migration of the table has got beyond its plan, and was not rolled back."""
+    with suppress(RunbookError, psycopg.Error):
+        found = ledger.of(target(where), table)
+        return bool((found.database.frame("ledger.history", migration=found.migration)["step"] != "plan").any())
+    return False
+
+
+def _line(name: str, done: Executed, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
+    mine = after[(after["step"] == name.partition("_")[2]) & (after["state"] == "done")]
+    rows = 0 if mine["rows"].isna().all() else int(mine["rows"].max())
+    state = "already done" if before.equals(after) else "done"  # a plan that took another's place has as many lines
+    if done.error or done.failed_cell is not None:
+        state, rows = "failed", 0
+    return {"step": name, "state": state, "rows": f"{rows:,}", "seconds": round(done.seconds, 1)}
+
+
+def seal(record: archive.Run, where: str, table: str, result: str) -> str:
+    """Seal the record, and write its head into the ledger where there is one: archive and database vouch for each other."""
+    from runbook import certificate
+
+    facts, found = {}, None
+    with suppress(RunbookError, psycopg.Error):
+        database = target(where)
+        with database.session("record") as session:
+            facts = session.row(sql.SQL("SELECT version() AS server, current_user::text AS database_user").format())
+        found = ledger.of(database, table, ended=True)
+    if found:
+        record.manifest |= facts
+        try:
+            certificate.write(record, found)
+        except (RunbookError, psycopg.Error) as error:
+            click.echo(redact(f"The certificate could not be written: {error}", record.secrets), err=True)
+    head = record.seal(**facts, plan_hash=found.plan.hash if found else "", result=result)
+    if found:
+        with suppress(RunbookError, psycopg.Error), found.database.session("record") as session:
+            session.run("ledger.insert_record", migration=found.migration, folder=record.folder.name, head=head)
+    return head
