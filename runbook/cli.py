@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import psycopg
@@ -18,9 +18,6 @@ from runbook.draft import draft
 from runbook.errors import BadInput, RunbookError, told
 from runbook.execution import EXIT_CODES, FORWARD, begin, own, perform, seal, under_way
 from runbook.redaction import known_secrets, redact
-
-if TYPE_CHECKING:
-    pass
 
 NAMES = {alias: name for name in FORWARD for alias in (name, name[:2], name[3:])}
 
