@@ -19,7 +19,7 @@ from runbook.database import Session
 from runbook.errors import told
 from runbook.ledger import NOTEBOOKS, STEPS, Action, Evidence, Run, recorded
 from runbook.plan import Plan, identifiers, with_key
-from runbook.statements import spelled, statement
+from runbook.statements import spelled, statement, trusted
 
 COPY_S = 0.25  # for so long rows are copied; all that is measured takes some four times that
 BLOCKS = 32  # a piece of the sample; the pieces are from all over the table
@@ -105,7 +105,7 @@ class _Sample:
         self.sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
         self.sizes["backup_bytes"] = session.row("forecast.sizes", schemas=[run.staging])["table_bytes"]
         self.time("hash", compare.queries(run, session, changes.FORWARD)[:1])
-        self.time("analyze", [statement("restore.analyze_root", **run.names)])
+        self.time("analyze", [statement("restore.analyze_root", **run.names, only=trusted(""))])
         for reference in run.plan.references:
             self.reference(reference)
         self.time("move", (statement("cutover.set_schema", table=leaf, to=run.names["schema"]) for leaf in self.leaves))

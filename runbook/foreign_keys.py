@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pandas as pd
@@ -21,7 +20,7 @@ from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
 
 # So few that the application waits for one of our row locks some tens of milliseconds at most.
-BLOCKS_AT_ONCE = 512
+ROWS_AT_ONCE = 2000
 
 
 def log_table(run: Run, reference: Reference) -> Statements:
@@ -117,10 +116,13 @@ def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
         return repair.fill(action, batch_rows)
     run, session, total = action.run, action.session, 0
     for reference in added(run):
-        filled, skipped = _fill_ranges(run, session, reference, workers)
-        total += filled + drain(run, session, reference, batch_rows)
-        if skipped and session.value("foreign_keys.wrong", **names(run, reference)):
-            session.run("foreign_keys.log_wrong", **names(run, reference))
+        own, missed = names(run, reference), 0
+        for table in reference.tables:
+            needed, filled = _fill(run, session, reference, table, workers)
+            total, missed = total + filled, missed + needed - filled
+        total += drain(run, session, reference, batch_rows)
+        if missed and session.value("foreign_keys.wrong", **own):
+            session.run("foreign_keys.log_wrong", **own)
             total += drain(run, session, reference, batch_rows)
         if not reference.not_null and not _required_late(run):
             with session.transaction(lock_timeout="5s"):
@@ -131,39 +133,34 @@ def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
     )
 
 
-def _fill_ranges(run: Run, session: Session, reference: Reference, workers: int) -> tuple[int, bool]:
-    """How many rows were filled, and whether any may have been skipped because somebody held it."""
-    own = names(run, reference)
-    sizes = [int(session.value("foreign_keys.blocks", reference_text=spelled(table))) for table in reference.tables]
-    work = [
-        (table, piece)
-        for table, blocks in zip(reference.tables, sizes, strict=True)
-        for piece in gaps([], blocks, BLOCKS_AT_ONCE)
-    ]
-    progress = pace.Progress(reference.table, sum(sizes), unit="blocks")
+def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifier, workers: int) -> tuple[int, int]:
+    """How many rows of the table needed another value than the default, and how many of them were given it here: some changed
+    or moved meanwhile, and some may have been held by somebody."""
+    own = names(run, reference) | {"reference": table}
+    session.run("foreign_keys.drop_places", **own)  # of a run that died
+    with session.transaction(max_parallel_workers_per_gather=workers - 1):
+        rows = session.run("foreign_keys.collect_places", **own).rowcount
+    blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
+    progress = pace.Progress(reference.table, rows)
     filled: list[int] = []
-    skipped = threading.Event()
-    session.run("foreign_keys.collect_minority", **own)
 
-    def one(worker: Session, each: tuple[sql.Identifier, tuple[int, int]]) -> None:
-        table, blocks = each
-        place = {"reference": table, "first": sql.Literal(f"({blocks[0]},0)"), "last": sql.Literal(f"({blocks[1]},0)")}
+    def one(worker: Session, each: tuple[int, int]) -> None:
+        place = {"first": sql.Literal(f"({each[0]},0)"), "last": sql.Literal(f"({each[1]},0)")}
         settings = {"runbook__correcting": "on", "synchronous_commit": "off"}
         try:
             with worker.transaction(lock_timeout="10ms", **settings):
-                filled.append(worker.run("foreign_keys.fill_range", **(own | place)).rowcount)
+                filled.append(worker.run("foreign_keys.fill_places", **(own | place)).rowcount)
         except LockNotAvailable:
-            skipped.set()
             with worker.transaction(lock_timeout="1s", **settings):
-                filled.append(worker.run("foreign_keys.fill_free_in_range", **(own | place)).rowcount)
-        progress.add(blocks[1] - blocks[0], lambda: int(worker.value("changes.length", **run.names)))
+                filled.append(worker.run("foreign_keys.fill_free_places", **(own | place)).rowcount)
+        progress.add(filled[-1], lambda: int(worker.value("changes.length", **run.names)))
 
     try:
-        parallel(run, workers, work, one)
+        parallel(run, workers, list(gaps([], blocks, max(1, ROWS_AT_ONCE * blocks // max(1, rows)))), one)
     finally:
         progress.close()
-    session.run("foreign_keys.drop_minority", **own)
-    return sum(filled), skipped.is_set()
+    session.run("foreign_keys.drop_places", **own)
+    return rows, sum(filled)
 
 
 def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 5000) -> int:

@@ -39,7 +39,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "named_function": sql.Identifier(run.staging, f"role_named_{number}"),
         "named_trigger": sql.Identifier(fit(f"zzz_runbook_explicit_{reference.role_column}")),  # triggers fire by name: first
         "fill_trigger": sql.Identifier(fit(f"zzz_runbook_fill_{reference.role_column}")),
-        "minority": sql.Identifier(run.staging, run.plan.internal(f"minority_{number}")),
+        "places": sql.Identifier(run.staging, run.plan.internal(f"places_{number}")),
         "insert_trigger": sql.Identifier(f"runbook_reference_insert_{number}"),
         "update_trigger": sql.Identifier(f"runbook_reference_update_{number}"),
         "check_name": sql.Identifier(fit(f"{reference.table}_{reference.role_column}_present")),
@@ -56,7 +56,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "s_refers_v": equal("s", columns, "v", referenced),
         "frequent": literal_key,
         "reference_key_aliases": sql.SQL(", ").join(
-            sql.SQL("{} AS {}").format(sql.Identifier(column), sql.Identifier(key))
+            sql.SQL("{} AS {}").format(sql.Identifier("r", column), sql.Identifier(key))
             for column, key in zip(columns, keys, strict=True)
         ),
         "itself": _itself(run, reference),

@@ -33,28 +33,25 @@ SHORT_TAIL = changes.SHORT_TAIL
 def script(run: Run) -> Statements:
     """The whole step for a table that nobody writes to: one copy instead of ranges, no replay needed."""
     yield statement("restore.copy_all", **run.names)
+    yield from _after_the_copy(run)
+
+
+def _after_the_copy(run: Run) -> Statements:
     for _, _, each in index_builds(run):
         yield from each
     for each in unique_keys.builds(run):
         yield from each
     yield from adopt(run)
-    yield from finish_storage(run)
+    for together in finish_storage(run):
+        for each in together:
+            yield from each
 
 
 def preview(run: Run) -> Sheet:
     """The statements of this step, with real names; the copy as it looks for one range."""
     if run.plan.restore_from == "backup":
         return repair.preview_rows(run)
-    one = statement("restore.copy_range", **run.names, first="(0,0)", last="(4096,0)")
-    return Sheet(
-        [
-            one,
-            *(each for _, _, each_ in index_builds(run) for each in each_),
-            *(each for each_ in unique_keys.builds(run) for each in each_),
-            *adopt(run),
-            *finish_storage(run),
-        ]
-    )
+    return Sheet([statement("restore.copy_range", **run.names, first="(0,0)", last="(4096,0)"), *_after_the_copy(run)])
 
 
 @recorded("restore", "copy")
@@ -283,15 +280,20 @@ def adopt(run: Run) -> Statements:
     yield from unique_keys.attach(run)
 
 
-def finish_storage(run: Run) -> Statements:
-    """The source's storage options on every partition, then VACUUM and ANALYZE."""
+def finish_storage(run: Run) -> Iterator[list[list[sql.Composed]]]:
+    """The source's storage options on every partition, VACUUM and ANALYZE: a list a table; the lists of one group go side by side."""
     options = list(run.plan.table.options)
-    for leaf in changes.leaves(run, run.staging):
-        yield statement("restore.storage", leaf=leaf)
-        if options:
-            yield statement("restore.storage_options", leaf=leaf, options=trusted(", ".join(options)))
-        yield statement("restore.vacuum", leaf=leaf)
-    yield statement("restore.analyze_root", **run.names)
+    alone = run.plan.server_version >= 18  # before, ANALYZE of the root is of all partitions as well
+    root = [statement("restore.analyze_root", **run.names, only=trusted("ONLY" if alone else ""))]
+    leaves = [
+        [
+            statement("restore.storage", leaf=leaf),
+            *([statement("restore.storage_options", leaf=leaf, options=trusted(", ".join(options)))] if options else []),
+            statement("restore.vacuum", leaf=leaf, analyze=trusted("ANALYZE, " if alone else "")),
+        ]
+        for leaf in changes.leaves(run, run.staging)
+    ]
+    yield from [[root, *leaves]] if alone else [leaves, [root]]
 
 
 @recorded("restore", "index")
@@ -317,8 +319,8 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
         if not session.rows("restore.built", leaf_text=spelled(run.names["shadow"])):
             for each_ in adopt(run):
                 session.run(each_)
-    for each_ in finish_storage(run):
-        session.run(each_)
+    for together in finish_storage(run):
+        parallel(run, workers, together, _one_by_one)
     sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
     sentence = f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed."
     return action.finish(sentence, **sizes)
@@ -329,6 +331,11 @@ def _build(run: Run, session: Session, statements: list[sql.Composed], holder: i
         for each in statements:
             session.run(each)
         refuse_orphan(run, session, holder)
+
+
+def _one_by_one(session: Session, statements: list[sql.Composed]) -> None:
+    for each in statements:  # in no transaction: VACUUM wants none
+        session.run(each)
 
 
 def drop_indexes(run: Run) -> Statements:

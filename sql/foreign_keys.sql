@@ -2,7 +2,7 @@
 
 -- name: create_log
 -- Holds the referenced key of every row whose reference may have to be corrected.
-CREATE TABLE {reference_log} AS SELECT {reference_key_aliases} FROM {reference} WHERE false;
+CREATE TABLE {reference_log} AS SELECT {reference_key_aliases} FROM {reference} r WHERE false;
 ALTER TABLE {reference_log} REPLICA IDENTITY FULL
 
 -- name: create_log_function
@@ -66,29 +66,29 @@ ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
 -- name: blocks
 SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_size')::bigint AS blocks
 
--- name: collect_minority
--- The column begins with the most frequent value; only rows that refer to other values are touched. Which these are is
--- read once; whoever changes meanwhile is in the logs.
-DROP TABLE IF EXISTS {minority};
-CREATE TABLE {minority} AS SELECT {s_referenced}, {s_key} AS {key} FROM {source} s WHERE {s_key} IS DISTINCT FROM {frequent};
-CREATE INDEX ON {minority} ({referenced});
-ANALYZE {minority}
+-- name: collect_places
+-- The column begins with the most frequent value; only rows that refer to other values are touched. Where these lie, and what
+-- they need, is read once: a row that is written meanwhile is in the logs.
+CREATE UNLOGGED TABLE {places} AS
+SELECT r.ctid AS place, {reference_key_aliases}, {s_key} AS value FROM {reference} r JOIN {source} s ON {r_is_s}
+ WHERE {s_key} IS DISTINCT FROM {frequent} AND r.{role_column} IS DISTINCT FROM {s_key}
 
--- name: drop_minority
-DROP TABLE IF EXISTS {minority}
+-- name: drop_places
+DROP TABLE IF EXISTS {places}
 
--- name: fill_range
--- Each block once, in small READ COMMITTED transactions. With a lock_timeout of some milliseconds it never waits for the
--- application, and gives way to fill_free_in_range where somebody holds a row.
-UPDATE {reference} w SET {role_column} = v.{key} FROM {minority} v
- WHERE {w_is_v} AND w.ctid >= {first}::tid AND w.ctid < {last}::tid AND w.{role_column} IS DISTINCT FROM v.{key}
+-- name: fill_places
+-- Some of them, each by its address: no scan and no lookup. The key is compared again, for another row may lie there by
+-- now. With a lock_timeout of some milliseconds it never waits for the application, and gives way to fill_free_places
+-- where somebody holds a row.
+UPDATE {reference} w SET {role_column} = k.value FROM {places} k
+ WHERE k.ctid >= {first}::tid AND k.ctid < {last}::tid AND w.ctid = k.place AND {w_is_k} AND w.{role_column} IS DISTINCT FROM k.value
 
--- name: fill_free_in_range
+-- name: fill_free_places
 -- Rows that somebody holds are skipped, so that the application neither waits nor gets a deadlock; the check that
 -- follows finds them.
 WITH target AS (
-  SELECT w.ctid AS place, v.{key} AS value FROM {reference} w JOIN {minority} v ON {w_is_v}
-   WHERE w.ctid >= {first}::tid AND w.ctid < {last}::tid AND w.{role_column} IS DISTINCT FROM v.{key}
+  SELECT w.ctid AS place, k.value FROM {places} k JOIN {reference} w ON w.ctid = k.place AND {w_is_k}
+   WHERE k.ctid >= {first}::tid AND k.ctid < {last}::tid AND w.{role_column} IS DISTINCT FROM k.value
      FOR NO KEY UPDATE OF w SKIP LOCKED)
 UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid = target.place
 
@@ -230,7 +230,6 @@ DROP FUNCTION IF EXISTS {named_function}()
 CREATE TABLE IF NOT EXISTS {filled} (referencing name NOT NULL, at timestamptz NOT NULL DEFAULT now())
 
 -- name: state
-SELECT {table_text} AS "table", count(*) AS rows, count(*) FILTER (WHERE w.{role_column} IS NULL) AS without,
-       (SELECT string_agg(value || ': ' || to_char(n, 'FM999,999,999'), ', ' ORDER BY n DESC)
-          FROM (SELECT {role_column}::text AS value, count(*) AS n FROM {reference} GROUP BY 1) v) AS "rows per value"
-  FROM {reference} w
+SELECT {table_text} AS "table", coalesce(sum(n), 0)::bigint AS rows, coalesce(sum(n) FILTER (WHERE value IS NULL), 0)::bigint AS without,
+       string_agg(value || ': ' || to_char(n, 'FM999,999,999'), ', ' ORDER BY n DESC) AS "rows per value"
+  FROM (SELECT {role_column}::text AS value, count(*) AS n FROM {reference} GROUP BY {role_column}) v

@@ -61,11 +61,11 @@ ALTER TABLE {leaf} SET ({options})
 
 -- name: vacuum
 -- The visibility map, for index-only scans.
-VACUUM (INDEX_CLEANUP off, TRUNCATE off) {leaf}
+VACUUM ({analyze}INDEX_CLEANUP off, TRUNCATE off) {leaf}
 
 -- name: analyze_root
--- The root, which autovacuum never analyses, and with it every partition.
-ANALYZE {shadow}
+-- The root, which autovacuum never analyses, and before 18 with it every partition.
+ANALYZE {only} {shadow}
 
 -- name: homeless
 SELECT {key}::text AS value, count(*) AS rows FROM {unplaced} GROUP BY 1 ORDER BY 2 DESC LIMIT 10
