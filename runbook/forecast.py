@@ -14,7 +14,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import changes, compare, cutover, partition, references, restore, unique
+from runbook import changes, compare, cutover, indexes, partition, references, unique
 from runbook.database import Session
 from runbook.errors import told
 from runbook.ledger import NOTEBOOKS, STEPS, Action, Evidence, Run, recorded
@@ -94,14 +94,14 @@ class _Sample:
 
     def look(self) -> None:
         run, session = self.run, self.session
-        builds = [each for _, _, each in restore.index_builds(run)]
-        indexes = [each for build in builds for each in build] + [each for build in unique.builds(run) for each in build]
+        builds = [*(each for _, _, each in indexes.builds(run)), *unique.builds(run)]
+        built = [each for build in builds for each in build]
         self.time("create", partition.create(run))
-        self.time("empty", indexes)
-        self.time("drop", restore.drop_indexes(run))
+        self.time("empty", built)
+        self.time("drop", indexes.remove(run))
         self.copy()
-        self.time("index", indexes)
-        self.time("adopt", restore.adopt(run))
+        self.time("index", built)
+        self.time("adopt", indexes.adopt(run))
         self.sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
         self.sizes["backup_bytes"] = session.row("forecast.sizes", schemas=[run.staging])["table_bytes"]
         self.time("hash", compare.queries(run, session, changes.FORWARD)[:1])

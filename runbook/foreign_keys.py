@@ -9,15 +9,15 @@ from psycopg import sql
 from psycopg.errors import LockNotAvailable
 
 from runbook import locks, pace, repair
-from runbook.changes import Statements
+from runbook.changes import SHORT_TAIL, Statements
 from runbook.database import Session
 from runbook.errors import PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Reference, with_key
 from runbook.references import added, names
-from runbook.restore import SHORT_TAIL, gaps, parallel
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
+from runbook.workers import gaps, parallel
 
 # So few that the application waits for one of our row locks some tens of milliseconds at most.
 ROWS_AT_ONCE = 2000

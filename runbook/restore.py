@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pandas as pd
-import psycopg
 from psycopg import sql
-from psycopg.errors import QueryCanceled
 
-from runbook import changes, compare, pace, repair
+from runbook import changes, compare, indexes, pace, repair
 from runbook import unique as unique_keys
-from runbook.changes import Rewritten
+from runbook.changes import SHORT_TAIL, Rewritten, Statements
 from runbook.database import Session
-from runbook.errors import AlreadyRunning, NotEqual, PromiseBroken
+from runbook.errors import NotEqual, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.plan import Index
 from runbook.sheet import Sheet
-from runbook.statements import spelled, statement, trusted
-
-Statements = changes.Statements
-Range = tuple[int, int]
-SHORT_TAIL = changes.SHORT_TAIL
+from runbook.statements import spelled, statement
+from runbook.workers import Range, gaps, parallel, refuse_orphan
 
 
 def script(run: Run) -> Statements:
@@ -37,12 +28,12 @@ def script(run: Run) -> Statements:
 
 
 def _after_the_copy(run: Run) -> Statements:
-    for _, _, each in index_builds(run):
+    for _, _, each in indexes.builds(run):
         yield from each
     for each in unique_keys.builds(run):
         yield from each
-    yield from adopt(run)
-    for together in finish_storage(run):
+    yield from indexes.adopt(run)
+    for together in indexes.storage(run):
         for each in together:
             yield from each
 
@@ -106,7 +97,7 @@ def _start_again_if_rewritten(run: Run, session: Session) -> None:
         filenode = session.value("catalog.filenode", oid=run.names["source_oid"])
         truncated = session.value("changes.truncated", **run.names)
         if truncated or filenode != session.row("ledger.remembered", **run.names)["filenode"]:
-            for each in drop_indexes(run):
+            for each in indexes.remove(run):
                 session.run(each)
             session.run("restore.start_again", **run.names)
             session.run("changes.forget_truncation", **run.names)
@@ -129,15 +120,6 @@ def piece(blocks: int, block_size: int, range_mib: int, workers: int) -> int:
     return max(64, min(range_mib * 1024 * 1024 // block_size, blocks // (workers * 4) + 1))
 
 
-def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
-    """What is left of blocks [0, `blocks`) when the ranges in `done` are copied, in pieces of at most `step` blocks."""
-    position = 0
-    for first, last in [*sorted(done), (blocks, blocks)]:
-        for begin in range(position, first, step):
-            yield begin, min(begin + step, first)
-        position = max(position, last)
-
-
 def _copy_range(run: Run, holder: int, brakes: pace.Brakes, progress: pace.Progress, session: Session, each: Range) -> None:
     brakes.wait(session)
     first, last = (sql.Literal(f"({block},0)") for block in each)
@@ -155,52 +137,6 @@ def _copy_range(run: Run, holder: int, brakes: pace.Brakes, progress: pace.Progr
     progress.add(rows, partial(changes.length, run, session))
 
 
-def refuse_orphan(run: Run, session: Session, holder: int) -> None:
-    """Raises AlreadyRunning in a worker whose run has lost the table: another one may be doing the same by now."""
-    if all(row["pid"] != holder for row in session.rows("ledger.claimant", source_oid=run.plan.table.oid)):
-        raise AlreadyRunning(f"The connection that holds {run.plan.full_name} for this run was lost: run this step again.")
-
-
-def parallel(
-    run: Run, workers: int, work: Sequence[Any], do: Callable[[Session, Any], None], stop: threading.Event | None = None
-) -> None:
-    """Do all of `work` with several sessions; the first error, or an interrupt, cancels what the others run and sets `stop`."""
-    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for each in work:
-        waiting.put(each)
-    sessions: list[Session] = []
-    stopped = stop or threading.Event()
-
-    def loop() -> None:
-        with run.database.session("worker") as session:
-            if len(work) > 1:  # so many processes as was said, and no more: the application needs the rest
-                session.connection.execute("SET max_parallel_maintenance_workers = 0; SET max_parallel_workers_per_gather = 0")
-            sessions.append(session)
-            while not stopped.is_set():
-                try:
-                    each = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                do(session, each)
-
-    with ThreadPoolExecutor(min(workers, len(work)) or 1) as pool:
-        futures = [pool.submit(loop) for _ in range(min(workers, len(work)))]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stopped.set()
-            while not all(future.done() for future in futures):  # again: one may have been between two statements
-                for session in sessions:
-                    if not session.connection.closed:
-                        with suppress(psycopg.Error):
-                            session.connection.cancel_safe(timeout=5)
-                wait(futures, timeout=0.5)
-    errors = [error for future in futures if (error := future.exception())]
-    # What was cancelled is not the cause; a rewritten source is, whatever else came of it.
-    for error in sorted(errors, key=lambda error: (isinstance(error, QueryCanceled), not isinstance(error, Rewritten))):
-        raise error
-
-
 @recorded("restore", "settle")
 def settle(action: Action) -> Evidence:
     """Replay what changed while the ranges were copied, doubles included: the shadow equals the source afterwards."""
@@ -210,90 +146,6 @@ def settle(action: Action) -> Evidence:
     with from_the_copy(run):
         keys = changes.settle(run, action.session)
     return action.finish(f"{keys:,} changes made during the copy were settled.", keys)
-
-
-def index_builds(run: Run) -> Iterator[tuple[str, str, list[sql.Composed]]]:
-    """(partition, index name, statements) for every index of every partition; the largest partitions first."""
-    plan = run.plan
-    for partition in sorted(plan.partitions, key=lambda partition: -partition.rows):
-        leaf = sql.Identifier(run.staging, partition.name)
-        for index in plan.indexes:
-            name = index.leaf_names[partition.name]
-            yield partition.name, name, list(_leaf_index(run, index, leaf, name))
-
-
-def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: str) -> Statements:
-    if index.primary:
-        nulls = trusted("NULLS NOT DISTINCT" if "NULLS" in run.plan.new_primary_constraint.partition("(")[0] else "")
-        rest = trusted(index.options + index.index_space.removeprefix(" USING INDEX"))
-        yield statement(
-            "restore.create_unique",
-            index=(name,),
-            leaf=leaf,
-            columns=run.names["new_pk"],
-            include=trusted(index.include),
-            nulls=nulls,
-            rest=rest,
-        )
-        kind = "UNIQUE" if run.plan.takes_null else "PRIMARY KEY"
-        yield statement("restore.adopt", index=(name,), leaf=leaf, kind=trusted(kind), timing=trusted(index.timing))
-    elif index.constraint_type == "x":
-        yield statement(
-            "restore.add_constraint",
-            table=leaf,
-            constraint=(name,),
-            definition=trusted(index.constraint_definition or ""),
-        )
-    else:
-        unique = sql.SQL("UNIQUE" if index.unique else "")
-        yield statement("restore.create_index", index=(name,), leaf=leaf, unique=unique, tail=trusted(index.tail))
-        if index.constraint_type == "u":
-            yield statement("restore.adopt", index=(name,), leaf=leaf, kind=trusted("UNIQUE"), timing=trusted(index.timing))
-    if not index.everywhere:
-        yield from _comments(index, leaf, (run.staging, name))
-
-
-def _comments(index: Index, table: sql.Composable, name: tuple[str, str]) -> Statements:
-    if index.comment:
-        yield statement("partition.comment_index", index=name, comment=index.comment)
-    if index.constraint_comment:
-        yield statement("partition.comment_constraint", table=table, constraint=name[1:], comment=index.constraint_comment)
-
-
-def adopt(run: Run) -> Statements:
-    """The root's primary key and indexes, which adopt those of the partitions; then the guards' triggers."""
-    names = run.names
-    for index in run.plan.indexes:
-        name = sql.Identifier(index.name)
-        if index.primary:
-            definition = trusted(run.plan.new_primary_constraint)
-            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
-        elif index.everywhere and index.constraint:
-            definition = trusted(index.constraint_definition or "")
-            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
-        elif index.everywhere:
-            unique = sql.SQL("UNIQUE" if index.unique else "")
-            yield statement("restore.index_root", **names, index=name, unique=unique, tail=trusted(index.tail))
-        else:
-            continue
-        yield from _comments(index, names["shadow"], (run.staging, index.name))
-    yield from unique_keys.attach(run)
-
-
-def finish_storage(run: Run) -> Iterator[list[list[sql.Composed]]]:
-    """The source's storage options on every partition, VACUUM and ANALYZE: a list a table; the lists of one group go side by side."""
-    options = list(run.plan.table.options)
-    alone = run.plan.server_version >= 18  # before, ANALYZE of the root is of all partitions as well
-    root = [statement("restore.analyze_root", **run.names, only=trusted("ONLY" if alone else ""))]
-    leaves = [
-        [
-            statement("restore.storage", leaf=leaf),
-            *([statement("restore.storage_options", leaf=leaf, options=trusted(", ".join(options)))] if options else []),
-            statement("restore.vacuum", leaf=leaf, analyze=trusted("ANALYZE, " if alone else "")),
-        ]
-        for leaf in changes.leaves(run, run.staging)
-    ]
-    yield from [[root, *leaves]] if alone else [leaves, [root]]
 
 
 @recorded("restore", "index")
@@ -308,7 +160,7 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
     for partition in run.plan.partitions:
         for row in session.rows("restore.built", leaf_text=spelled((run.staging, partition.name))):
             built[partition.name, row["name"]] = row["adopted"]
-    builds = list(index_builds(run))
+    builds = list(indexes.builds(run))
     pending = [each[:1] for leaf, name, each in builds if (leaf, name) not in built] + unique_keys.pending(run, session)
     holder = session.connection.info.backend_pid
     parallel(run, workers, pending, lambda worker, each: _build(run, worker, each, holder))
@@ -317,9 +169,9 @@ def build_indexes(action: Action, workers: int = 2) -> Evidence:
             for later in each[1:] if not built.get((leaf, name)) else []:
                 session.run(later)
         if not session.rows("restore.built", leaf_text=spelled(run.names["shadow"])):
-            for each_ in adopt(run):
+            for each_ in indexes.adopt(run):
                 session.run(each_)
-    for together in finish_storage(run):
+    for together in indexes.storage(run):
         parallel(run, workers, together, _one_by_one)
     sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
     sentence = f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed."
@@ -336,19 +188,6 @@ def _build(run: Run, session: Session, statements: list[sql.Composed], holder: i
 def _one_by_one(session: Session, statements: list[sql.Composed]) -> None:
     for each in statements:  # in no transaction: VACUUM wants none
         session.run(each)
-
-
-def drop_indexes(run: Run) -> Statements:
-    """The inverse: a copy that begins again wants none."""
-    yield from unique_keys.remove(run)
-    yield from unique_keys.prepare(run)
-    tables = [(run.names["shadow"], None), *((sql.Identifier(run.staging, each.name), each.name) for each in run.plan.partitions)]
-    for table, leaf in tables:
-        for index in run.plan.indexes:
-            name = index.leaf_names[leaf] if leaf else index.name
-            if index.constraint:
-                yield statement("restore.drop_constraint", table=table, constraint=(name,))
-            yield statement("restore.drop_index", index=(run.staging, name))
 
 
 @recorded("restore", "replay", again=True)

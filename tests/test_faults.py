@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import cutover, foreign_keys, restore
+from runbook import cutover, foreign_keys, indexes, restore
 from runbook.changes import Rewritten
 from runbook.errors import AlreadyRunning, PlanOutdated, PromiseBroken, RunbookError
 from tests import migration, servers, traffic
@@ -269,7 +269,7 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(cli
 @pytest.mark.long
 def test_a_crash_between_building_an_index_and_adopting_it_is_made_good(clinic, sql):
     run = prepare(clinic, "index")
-    _, _, statements = next(iter(restore.index_builds(run)))
+    _, _, statements = next(iter(indexes.builds(run)))
     with run.database.session("a run that died") as session:
         session.run(statements[0])
     rest(run, "index")

@@ -1,0 +1,111 @@
+"""The shadow's indexes: built on every partition, adopted by the root; then what the planner and vacuum want to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from psycopg import sql
+
+from runbook import changes
+from runbook import unique as unique_keys
+from runbook.changes import Statements
+from runbook.ledger import Run
+from runbook.plan import Index
+from runbook.statements import statement, trusted
+
+
+def builds(run: Run) -> Iterator[tuple[str, str, list[sql.Composed]]]:
+    """(partition, index name, statements) for every index of every partition; the largest partitions first."""
+    plan = run.plan
+    for partition in sorted(plan.partitions, key=lambda partition: -partition.rows):
+        leaf = sql.Identifier(run.staging, partition.name)
+        for index in plan.indexes:
+            name = index.leaf_names[partition.name]
+            yield partition.name, name, list(_leaf_index(run, index, leaf, name))
+
+
+def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: str) -> Statements:
+    if index.primary:
+        nulls = trusted("NULLS NOT DISTINCT" if "NULLS" in run.plan.new_primary_constraint.partition("(")[0] else "")
+        rest = trusted(index.options + index.index_space.removeprefix(" USING INDEX"))
+        yield statement(
+            "restore.create_unique",
+            index=(name,),
+            leaf=leaf,
+            columns=run.names["new_pk"],
+            include=trusted(index.include),
+            nulls=nulls,
+            rest=rest,
+        )
+        kind = "UNIQUE" if run.plan.takes_null else "PRIMARY KEY"
+        yield statement("restore.adopt", index=(name,), leaf=leaf, kind=trusted(kind), timing=trusted(index.timing))
+    elif index.constraint_type == "x":
+        yield statement(
+            "restore.add_constraint",
+            table=leaf,
+            constraint=(name,),
+            definition=trusted(index.constraint_definition or ""),
+        )
+    else:
+        unique = sql.SQL("UNIQUE" if index.unique else "")
+        yield statement("restore.create_index", index=(name,), leaf=leaf, unique=unique, tail=trusted(index.tail))
+        if index.constraint_type == "u":
+            yield statement("restore.adopt", index=(name,), leaf=leaf, kind=trusted("UNIQUE"), timing=trusted(index.timing))
+    if not index.everywhere:
+        yield from _comments(index, leaf, (run.staging, name))
+
+
+def _comments(index: Index, table: sql.Composable, name: tuple[str, str]) -> Statements:
+    if index.comment:
+        yield statement("partition.comment_index", index=name, comment=index.comment)
+    if index.constraint_comment:
+        yield statement("partition.comment_constraint", table=table, constraint=name[1:], comment=index.constraint_comment)
+
+
+def adopt(run: Run) -> Statements:
+    """The root's primary key and indexes, which adopt those of the partitions; then the guards' triggers."""
+    names = run.names
+    for index in run.plan.indexes:
+        name = sql.Identifier(index.name)
+        if index.primary:
+            definition = trusted(run.plan.new_primary_constraint)
+            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
+        elif index.everywhere and index.constraint:
+            definition = trusted(index.constraint_definition or "")
+            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
+        elif index.everywhere:
+            unique = sql.SQL("UNIQUE" if index.unique else "")
+            yield statement("restore.index_root", **names, index=name, unique=unique, tail=trusted(index.tail))
+        else:
+            continue
+        yield from _comments(index, names["shadow"], (run.staging, index.name))
+    yield from unique_keys.attach(run)
+
+
+def remove(run: Run) -> Statements:
+    """The inverse: a copy that begins again wants none."""
+    yield from unique_keys.remove(run)
+    yield from unique_keys.prepare(run)
+    tables = [(run.names["shadow"], None), *((sql.Identifier(run.staging, each.name), each.name) for each in run.plan.partitions)]
+    for table, leaf in tables:
+        for index in run.plan.indexes:
+            name = index.leaf_names[leaf] if leaf else index.name
+            if index.constraint:
+                yield statement("restore.drop_constraint", table=table, constraint=(name,))
+            yield statement("restore.drop_index", index=(run.staging, name))
+
+
+def storage(run: Run) -> Iterator[list[list[sql.Composed]]]:
+    """The source's storage options on every partition, VACUUM and ANALYZE: a list a table; the lists of one group go side by side."""
+    options = list(run.plan.table.options)
+    alone = run.plan.server_version >= 18  # before, ANALYZE of the root is of all partitions as well
+    root = [statement("restore.analyze_root", **run.names, only=trusted("ONLY" if alone else ""))]
+    leaves = [
+        [
+            statement("restore.storage", leaf=leaf),
+            *([statement("restore.storage_options", leaf=leaf, options=trusted(", ".join(options)))] if options else []),
+            statement("restore.vacuum", leaf=leaf, analyze=trusted("ANALYZE, " if alone else "")),
+        ]
+        for leaf in changes.leaves(run, run.staging)
+    ]
+    yield from [[root, *leaves]] if alone else [leaves, [root]]
