@@ -16,12 +16,27 @@ from runbook.statements import folder
 PartitionValue = str | int | float | bool | None
 
 
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The mapping; JSON and YAML would silently take the last of two that have one name."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} stands there twice")
+    return dict(pairs)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose mappings have each name once."""
+
+
+_Yaml.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _once(loader.construct_pairs(node, deep=True)))
+
+
 def _parse(value: object) -> object:
     """Papermill's -p hands a mapping over as text."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
+            return json.loads(value, object_pairs_hook=_once)
+        except ValueError as error:
             raise ValueError(f"is not valid JSON ({error})") from None
     return value
 
@@ -105,8 +120,8 @@ def _sentences(error: ValidationError) -> list[str]:
 def from_file(path: Path) -> dict[str, Any]:
     """A YAML file of parameters, as Papermill's -f takes it; raises BadInput when it holds anything else."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"{path} cannot be read as a YAML file of parameters: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise BadInput(f"{path} must hold parameters, a line each, as `table: users`.")
@@ -121,8 +136,8 @@ def from_command_line(pairs: list[tuple[str, str]]) -> dict[str, Any]:
         field = Parameters.model_fields.get(name)
         if field is not None and str not in (field.annotation, *getattr(field.annotation, "__args__", ())):
             try:
-                given[name] = json.loads(value)
-            except json.JSONDecodeError:
+                given[name] = json.loads(value, object_pairs_hook=_once)
+            except ValueError:
                 given[name] = value
     return given
 
