@@ -9,15 +9,18 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from psycopg import sql as composed
+from psycopg.conninfo import conninfo_to_dict
 
-from runbook import embedded
-from tests import servers
+from runbook import embedded, ledger
+from runbook.database import target
+from tests import migration, servers, walk
 
 NEEDED = {"node": "npm", "browser": "chromium"}  # mark: the program without which a test is skipped
 VERSION_LIMIT = re.compile(r"(Skipped: )?PostgreSQL \d+ ")  # the only reason for a skip that CI accepts
@@ -111,6 +114,68 @@ def clinic(server: servers.Server, clinic_template: str) -> Iterator[str]:
     yield from fresh(server, clinic_template)
 
 
+class Stages:
+    """Databases to copy: clinics on which something was done, each made once, from the one that had come nearest to it."""
+
+    def __init__(self, server: servers.Server, clinic: str) -> None:
+        self.server = server
+        self.made: dict[tuple[str, ...], str] = {(): clinic}
+
+    def template(self, done: dict[str, Callable[[str], Any]]) -> str:
+        """The name of the database at whose URL all this was done."""
+        names = tuple(done)
+        if names not in self.made:
+            nearest = max((each for each in self.made if each == names[: len(each)]), key=len)
+            copied, database = self.made[nearest], f"stage_{len(self.made)}"
+            copy(self.server, copied, database)
+            for name in names[len(nearest) :]:
+                done[name](self.server.url(database))
+            self.made[names] = database
+        return self.made[names]
+
+
+@pytest.fixture(scope="session")
+def stages(server: servers.Server, clinic_template: str) -> Stages:
+    return Stages(server, clinic_template)
+
+
+@pytest.fixture
+def bring(server: servers.Server, stages: Stages, clinic: str) -> Callable[[dict[str, Callable[[str], Any]]], None]:
+    """Replaces the test's clinic by a copy of one on which all this was done."""
+
+    def replace(done: dict[str, Callable[[str], Any]]) -> None:
+        template, database = stages.template(done), str(conninfo_to_dict(clinic)["dbname"])
+        drop(server, database)
+        copy(server, template, database)
+
+    return replace
+
+
+@pytest.fixture
+def forward(bring: Callable[..., None], clinic: str) -> Callable[..., ledger.Run]:
+    """As `migration.forward` of the test's clinic, also as far as `plan` and on the way back, but by a copy: for a test whose
+    subject is what comes after."""
+
+    def opened(last: str = "cutover check", **given: Any) -> ledger.Run:
+        steps = {**migration.FORWARD, **migration.BACK}
+
+        def act(url: str, name: str) -> None:
+            migration.walk(ledger.of(target(url), "users"), {name: steps[name]})
+
+        done: dict[str, Callable[[str], Any]] = {f"plan {given}": lambda url: migration.plan(url, **given)}
+        names = list(steps)[: list(steps).index(last) + 1] if last != "plan" else []
+        bring(done | {name: partial(act, name=name) for name in names})
+        return ledger.of(target(clinic), "users")
+
+    return opened
+
+
+@pytest.fixture
+def walked(bring: Callable[..., None], clinic: str) -> Callable[..., None]:
+    """As `walk` of these notebooks on the test's clinic, by a copy: for a test whose subject is what comes after."""
+    return lambda *names: bring({name: partial(lambda url, name: walk.walk(url, name), name=name) for name in names})
+
+
 @pytest.fixture
 def sql(request: pytest.FixtureRequest, server: servers.Server) -> Callable[..., list[tuple[Any, ...]]]:
     """Runs one query in the test's `clinic`, or else its `database`; commits; returns the rows."""
@@ -130,9 +195,17 @@ def execute(server: servers.Server, statement: LiteralString | composed.Composed
         connection.execute(statement)
 
 
+def copy(server: servers.Server, template: str, database: str) -> None:
+    names = {"name": composed.Identifier(database), "template": composed.Identifier(template)}
+    execute(server, composed.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**names))
+
+
+def drop(server: servers.Server, database: str) -> None:
+    execute(server, composed.SQL("DROP DATABASE {} WITH (FORCE)").format(composed.Identifier(database)))
+
+
 def fresh(server: servers.Server, template: str) -> Iterator[str]:
     name = f"test_{next(numbers)}"
-    names = {"name": composed.Identifier(name), "template": composed.Identifier(template)}
-    execute(server, composed.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**names))
+    copy(server, template, name)
     yield server.url(name)
-    execute(server, composed.SQL("DROP DATABASE {name} WITH (FORCE)").format(name=names["name"]))
+    drop(server, name)

@@ -45,9 +45,9 @@ def locked(url: str, *statements: str) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.mark.parametrize("unique", ["global", pytest.param("per_partition", marks=pytest.mark.long)])
-def test_a_new_value_gets_a_partition(clinic, sql, unique):
+def test_a_new_value_gets_a_partition(forward, clinic, sql, unique):
     before = dump(clinic, "--exclude-schema=runbook*", "--exclude-table=users_backup")
-    run = migration.forward(clinic, unique=unique)
+    run = forward(unique=unique)
     with pytest.raises(psycopg.errors.CheckViolation):
         sql(insert("nurse@x", "nurse"))
     add(run, add=NURSES)
@@ -96,8 +96,8 @@ def test_rows_of_the_default_partition_go_over_with_all_that_refers_to_them(clin
     assert sql("SELECT count(*) FROM users WHERE role = 'doctor'") == [(rows,)]
 
 
-def test_no_write_to_the_default_partition_is_lost_meanwhile(clinic, sql):
-    run = migration.forward(clinic, unique="global", partitions=REST)
+def test_no_write_to_the_default_partition_is_lost_meanwhile(forward, clinic, sql):
+    run = forward(unique="global", partitions=REST)
     acknowledged, stop = [], threading.Event()
 
     def write() -> None:
@@ -123,8 +123,8 @@ def test_no_write_to_the_default_partition_is_lost_meanwhile(clinic, sql):
 
 
 @pytest.mark.long
-def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(clinic, sql):
-    run = migration.forward(clinic)
+def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(forward, clinic, sql):
+    run = forward()
     statements = (insert("open@x", "user"), "SELECT * FROM users", "UPDATE users SET first_name = 'open' WHERE role = 'doctor'")
     with locked(clinic, *statements):
         add(run, add=NURSES)
@@ -132,8 +132,8 @@ def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(cl
 
 
 @pytest.mark.long
-def test_who_is_in_the_way_is_named_and_nothing_is_changed(clinic, sql):
-    run = migration.forward(clinic)
+def test_who_is_in_the_way_is_named_and_nothing_is_changed(forward, clinic, sql):
+    run = forward()
     draft = additions.draft(run, add=NURSES)
     draft.freeze()
     additions.require_approval(draft, "a test")
@@ -174,8 +174,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_what_cannot_be_added_is_refused_and_nothing_is_made(clinic, sql):
-    run = migration.forward(clinic)
+def test_what_cannot_be_added_is_refused_and_nothing_is_made(forward, clinic, sql):
+    run = forward()
     before = dump(clinic, "--exclude-schema=runbook")
     for said, given in REFUSED.items():
         with pytest.raises((BadInput, PlanBlocked), match=said):
@@ -201,8 +201,8 @@ def test_it_has_its_time_and_its_approval(clinic, database, sql):
         additions.draft(hashed, add={"more": [2]})
 
 
-def test_the_notebook_adds_a_partition(clinic, sql):
-    migration.forward(clinic)
+def test_the_notebook_adds_a_partition(forward, clinic, sql):
+    forward()
     walk(clinic, "20_add_partitions", add=NURSES, approved_by="ann")
     sql(insert("nurse@x", "nurse"))
 
@@ -223,8 +223,8 @@ SHORT = ("detached and attached",)
 
 
 @pytest.mark.parametrize("what", [each if each in SHORT else pytest.param(each, marks=pytest.mark.long) for each in UPKEEP])
-def test_one_partition_is_looked_after_while_the_others_are_locked(clinic, sql, what):
-    migration.forward(clinic)
+def test_one_partition_is_looked_after_while_the_others_are_locked(forward, clinic, sql, what):
+    forward()
     # Whoever works with another partition, and even locks it against everybody, neither waits nor is waited for.
     others = ("users_patients", "users_admins")
     locks = [f"LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE" for name in others]
@@ -244,8 +244,8 @@ def test_one_partition_is_looked_after_while_the_others_are_locked(clinic, sql, 
         "LOCK TABLE users_doctors",
     ],
 )
-def test_the_application_works_with_the_other_partitions_meanwhile(clinic, sql, statement):
-    migration.forward(clinic)
+def test_the_application_works_with_the_other_partitions_meanwhile(forward, clinic, sql, statement):
+    forward()
     with locked(clinic, statement), psycopg.connect(clinic) as application:
         application.execute("SET lock_timeout = '2s'")
         application.execute(insert("meanwhile@x", "user"))  # type: ignore[call-overload]
@@ -253,8 +253,8 @@ def test_the_application_works_with_the_other_partitions_meanwhile(clinic, sql, 
         assert application.execute("SELECT count(*) FROM users WHERE role = 'user'").fetchone() == (950,)
 
 
-def test_guards_follow_a_partition_that_is_detached_and_attached(clinic, sql):
-    run = migration.forward(clinic, unique="global")
+def test_guards_follow_a_partition_that_is_detached_and_attached(forward, sql):
+    run = forward(unique="global")
     shown = (
         repr(additions.draft(run, add=NURSES).upkeep())
         .replace("users_patients", "users_doctors")

@@ -37,8 +37,8 @@ def shown(run) -> dict[str, dict[str, str]]:
 
 
 @pytest.fixture
-def migrated(clinic):
-    return migration.forward(clinic)
+def migrated(forward):
+    return forward()
 
 
 @pytest.mark.long

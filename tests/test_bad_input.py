@@ -128,8 +128,8 @@ def test_a_step_before_its_time(untouched: str) -> None:
             walk(untouched, step)
 
 
-def test_a_step_whose_predecessor_has_not_been_completed(clinic: str) -> None:
-    walk(clinic, "00_plan")
+def test_a_step_whose_predecessor_has_not_been_completed(walked: Callable[..., None], clinic: str) -> None:
+    walked("00_plan")
     before = dump(clinic)
     for step in FORWARD[2:-1]:  # 07 is of use at any time
         with pytest.raises(OutOfOrder, match=r"rests on 01_backup, which has not been completed .*: run 01_backup first"):
@@ -149,8 +149,10 @@ def test_a_step_whose_predecessor_has_not_been_completed(clinic: str) -> None:
     ],
 )
 @pytest.mark.parametrize("step", ["01_backup", pytest.param("05_cutover", marks=pytest.mark.long)])
-def test_a_table_that_was_altered_since_the_plan(clinic: str, sql: Sql, change: str, said: str, step: str) -> None:
-    walk(clinic, *FORWARD[: FORWARD.index(step)])
+def test_a_table_that_was_altered_since_the_plan(
+    walked: Callable[..., None], clinic: str, sql: Sql, change: str, said: str, step: str
+) -> None:
+    walked(*FORWARD[: FORWARD.index(step)])
     sql(change)
     before = dump(clinic)
     with pytest.raises(PlanOutdated) as caught:

@@ -20,8 +20,8 @@ from runbook import certificate, ledger, verify
 from runbook.archive import Run, audit
 from runbook.errors import PromiseBroken
 from runbook.ledger import Run as Migration
+from tests import migration as actions
 from tests.conftest import fresh
-from tests.migration import forward
 from tests.servers import Server, wheel
 from tests.test_archive import executed
 
@@ -40,7 +40,7 @@ def record(runs: Path, migration: Migration) -> Path:
 @pytest.fixture(scope="module")
 def made(server: Server, clinic_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     for database in fresh(server, clinic_template):
-        migration = forward(database)
+        migration = actions.forward(database)
         verify.check(migration)
         yield database, migration, record(tmp_path_factory.mktemp("certificate") / "runs", migration)
 
@@ -135,8 +135,10 @@ def test_the_certificate_is_part_of_what_the_audit_checks(made: Made) -> None:
 
 
 @pytest.mark.long
-def test_a_broken_promise_is_certified_as_broken(clinic: str, tmp_path: Path, sql: Callable[..., Any]) -> None:
-    migration = forward(clinic)
+def test_a_broken_promise_is_certified_as_broken(
+    forward: Callable[..., Migration], tmp_path: Path, sql: Callable[..., Any]
+) -> None:
+    migration = forward()
     sql("DROP INDEX users_is_active_idx")
     with pytest.raises(PromiseBroken):
         verify.check(migration)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,16 @@ def step(name: str) -> migration.Action:
     return {**migration.FORWARD, **migration.BACK}[name]
 
 
-def prepare(url: str, name: str) -> migration.Run:
+@pytest.fixture
+def prepare(forward: Callable[..., migration.Run], sql: Callable[..., Any]) -> Callable[[str], migration.Run]:
     """Everything before the named step."""
-    run = migration.plan(url)
-    for each in STEPS[: STEPS.index(name)]:
-        migration.walk(run, {each: step(each)})
-    return run
+
+    def before(name: str) -> migration.Run:
+        run = forward(["plan", *STEPS][STEPS.index(name)])
+        sql("CHECKPOINT")  # a copied sequence logs its next value only after one: a crash would set it back
+        return run
+
+    return before
 
 
 def rest(run: migration.Run, name: str) -> None:
@@ -122,10 +127,10 @@ def assert_nothing_left(sql) -> None:
 
 
 @pytest.mark.parametrize("name", ["copy", *long("settle", "index", "replay", "fill")])
-def test_a_killed_kernel_costs_nothing(server, clinic, sql, name):
+def test_a_killed_kernel_costs_nothing(prepare, server, clinic, sql, name):
+    run = prepare(name)
     with traffic.pool(clinic, server.version, writers=1) as pool:
         pool.go_on(10)
-        run = prepare(clinic, name)
         holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
         child = Child(clinic, name)
         holder.wait()
@@ -137,10 +142,10 @@ def test_a_killed_kernel_costs_nothing(server, clinic, sql, name):
 
 
 @pytest.mark.parametrize("name", ["index", *long("copy", "fill", "replay")])
-def test_a_terminated_backend_costs_nothing(server, clinic, sql, name):
+def test_a_terminated_backend_costs_nothing(prepare, server, clinic, sql, name):
+    run = prepare(name)
     with traffic.pool(clinic, server.version, writers=1, crashes=True) as pool:
         pool.go_on(10)
-        run = prepare(clinic, name)
         holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
         thread, failed = struck(run, name)
         for pid in holder.wait():
@@ -170,8 +175,8 @@ def struck(run: migration.Run, name: str) -> tuple[threading.Thread, list[BaseEx
 
 
 @pytest.mark.parametrize("name", ["fill", *long("copy", "index", "replay")])
-def test_an_interrupt_cancels_what_every_worker_runs(clinic, sql, name):
-    run = prepare(clinic, name)
+def test_an_interrupt_cancels_what_every_worker_runs(prepare, clinic, sql, name):
+    run = prepare(name)
     holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
     child = Child(clinic, name)
     holder.wait()
@@ -182,9 +187,9 @@ def test_an_interrupt_cancels_what_every_worker_runs(clinic, sql, name):
     assert_nothing_left(sql)
 
 
-def test_rows_that_moved_since_they_were_listed_are_filled_all_the_same(clinic, sql, monkeypatch):
+def test_rows_that_moved_since_they_were_listed_are_filled_all_the_same(prepare, sql, monkeypatch):
     """Rows are filled by their addresses: a VACUUM FULL in between gives every row another one."""
-    run, parallel = prepare(clinic, "fill"), foreign_keys.parallel
+    run, parallel = prepare("fill"), foreign_keys.parallel
 
     def moved_before(*given: Any) -> None:
         sql("DELETE FROM appointments WHERE ctid < '(3,0)'")
@@ -200,11 +205,11 @@ def test_rows_that_moved_since_they_were_listed_are_filled_all_the_same(clinic, 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", STRUCK)
-def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, name):
+def test_a_server_that_crashes_recovers_with_every_write(prepare, server, clinic, sql, name):
     """kill -9 of a backend: the server ends every session and recovers. Struck at a random moment of the step."""
+    run = prepare(name)
     with traffic.pool(clinic, server.version, writers=2, crashes=True) as pool:
         pool.go_on(20)
-        run = prepare(clinic, name)
         thread, _ = struck(run, name)
         time.sleep(0.001 * (os.getpid() * 7 + len(name) * 13 % 97) % 0.15)
         with suppress(psycopg.Error):
@@ -217,10 +222,10 @@ def test_a_server_that_crashes_recovers_with_every_write(server, clinic, sql, na
 
 
 @pytest.mark.parametrize("name", ["swap", *long("copy", "swap back")])
-def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(server, clinic, sql, name):
+def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(prepare, server, clinic, sql, name):
+    run = prepare(name)
     with traffic.pool(clinic, server.version, writers=1, crashes=True) as pool:
         pool.go_on(20)
-        run = prepare(clinic, name)
         thread, _ = struck(run, name)
         time.sleep(0.02)
         server.stop("immediate")
@@ -233,9 +238,9 @@ def test_a_server_that_stops_at_once_and_starts_again_lost_nothing(server, clini
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["swap", *long("swap back")])
-def test_the_ledger_and_the_swap_never_disagree(clinic, sql, name):
+def test_the_ledger_and_the_swap_never_disagree(prepare, sql, name):
     """The connection is lost at whatever moment of the step: the table and the ledger tell the same."""
-    run = prepare(clinic, name)
+    run = prepare(name)
     done = name == "swap back"
     for delay in (0.0, 0.01, 0.03, 0.05, 0.08, 0.12):
         thread, _ = struck(run, name)
@@ -254,8 +259,8 @@ def test_the_ledger_and_the_swap_never_disagree(clinic, sql, name):
 
 
 @pytest.mark.long
-def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(clinic, sql):
-    run = prepare(clinic, "copy")
+def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(prepare, clinic, sql):
+    run = prepare("copy")
     holder = Holder(clinic, LOCKED["copy"].format(staging=run.staging))
     child = Child(clinic, "copy")
     holder.wait()
@@ -267,8 +272,8 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(cli
 
 
 @pytest.mark.long
-def test_a_crash_between_building_an_index_and_adopting_it_is_made_good(clinic, sql):
-    run = prepare(clinic, "index")
+def test_a_crash_between_building_an_index_and_adopting_it_is_made_good(prepare, sql):
+    run = prepare("index")
     _, _, statements = next(iter(indexes.builds(run)))
     with run.database.session("a run that died") as session:
         session.run(statements[0])
@@ -283,7 +288,7 @@ def test_a_full_disk_stops_the_step_and_not_the_application(database, sql):
 
     embedded.load_clinic(database, users=20_000)
     name = sql("SELECT current_database()")[0][0]
-    run = prepare(database, "index")
+    run = migration.forward(database, last="settle")
     sql(f'ALTER DATABASE "{name}" SET temp_file_limit = 0')
     sql(f"ALTER DATABASE \"{name}\" SET maintenance_work_mem = '1MB'")
     with pytest.raises((psycopg.errors.ConfigurationLimitExceeded, RunbookError)):
@@ -296,7 +301,7 @@ def test_a_full_disk_stops_the_step_and_not_the_application(database, sql):
 
 
 @pytest.mark.long
-def test_a_full_tablespace_stops_the_copy_and_not_the_application(server, clinic, sql):
+def test_a_full_tablespace_stops_the_copy_and_not_the_application(prepare, server, sql):
     if os.geteuid() != 0:
         pytest.skip("PostgreSQL needs root here: only root may mount a small tmpfs")
     folder = servers.temporary_folder()
@@ -311,7 +316,7 @@ def test_a_full_tablespace_stops_the_copy_and_not_the_application(server, clinic
         servers.hand_over(folder)
         space = f"small_{os.getpid()}"
         sql(f"CREATE TABLESPACE {space} LOCATION '{home}'")
-        run = prepare(clinic, "copy")
+        run = prepare("copy")
         for leaf in migration.PARTITIONS:
             sql(f"ALTER TABLE {run.staging}.{leaf} SET TABLESPACE {space}")
         filler = folder / "filler"
@@ -331,8 +336,8 @@ def test_a_full_tablespace_stops_the_copy_and_not_the_application(server, clinic
 
 
 @pytest.mark.long
-def test_an_altered_source_is_found_before_the_swap(clinic, sql):
-    run = prepare(clinic, "swap")
+def test_an_altered_source_is_found_before_the_swap(prepare, clinic, sql):
+    run = prepare("swap")
     sql("ALTER TABLE users ADD COLUMN nickname text")
     with pytest.raises(PlanOutdated, match="column nickname added"):
         cutover.swap(run)
@@ -345,8 +350,8 @@ def test_an_altered_source_is_found_before_the_swap(clinic, sql):
 @pytest.mark.parametrize(
     "change", ["CREATE INDEX later ON users (phone)", "CREATE TABLE later (u uuid REFERENCES users)", "DROP TABLE appointments"]
 )
-def test_what_somebody_else_makes_or_drops_is_found_and_named(clinic, sql, change):
-    run = prepare(clinic, "swap")
+def test_what_somebody_else_makes_or_drops_is_found_and_named(prepare, sql, change):
+    run = prepare("swap")
     sql(change)
     with pytest.raises(PlanOutdated, match=r"later|appointments"):
         cutover.swap(run)
@@ -355,8 +360,8 @@ def test_what_somebody_else_makes_or_drops_is_found_and_named(clinic, sql, chang
 
 
 @pytest.mark.long
-def test_triggers_that_were_off_for_a_while_are_noticed(clinic, sql):
-    run = prepare(clinic, "swap")
+def test_triggers_that_were_off_for_a_while_are_noticed(prepare, sql):
+    run = prepare("swap")
     sql("ALTER TABLE users DISABLE TRIGGER ALL")
     sql("UPDATE users SET first_name = 'unlogged' WHERE email LIKE '%sample7@%'")
     sql("ALTER TABLE users ENABLE TRIGGER ALL")
@@ -369,8 +374,8 @@ def test_triggers_that_were_off_for_a_while_are_noticed(clinic, sql):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["swap", *long("copy", "settle", "index", "replay")])
 @pytest.mark.parametrize("change", ["TRUNCATE users CASCADE", *long("VACUUM FULL users")])
-def test_a_rewrite_sends_the_copy_back_to_its_beginning(clinic, sql, name, change):
-    run = prepare(clinic, name)
+def test_a_rewrite_sends_the_copy_back_to_its_beginning(prepare, sql, name, change):
+    run = prepare(name)
     if name == "copy":  # a part of it is there already
         sql(f"INSERT INTO runbook.copied_range VALUES ({run.migration}, 0, 1, 0)")
     sql(change)
@@ -388,8 +393,8 @@ def test_a_rewrite_sends_the_copy_back_to_its_beginning(clinic, sql, name, chang
     assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("p",)]
 
 
-def test_an_unknown_key_disturbs_nobody_and_stops_the_cutover(clinic, sql):
-    run = prepare(clinic, "swap")
+def test_an_unknown_key_disturbs_nobody_and_stops_the_cutover(prepare, sql):
+    run = prepare("swap")
     sql("UPDATE users SET role = 'nurse' WHERE email LIKE '%sample7@%'")
     with pytest.raises(PromiseBroken, match=r"'nurse' \(1\)"):
         cutover.swap(run)
@@ -400,9 +405,9 @@ def test_an_unknown_key_disturbs_nobody_and_stops_the_cutover(clinic, sql):
 
 
 @pytest.mark.long
-def test_a_role_that_changed_and_changed_back_is_followed_by_its_appointments(clinic, sql):
+def test_a_role_that_changed_and_changed_back_is_followed_by_its_appointments(prepare, sql):
     """Corrected in between, from what was then the truth: only a comparison with the rows themselves finds it."""
-    run = prepare(clinic, "swap")
+    run = prepare("swap")
     sql("UPDATE users SET role = 'doctor' WHERE email LIKE '%sample7@%'")
     sql("UPDATE appointments SET notes = 'touched' WHERE user_id = (SELECT id FROM users WHERE email LIKE '%sample7@%')")
     with run.database.session("a correction") as session:

@@ -19,8 +19,8 @@ NURSE = "INSERT INTO users (email, password, first_name, last_name, role) VALUES
 
 
 @pytest.fixture
-def migrated(clinic):
-    return migration.forward(clinic)
+def migrated(forward):
+    return forward()
 
 
 def seen(run) -> dict:
@@ -64,8 +64,8 @@ def test_every_look_stays_in_the_ledger_and_is_drawn(migrated):
 
 
 @pytest.mark.long
-def test_new_values_and_rows_without_a_partition_of_their_own_fail_it(clinic, sql):
-    run = migration.forward(clinic, partitions=WITH_REST)
+def test_new_values_and_rows_without_a_partition_of_their_own_fail_it(forward, sql):
+    run = forward(partitions=WITH_REST)
     assert seen(run)["new_values"] == []
     monitor.check(run)
     sql(NURSE % 1)
@@ -121,8 +121,8 @@ def test_it_goes_on_after_the_end(migrated):
 
 
 @pytest.mark.long
-def test_a_threshold_that_is_passed_is_exit_code_1(clinic, sql, tmp_path):
-    migration.forward(clinic, partitions=WITH_REST)
+def test_a_threshold_that_is_passed_is_exit_code_1(forward, clinic, sql, tmp_path):
+    forward(partitions=WITH_REST)
     sql(NURSE % 1)
     given = ["monitor", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
     failed = CliRunner().invoke(main, given)

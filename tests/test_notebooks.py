@@ -9,7 +9,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from runbook.parameters import Parameters
 from tests.conftest import fresh
 from tests.servers import Server
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, cells, dump, notebook, walk
+
+Walked = Callable[..., None]
 
 
 def command(*arguments: str) -> Result:
@@ -129,6 +131,13 @@ def test_the_record_holds_every_executed_notebook_with_its_page(migrated: tuple[
         assert (folder / f"{name}.html").stat().st_size > 10_000
 
 
+def test_no_run_leaves_anything_among_the_notebooks(migrated: tuple[str, Path, Result]) -> None:
+    assert {path.suffix or path.name for path in notebook("x").parent.iterdir()} <= {".ipynb", ".yaml", "pictures"}
+    refused = command("run", "--out", str(notebook("x").parent / "runs"))
+    assert refused.exit_code == 1
+    assert "lies inside the notebooks' own folder" in refused.stderr
+
+
 @pytest.mark.long
 def test_running_it_again_does_nothing_and_says_so(migrated: tuple[str, Path, Result]) -> None:
     database, runs, _ = migrated
@@ -144,8 +153,8 @@ UNTIL = [pytest.param(n, id=name, marks=[] if n == len(FORWARD) else pytest.mark
 
 
 @pytest.mark.parametrize("until", UNTIL)
-def test_run_all_twice_is_harmless(clinic: str, until: int, capsys: pytest.CaptureFixture[str]) -> None:
-    walk(clinic, *FORWARD[:until])
+def test_run_all_twice_is_harmless(walked: Walked, clinic: str, until: int, capsys: pytest.CaptureFixture[str]) -> None:
+    walked(*FORWARD[:until])
     before = dump(clinic)
     walk(clinic, *FORWARD[:until])
     assert dump(clinic) == before
@@ -154,8 +163,8 @@ def test_run_all_twice_is_harmless(clinic: str, until: int, capsys: pytest.Captu
 
 
 @pytest.mark.long
-def test_each_notebook_can_be_run_again_after_the_end(clinic: str) -> None:
-    walk(clinic)
+def test_each_notebook_can_be_run_again_after_the_end(walked: Walked, clinic: str) -> None:
+    walked(*FORWARD)
     walk(clinic, "91_finish", unneeded_for_h=0)
     before = dump(clinic)
     for name in (*FORWARD, "91_finish"):
@@ -165,16 +174,17 @@ def test_each_notebook_can_be_run_again_after_the_end(clinic: str) -> None:
 
 
 @pytest.mark.parametrize("until", UNTIL)
-def test_rollback_leads_back_from_every_step(clinic: str, until: int) -> None:
+def test_rollback_leads_back_from_every_step(walked: Walked, clinic: str, until: int) -> None:
     before = dump(clinic, "--exclude-schema=runbook")
-    walk(clinic, *FORWARD[:until])
+    walked(*FORWARD[:until])
     walk(clinic, "90_rollback")
     assert dump(clinic, "--exclude-schema=runbook") == before
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in ("90_rollback", "91_finish")])
-def test_rollback_and_finish_are_notebooks_too(clinic: str, tmp_path: Path, name: str) -> None:
-    walk(clinic)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["90_rollback", "91_finish"])
+def test_rollback_and_finish_are_notebooks_too(walked: Walked, clinic: str, tmp_path: Path, name: str) -> None:
+    walked(*FORWARD)
     verb = name.partition("_")[2]
     waits = ["-p", "unneeded_for_h", "0"] if verb == "finish" else []
     result = command(verb, "-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", *waits, "--out", str(tmp_path))
@@ -257,10 +267,3 @@ def test_no_notebook_holds_logic() -> None:
                 assert not any(
                     line.startswith(("def ", "class ", "for ", "if ", "while ", "try")) for line in cell.source.split("\n")
                 )
-
-
-def test_no_run_leaves_anything_among_the_notebooks(migrated: tuple[str, Path, Result]) -> None:
-    assert {path.suffix or path.name for path in notebook("x").parent.iterdir()} <= {".ipynb", ".yaml", "pictures"}
-    refused = command("run", "--out", str(notebook("x").parent / "runs"))
-    assert refused.exit_code == 1
-    assert "lies inside the notebooks' own folder" in refused.stderr

@@ -43,9 +43,9 @@ def state(url: str, sql) -> tuple[str, object, object]:
     "last",
     ["log", "fill", *(pytest.param(each, marks=pytest.mark.long) for each in ("backup", "shadow", "copy", "index", "columns"))],
 )
-def test_before_the_cutover_every_trace_goes(clinic, sql, last):
+def test_before_the_cutover_every_trace_goes(forward, clinic, sql, last):
     before = state(clinic, sql)
-    run = migration.forward(clinic, last=last)
+    run = forward(last=last)
     migration.back(run)
     assert state(clinic, sql) == before
     assert sql("SELECT nspname::text FROM pg_namespace WHERE nspname LIKE 'runbook%'") == [("runbook",)]
@@ -98,8 +98,8 @@ def write_everywhere(sql) -> None:
 
 
 @pytest.mark.long
-def test_a_partition_attached_since_comes_along(clinic, sql):
-    run = migration.forward(clinic)
+def test_a_partition_attached_since_comes_along(forward, sql):
+    run = forward()
     sql("CREATE TABLE users_nurses (LIKE users INCLUDING DEFAULTS)")
     sql(f"INSERT INTO users_nurses {PAYLOAD} VALUES ('nurse@x', 'p', 'N', 'N', 'nurse')")
     sql("ALTER TABLE users ATTACH PARTITION users_nurses FOR VALUES IN ('nurse')")
@@ -109,8 +109,8 @@ def test_a_partition_attached_since_comes_along(clinic, sql):
 
 
 @pytest.mark.long
-def test_a_partition_detached_since_stays_its_owners(clinic, sql):
-    run = migration.forward(clinic)
+def test_a_partition_detached_since_stays_its_owners(forward, sql):
+    run = forward()
     sql("DELETE FROM appointments WHERE user_role = 'admin'")
     sql("ALTER TABLE users DETACH PARTITION users_admins")
     migration.back(run)
@@ -120,8 +120,8 @@ def test_a_partition_detached_since_stays_its_owners(clinic, sql):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("truncated", "left"), [("users_doctors", 951), pytest.param("users", 1, marks=pytest.mark.long)])
-def test_a_truncate_after_the_cutover_is_followed(clinic, sql, truncated, left):
-    run = migration.forward(clinic)
+def test_a_truncate_after_the_cutover_is_followed(forward, sql, truncated, left):
+    run = forward()
     sql(f"TRUNCATE {truncated} CASCADE")
     sql(f"INSERT INTO users {PAYLOAD} VALUES ('after@x', 'p', 'N', 'N', 'doctor')")
     migration.back(run)
@@ -129,8 +129,8 @@ def test_a_truncate_after_the_cutover_is_followed(clinic, sql, truncated, left):
 
 
 @pytest.mark.long
-def test_writes_while_the_log_was_switched_off_are_found(clinic, sql):
-    run = migration.forward(clinic)
+def test_writes_while_the_log_was_switched_off_are_found(forward, sql):
+    run = forward()
     sql("ALTER TABLE users DISABLE TRIGGER USER")
     sql("UPDATE users SET first_name = 'unlogged' WHERE email LIKE '%sample41@%'")
     sql("ALTER TABLE users ENABLE TRIGGER USER")
@@ -138,8 +138,8 @@ def test_writes_while_the_log_was_switched_off_are_found(clinic, sql):
     assert sql("SELECT count(*) FROM users WHERE first_name = 'unlogged'") == [(1,)]
 
 
-def test_rows_that_the_original_cannot_take_are_named(clinic, sql):
-    run = migration.forward(clinic)
+def test_rows_that_the_original_cannot_take_are_named(forward, sql):
+    run = forward()
     sql(f"INSERT INTO users {PAYLOAD} VALUES ('double@x', 'p', 'N', 'N', 'doctor'), ('double@x', 'p', 'N', 'N', 'admin')")
     with pytest.raises(PromiseBroken, match="double@x"):
         rollback.swap_back(run)
@@ -157,8 +157,8 @@ def test_rows_that_the_original_cannot_take_are_named(clinic, sql):
         ("CREATE TABLE visits (u uuid, r varchar(50), FOREIGN KEY (u, r) REFERENCES users (id, role))", "visits"),
     ],
 )
-def test_what_was_made_since_is_never_dropped_silently(clinic, sql, made, named):
-    run = migration.forward(clinic)
+def test_what_was_made_since_is_never_dropped_silently(forward, sql, made, named):
+    run = forward()
     sql(made)
     with pytest.raises(PromiseBroken, match=named):
         rollback.swap_back(run)
@@ -192,8 +192,8 @@ def server_is_14(sql) -> bool:
 
 
 @pytest.mark.long
-def test_the_backup_can_be_kept_under_another_name(clinic, sql):
-    run = migration.forward(clinic)
+def test_the_backup_can_be_kept_under_another_name(forward, clinic, sql):
+    run = forward()
     migration.walk(run, migration.BACK, last="clean")
     rollback.check(run, keep_backup=True)
     kept = sql(r"SELECT relname::text FROM pg_class WHERE relname ~ '^users_backup_\d{8}T\d{6}Z$'")

@@ -35,9 +35,9 @@ def test_the_comparison_is_exact_under_full_load(server, clinic):
         assert pool.commits > 100
 
 
-def test_a_row_that_slipped_past_the_log_is_named(clinic, sql):
+def test_a_row_that_slipped_past_the_log_is_named(forward, sql):
     """What the comparison is for: the same promise, broken on purpose."""
-    run = migration.forward(clinic, last="replay")
+    run = forward("replay")
     sql("SET session_replication_role = replica; ALTER TABLE users DISABLE TRIGGER USER; UPDATE users SET phone = 'slipped' "
         "WHERE role = 'admin';"
         " ALTER TABLE users ENABLE TRIGGER USER")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -27,8 +28,8 @@ def version(sql: Any) -> int:
 
 
 @pytest.fixture
-def guarded(clinic: str) -> runbook.ledger.Run:
-    return migration.forward(clinic, unique="global")
+def guarded(forward: Callable[..., runbook.ledger.Run]) -> runbook.ledger.Run:
+    return forward(unique="global")
 
 
 def refusals(sql: Any) -> list[tuple[str | None, ...]]:

@@ -6,19 +6,18 @@ import contextlib
 import io
 import warnings
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
 
 from runbook import charts, cutover, ledger, verify
 from runbook.database import target
 from runbook.errors import PromiseBroken
 from runbook.ledger import Run
-from tests.conftest import fresh
-from tests.migration import FORWARD, forward, plan, walk
+from tests import migration
+from tests.migration import FORWARD, plan, walk
 from tests.servers import Server
 
 COMMANDS = """\
@@ -42,18 +41,11 @@ WHERE table_name = 'appointments' AND constraint_type = 'FOREIGN KEY';
 """
 
 
-@pytest.fixture(scope="module")
-def template(server: Server, clinic_template: str) -> Iterator[str]:
-    """A database with a migrated clinic, to be copied."""
-    for url in fresh(server, clinic_template):
-        forward(url)
-        yield conninfo_to_dict(url)["dbname"]
-
-
 @pytest.fixture
-def migrated(server: Server, template: str) -> Iterator[str]:
-    """The URL of a fresh copy of the migrated clinic."""
-    yield from fresh(server, template)
+def migrated(forward: Callable[..., Run], clinic: str) -> str:
+    """The URL of a migrated clinic."""
+    forward()
+    return clinic
 
 
 def opened(url: str, table: str = "users") -> Run:
@@ -327,6 +319,6 @@ def test_an_empty_table_that_nobody_references_is_verified(database: str) -> Non
 
 @pytest.mark.long
 def test_a_backup_made_by_dump_is_held_against_its_digest(clinic: str) -> None:
-    run = forward(clinic, backup_method="dump")
+    run = migration.forward(clinic, backup_method="dump")
     verify.check(run)
     assert verdicts(run)["The backup is what was proved when it was made"] == "pass"
