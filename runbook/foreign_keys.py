@@ -141,6 +141,13 @@ def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifie
     with session.transaction(max_parallel_workers_per_gather=workers - 1):
         rows = session.run("foreign_keys.collect_places", **own).rowcount
     blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
+    indexed = {row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))}
+    own["assignments"] = sql.SQL(", ").join(
+        [
+            sql.SQL("{} = k.value").format(own["role_column"]),
+            *(sql.SQL("{0} = w.{0}").format(sql.Identifier(each)) for each in indexed),
+        ]
+    )
     progress = pace.Progress(reference.table, rows)
     filled: list[int] = []
 

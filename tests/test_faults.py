@@ -187,22 +187,6 @@ def test_an_interrupt_cancels_what_every_worker_runs(prepare, clinic, sql, name)
     assert_nothing_left(sql)
 
 
-def test_rows_that_moved_since_they_were_listed_are_filled_all_the_same(prepare, sql, monkeypatch):
-    """Rows are filled by their addresses: a VACUUM FULL in between gives every row another one."""
-    run, parallel = prepare("fill"), foreign_keys.parallel
-
-    def moved_before(*given: Any) -> None:
-        sql("DELETE FROM appointments WHERE ctid < '(3,0)'")
-        sql("VACUUM FULL appointments")
-        parallel(*given)
-
-    monkeypatch.setattr(foreign_keys, "parallel", moved_before)
-    migration.walk(run, {"fill": step("fill")})
-    wrong = "SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role"
-    assert sql(wrong) == [(0,)]
-    assert sql("SELECT count(*) > 0 FROM appointments WHERE user_role <> 'user'") == [(True,)]
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", STRUCK)
 def test_a_server_that_crashes_recovers_with_every_write(prepare, server, clinic, sql, name):
