@@ -102,7 +102,7 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
     kept = {key: text for key, text in after.items() if not of_ours(key[1], text)}
     for key, text in before.items():
         if key[0] in ("INDEX", "CONSTRAINT", "COMMENT") and elsewhere & {
-            key[1].split(" ")[-1],
+            key[1].removeprefix(f"{root} "),
             key[1].partition(" ON ")[0].partition(" ")[2],
         }:
             continue
