@@ -13,10 +13,11 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, division, findings, locks, unique
+from runbook import catalog, division, locks, unique
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
+from runbook.findings import worst_first
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import Parameters, resolve
 from runbook.plan import Fact, Finding, Partition, fit, identifiers
@@ -139,11 +140,10 @@ def _decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
     wanted = [each for each in _wanted(run, session, oid, given, key) if not _stands(each, tree)]
     rules, refused = _rehearse(run, session, tree, wanted)
     if refused:
-        found.append(_finding("blocker", plan.full_name, refused, "Correct add."))
+        found.append(Finding.blocker(plan.full_name, refused, "Correct add."))
     for row in session.rows("draft.free", schema=plan.table.schema_name, names=[each.name for each in wanted]):
         found.append(
-            _finding(
-                "blocker",
+            Finding.blocker(
                 row["name"],
                 f"The name {plan.table.schema_name}.{row['name']} is taken.",
                 "Choose another name for the partition.",
@@ -158,46 +158,44 @@ def _decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
         found += _moving(each.name, rows, default, keys)
     if default and additions:
         size = next(row["table_bytes"] for row in tree if row["bound"] == "DEFAULT")
-        found.append(_finding("warning", default[1], f"{default[1]} ({size / 1e6:,.1f} MB) is read through under ACCESS EXCLUSIVE while a partition is"
-                              " attached: who reads or writes it waits for so long.", "Attach when that is acceptable."))  # fmt: skip
+        waits = (
+            f"{default[1]} ({size / 1e6:,.1f} MB) is read through under ACCESS EXCLUSIVE while a partition is attached:"
+            " who reads or writes it waits for so long."
+        )
+        found.append(Finding.warning(default[1], waits, "Attach when that is acceptable."))
         if any(row["partitioned"] for row in tree if row["bound"] == "DEFAULT"):
-            found.append(
-                _finding("blocker", default[1], f"{default[1]} is itself partitioned.", "Take its rows out by hand first.")
-            )
+            found.append(Finding.blocker(default[1], f"{default[1]} is itself partitioned.", "Take its rows out by hand first."))
     if not additions:
-        found.append(_finding("note", plan.full_name, f"{plan.full_name} has all these partitions: there is nothing to add."))
+        found.append(Finding.note(plan.full_name, f"{plan.full_name} has all these partitions: there is nothing to add."))
     sibling = next((row["oid"] for row in tree if not row["partitioned"] and row["bound"] != "DEFAULT"), tree[0]["oid"])
     return Growth(
         table=plan.full_name, oid=oid, existing=tuple(row["name"] for row in tree), additions=tuple(additions), default=default, sibling=sibling,
         keys=tuple(Key.model_validate(row | {"schema_name": row["schema"]}) for row in keys),
-        findings=tuple(sorted(found, key=lambda each: findings.LEVELS.index(each.level))),
+        findings=worst_first(found),
     )  # fmt: skip
 
 
 def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Row]) -> Iterator[Finding]:
     if not rows or default is None:
         return
-    yield _finding("warning", name, f"{rows:,} rows of {default[1]} go over to {name} while they are locked; no trigger fires, nothing is lost.",
-                   "Correct the rows first if they were not meant for it.")  # fmt: skip
+    yield Finding.warning(
+        name,
+        f"{rows:,} rows of {default[1]} go over to {name} while they are locked; no trigger fires, nothing is lost.",
+        "Correct the rows first if they were not meant for it.",
+    )
     for row in keys:
         table = f"{row['schema']}.{row['table']}"
         if row["partitioned"]:
-            yield _finding(
-                "blocker",
+            yield Finding.blocker(
                 table,
                 f"{table} references the table and is itself partitioned: its key cannot step aside for a moment.",
                 "Drop that key first.",
             )
         else:
-            yield _finding(
-                "warning",
+            yield Finding.warning(
                 table,
                 f"{table} is locked, too, while its key {row['name']} steps aside; it is validated again afterwards.",
             )
-
-
-def _finding(level: str, thing: str, sentence: str, way_out: str = "") -> Finding:
-    return Finding(level=level, object=thing, sentence=sentence, way_out=way_out)
 
 
 def _stands(wanted: Partition, tree: list[Row]) -> bool:
@@ -298,8 +296,9 @@ def attach_statements(run: Run, growth: Growth, session: Session, addition: Addi
             yield statement("additions.set_trigger", table=default, state=trusted(STATES[row["state"]]), trigger=(row["name"],))
     yield statement("additions.attach", **own)
     # The root's row triggers come along, but on 14 and 15 not whether they fire always.
+    of_rows = {row["name"] for row in session.rows("additions.row_triggers", oid=growth.oid)}
     for row in session.rows("additions.trigger_states", table_text=spelled(run.plan.source)):
-        if row["state"] != "O" and row["name"] in _row_triggers(session, growth.oid):
+        if row["state"] != "O" and row["name"] in of_rows:
             yield statement(
                 "additions.set_trigger", table=own["leaf"], state=trusted(STATES[row["state"]]), trigger=(row["name"],)
             )
@@ -310,17 +309,12 @@ def attach_statements(run: Run, growth: Growth, session: Session, addition: Addi
             yield statement("partition.comment_constraint", table=key.identifier, constraint=(key.name,), comment=key.comment)
 
 
-def _row_triggers(session: Session, oid: int) -> set[str]:
-    return {row["name"] for row in session.rows("additions.row_triggers", oid=oid)}
-
-
 def require_approval(draft: Draft, approved_by: str = "") -> Evidence:
     """Raises ApprovalMissing without a name; the embedded example approves itself, and says so."""
-    if not approved_by and not draft.run.database.embedded:
-        raise ApprovalMissing(
-            f"Adding partitions to {draft.growth.table} needs an approval: set approved_by to the name of who approves."
-        )
-    who = approved_by or "the embedded example itself, which harms nobody"
+    who = draft.run.approver(
+        approved_by,
+        f"Adding partitions to {draft.growth.table} needs an approval: set approved_by to the name of who approves.",
+    )
     with draft.run.action("add", f"approval {draft.growth.hash[:12]}", again=True) as action:
         return action.finish(f"Approved by {who}, for the plan {draft.growth.hash[:12]}.", approved_by=who)
 
@@ -344,7 +338,9 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
                 continue
             with session.transaction(lock_timeout="5s"):
                 session.run("additions.drop", leaf=_names(run, addition)["leaf"])
-                for each in list(_qualified(run, growth, session, addition)):
+                with session.qualified():
+                    made = list(make_statements(run, growth, session, addition))
+                for each in made:
                     session.run(each)
             rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms))
             session.run("additions.analyze", **_names(run, addition))
@@ -353,11 +349,6 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
         return action.finish(
             f"{said}; locks were held for {locked * 1000:.0f} ms at most.", moved, partitions=names, locked_s=locked
         )
-
-
-def _qualified(run: Run, growth: Growth, session: Session, addition: Addition) -> list[sql.Composed]:
-    with session.qualified():
-        return list(make_statements(run, growth, session, addition))
 
 
 def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.Patience) -> tuple[int, float]:

@@ -31,11 +31,10 @@ def _room(session: Session, plan: Plan) -> Iterator[Finding]:
     there = free(session, plan.table.oid)
     needed = 2 * plan.table.table_bytes + plan.table.index_bytes
     if there is not None and there < needed:
-        yield Finding(
-            level="blocker", object=plan.full_name,
-            sentence=f"There is not enough disk: the partitions, their indexes and the backup of {plan.full_name} need up to"
+        yield Finding.blocker(
+            plan.full_name, f"There is not enough disk: the partitions, their indexes and the backup of {plan.full_name} need up to"
             f" {needed / MB:,.0f} MB, and {there / MB:,.0f} MB are free where it lies.",
-            way_out="Make room first; a table that is mostly air needs less after VACUUM FULL.",
+            "Make room first; a table that is mostly air needs less after VACUUM FULL.",
         )  # fmt: skip
 
 
@@ -43,11 +42,10 @@ def _memory(session: Session, plan: Plan) -> Iterator[Finding]:
     size = plan.table.table_bytes + plan.table.index_bytes
     for row in session.rows("advice.memory"):
         if size < row["bytes"]:
-            yield Finding(
-                level="note", object=plan.full_name,
-                sentence=f"{plan.full_name} with its indexes ({size / MB:,.1f} MB) is smaller than {row['name']} ({row['bytes'] / MB:,.0f} MB):"
+            yield Finding.note(
+                plan.full_name, f"{plan.full_name} with its indexes ({size / MB:,.1f} MB) is smaller than {row['name']} ({row['bytes'] / MB:,.0f} MB):"
                 " it is read from memory as it is, and partitioning will hardly make that faster.",
-                way_out="Partition it for what that brings besides (parts that are dropped, reindexed, vacuumed alone), or when it has grown.",
+                "Partition it for what that brings besides (parts that are dropped, reindexed, vacuumed alone), or when it has grown.",
             )  # fmt: skip
             return
 
@@ -61,28 +59,26 @@ def _look_ups(session: Session, plan: Plan) -> Iterator[Finding]:
     total, named = sum(calls for calls, _ in asked), sum(calls for calls, names in asked if names)
     if total >= CALLS:
         if named < total / 2:
-            yield Finding(
-                level="warning", object=plan.full_name,
-                sentence=f"About {round(10 - 10 * named / total)} of 10 calls that read or change rows of {plan.full_name} do not name {plan.key} (by"
+            yield Finding.warning(
+                plan.full_name, f"About {round(10 - 10 * named / total)} of 10 calls that read or change rows of {plan.full_name} do not name {plan.key} (by"
                 f" {where}): each of them will visit all {len(plan.partitions)} partitions.",
-                way_out="Partition by a column that they name, or change them: 07_application judges each.",
+                "Partition by a column that they name, or change them: 07_application judges each.",
             )  # fmt: skip
         return
     scans = session.row("advice.scans", oid=plan.table.oid, key=plan.key)
     if scans["every"] >= SCANS and scans["by_key"] < scans["every"] / 2:
-        yield Finding(
-            level="warning", object=plan.full_name,
-            sentence=f"About {round(10 - 10 * scans['by_key'] / scans['every'])} of 10 index scans of {plan.full_name} are of indexes without {plan.key}: unless"
+        yield Finding.warning(
+            plan.full_name, f"About {round(10 - 10 * scans['by_key'] / scans['every'])} of 10 index scans of {plan.full_name} are of indexes without {plan.key}: unless"
             f" the look-ups name {plan.key} besides, each will visit all {len(plan.partitions)} partitions.",
-            way_out="Partition by a column that they name; pg_stat_statements would tell which do.",
+            "Partition by a column that they name; pg_stat_statements would tell which do.",
         )  # fmt: skip
 
 
 def _skew(plan: Plan) -> Iterator[Finding]:
     largest, rows = max(plan.partitions, key=lambda each: each.rows), sum(each.rows for each in plan.partitions)
     if len(plan.partitions) > 1 and largest.rows > MOST * rows > 0:
-        yield Finding(
-            level="warning" if largest.rows > NEARLY * rows else "note", object=largest.name,
-            sentence=f"{largest.rows / rows:.1%} of the rows fall into {largest.name}: queries that read it gain little.",
-            way_out=f"Divide by another column than {plan.key}, or divide that partition's values further.",
+        finding = Finding.warning if largest.rows > NEARLY * rows else Finding.note
+        yield finding(
+            largest.name, f"{largest.rows / rows:.1%} of the rows fall into {largest.name}: queries that read it gain little.",
+            f"Divide by another column than {plan.key}, or divide that partition's values further.",
         )  # fmt: skip

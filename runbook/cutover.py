@@ -164,12 +164,11 @@ def preview(run: Run) -> Sheet:
 def require_approval(action: Action, approved_by: str = "") -> Evidence:
     """Raises ApprovalMissing without a name; the embedded example approves itself, and says so."""
     run = action.run
-    if not approved_by and not run.database.embedded:
-        raise ApprovalMissing(
-            f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the "
-            f"name of who approves."
-        )
-    who = approved_by or "the embedded example itself, which harms nobody"
+    who = run.approver(
+        approved_by,
+        f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the"
+        " name of who approves.",
+    )
     return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
 
 

@@ -33,34 +33,22 @@ def worst_first(found: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
 
 
-def _blocker(thing: str, sentence: str, way_out: str) -> Finding:
-    return Finding(level="blocker", object=thing, sentence=sentence, way_out=way_out)
-
-
-def _warning(thing: str, sentence: str, way_out: str = "") -> Finding:
-    return Finding(level="warning", object=thing, sentence=sentence, way_out=way_out)
-
-
-def _note(thing: str, sentence: str, way_out: str = "") -> Finding:
-    return Finding(level="note", object=thing, sentence=sentence, way_out=way_out)
-
-
 def _table(plan: Plan, row: dict[str, Any]) -> Iterator[Finding]:
     name = plan.full_name
     if row["partitioned"] and plan.restore_from == "source":
-        yield _blocker(
+        yield Finding.blocker(
             name,
             f"{name} is partitioned already.",
             'To refill it from a backup, set restore_from = "backup".',
         )
     elif row["is_partition"]:
-        yield _blocker(name, f"{name} is itself a partition.", "Name its root.")
+        yield Finding.blocker(name, f"{name} is itself a partition.", "Name its root.")
     elif row["inheritance"] and not row["partitioned"]:
-        yield _blocker(name, f"{name} takes part in inheritance.", "Take it out first: ALTER TABLE … NO INHERIT.")
+        yield Finding.blocker(name, f"{name} takes part in inheritance.", "Take it out first: ALTER TABLE … NO INHERIT.")
     if not plan.primary_key and plan.restore_from == "source":
-        yield _blocker(name, f"{name} has no primary key, so a changed row cannot be found again.", "Give it one first.")
+        yield Finding.blocker(name, f"{name} has no primary key, so a changed row cannot be found again.", "Give it one first.")
     if row["unlogged"]:
-        yield _blocker(
+        yield Finding.blocker(
             name,
             f"{name} is unlogged: a crash would empty it in the middle.",
             "ALTER TABLE … SET LOGGED first.",
@@ -71,18 +59,18 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
     name = f"{plan.full_name}.{plan.key}"
     if division.nulls:
         such_as = f" (such as {plan.frequent_value!r})" if plan.frequent_value is not None else ""
-        yield _blocker(
+        yield Finding.blocker(
             name, f"{plan.full_name} has {division.nulls:,} rows whose {plan.key} is NULL, which no partition takes:"
             f" {plan.key} becomes a part of the primary key, which NULL cannot be in.",
             f"Fill them, or set null_value to what NULL shall become{such_as}, or by list give NULL a partition.",
         )  # fmt: skip
     elif plan.key_nullable and plan.null_value is None and not plan.takes_null:
-        yield _note(
+        yield Finding.note(
             name,
             f"{plan.key} may be NULL until the cut-over and is NOT NULL after it; a NULL that comes before stops the cut-over.",
         )
     elif plan.key_nullable and plan.null_value is not None:
-        yield _warning(
+        yield Finding.warning(
             name, f"null_value fills {plan.key} until the cut-over only: after it a row without a {plan.key} is refused.",
             f"Let whoever writes give it; where it is left out, ALTER TABLE … ALTER {plan.key} SET DEFAULT … helps.",
         )  # fmt: skip
@@ -91,11 +79,11 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
     if not plan.takes_any_value:
         if division.homeless:
             listed = ", ".join(f"{value!r} ({rows:,})" for value, rows in division.homeless[:10])
-            yield _blocker(
+            yield Finding.blocker(
                 name, f"{plan.full_name} has {sum(rows for _, rows in division.homeless):,} rows whose {plan.key} fits no partition: {listed}.",
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
-        yield _note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
+        yield Finding.note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
 
 
 def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
@@ -105,7 +93,7 @@ def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
         if row["columns"] == [plan.key] and not session.value(
             "draft.exists", table=referenced, column=(row["referenced"],), value=plan.null_value, type=trusted(plan.key_type)
         ):
-            yield _blocker(
+            yield Finding.blocker(
                 row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
                 "Insert that row first, or set null_value to one that is there.",
             )  # fmt: skip
@@ -117,7 +105,7 @@ def _unlisted(session: Session, plan: Plan) -> Iterator[Finding]:
     if plan.partition_by == "list" and not plan.takes_any_value:
         labels = [row["label"] for row in session.rows("draft.labels", type=plan.key_type)]
         if left := ", ".join(repr(label) for label in labels if label not in taken):
-            yield _warning(
+            yield Finding.warning(
                 f"{plan.full_name}.{plan.key}", f"No partition takes {left}, which {plan.key} ({plan.key_type}) can be: such a row will be refused (23514).",
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
@@ -127,18 +115,18 @@ def _without_primary_key(plan: Plan) -> Iterator[Finding]:
     """A partition for NULL: the key stays nullable, and what was the primary key is a unique key."""
     columns = ", ".join(plan.new_primary_key)
     loose = " PostgreSQL 14 lets a row without one stand twice there." if plan.server_version < 15 else ""
-    yield _warning(
+    yield Finding.warning(
         plan.full_name, f"With a partition for NULL the primary key becomes a unique key ({columns}): PostgreSQL has no NULL in a primary key.{loose}",
         f"Set null_value instead to keep a primary key, if some value of {plan.key} can stand for NULL.",
     )  # fmt: skip
     for reference in plan.references:
         if reference.adds_column:
-            yield _blocker(
+            yield Finding.blocker(
                 reference.table, f"{reference.table} references {plan.full_name}, and a row whose {plan.key} is NULL cannot be referenced by a composite key.",
                 "Set null_value instead of a partition for NULL.",
             )  # fmt: skip
     if any(each.kind == "publication" for each in plan.carried) and plan.table.replica_identity == "d":
-        yield _blocker(
+        yield Finding.blocker(
             plan.full_name, f"{plan.full_name} is published, and without a primary key its updates and deletes would be refused.",
             "Set null_value instead of a partition for NULL, or ALTER TABLE … REPLICA IDENTITY FULL first.",
         )  # fmt: skip
@@ -150,13 +138,13 @@ def _names(session: Session, plan: Plan) -> Iterator[Finding]:
         return
     schema = sql.Literal(plan.table.schema_name)
     for row in session.rows("draft.free", schema=schema, names=wanted):
-        yield _blocker(
+        yield Finding.blocker(
             row["name"],
             f"The name {plan.table.schema_name}.{row['name']} is taken.",
             "Choose another name for the partition, or rename what has it.",
         )
     if session.rows("draft.free", schema=schema, names=[plan.backup]):
-        yield _blocker(
+        yield Finding.blocker(
             plan.backup, f"A backup {plan.table.schema_name}.{plan.backup} exists, and is never overwritten.",
             "Rename or drop it, or name another with backup.",
         )  # fmt: skip
@@ -166,15 +154,15 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
     may = session.row("catalog.privileges", oid=plan.table.oid)
     me, schema = may["me"], plan.table.schema_name
     if not may["owner"]:
-        yield _blocker(plan.full_name, f"{me} does not own {plan.full_name}.", f"GRANT {may['owner_name']} TO {me};")
+        yield Finding.blocker(plan.full_name, f"{me} does not own {plan.full_name}.", f"GRANT {may['owner_name']} TO {me};")
     if not may["schema_create"]:
-        yield _blocker(
+        yield Finding.blocker(
             schema,
             f"{me} may not create tables in schema {schema}.",
             f"GRANT CREATE ON SCHEMA {schema} TO {me};",
         )
     if not may["database_create"]:
-        yield _blocker(
+        yield Finding.blocker(
             may["database"],
             f"{me} may not create the schema runbook.",
             f"GRANT CREATE ON DATABASE {may['database']} TO {me};",
@@ -182,13 +170,13 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
     for reference in plan.references:
         if not may["superuser"] and not session.value("catalog.owned", oid=sql.SQL("to_regclass({})").format(
                 sql.Literal(reference.identifier.as_string(session.connection)))):  # fmt: skip
-            yield _blocker(
+            yield Finding.blocker(
                 reference.table,
                 f"{me} does not own {reference.schema_name}.{reference.table}, which references it.",
                 f"GRANT {reference.owner} TO {me};",
             )
     if not may["sees_activity"]:
-        yield _warning(
+        yield Finding.warning(
             me, f"{me} cannot see other users' queries and snapshots: blockers are named by pid only, and old snapshots cannot be waited for.",
             f"GRANT pg_read_all_stats TO {me};",
         )  # fmt: skip
@@ -197,14 +185,14 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
 def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
     oid = sql.Literal(plan.table.oid)
     for row in session.rows("catalog.others", oid=oid):
-        yield _blocker(
+        yield Finding.blocker(
             row["object"],
             f"{row['object']} depends on {plan.full_name} in a way that is not carried over.",
             "Drop it before, and make it anew after the cut-over.",
         )
     for row in session.rows("catalog.views", oid=oid):
         if row["materialized"]:
-            yield _blocker(
+            yield Finding.blocker(
                 row["name"],
                 f"The materialized view {row['schema']}.{row['name']} would keep reading the retired table.",
                 "Drop it before, and make it anew after the cut-over.",
@@ -212,39 +200,39 @@ def _objects(session: Session, plan: Plan) -> Iterator[Finding]:
     obstacles = session.rows("catalog.obstacles", oid=oid, key=plan.key, backup=plan.backup_method, retired=plan.retired)
     yield from map(Finding.model_validate, obstacles)
     for row in session.rows("catalog.subscribed", oid=oid):
-        yield _blocker(
+        yield Finding.blocker(
             row["name"],
             f"{plan.full_name} is fed by the subscription {row['name']}, whose changes no trigger sees.",
             "Migrate the publisher's table, or make the subscription anew after it.",
         )
     for check in plan.checks:
         if check.definition.endswith("NO INHERIT"):
-            yield _blocker(
+            yield Finding.blocker(
                 check.name,
                 f"The check {check.name} is NO INHERIT, which a partitioned table cannot have.",
                 "Make it an ordinary check first.",
             )
     for carried in plan.carried:
         if carried.kind == "trigger" and " REFERENCING " in carried.definition and " FOR EACH ROW " in carried.definition:
-            yield _blocker(
+            yield Finding.blocker(
                 carried.name,
                 f"The trigger {carried.name} is a row trigger with transition tables, which a partition cannot have.",
                 "Make it a statement trigger.",
             )
         elif carried.kind == "grant of another" and not session.row("catalog.privileges", oid=oid)["superuser"]:
-            yield _blocker(
+            yield Finding.blocker(
                 carried.name, f"The grant {carried.name} was not made by the owner of {plan.full_name}, and only a superuser can make it anew.",
                 f"Let {plan.table.owner} grant it instead.",
             )  # fmt: skip
         elif carried.kind == "trigger" and " BEFORE " in carried.definition and " FOR EACH ROW " in carried.definition:
-            yield _note(
+            yield Finding.note(
                 carried.name,
                 f"The trigger {carried.name} fires BEFORE each row: were it to change {plan.key}, the row could not be moved to another partition.",
             )
         elif carried.kind == "trigger" and re.search(
             r" AFTER (?:\S+ OR )*(?:INSERT|DELETE) .* FOR EACH ROW ", carried.definition
         ):
-            yield _note(
+            yield Finding.note(
                 carried.name,
                 f"The trigger {carried.name} fires for an update of {plan.key}, too: a row that moves to another partition is deleted and inserted.",
             )
@@ -255,7 +243,7 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
     for reference in (*plan.references, *plan.selves):
         name = f"{reference.schema_name}.{reference.table}"
         if reference.adds_column and {*reference.referenced, plan.key} != set(plan.new_primary_key):
-            yield _blocker(
+            yield Finding.blocker(
                 name, f"{name} references {', '.join(reference.referenced)} of {plan.full_name}, which is not its primary key and lacks {plan.key}.",
                 "Drop that foreign key first, or partition by a column that it references.",
             )  # fmt: skip
@@ -265,57 +253,57 @@ def _references(session: Session, plan: Plan) -> Iterator[Finding]:
             and reference.adds_column
             and not reference.not_null
         ):
-            yield _blocker(
+            yield Finding.blocker(
                 name, f"{reference.name} of {name} is MATCH FULL over columns that may be NULL, which a composite key with {reference.role_column} cannot be.",
                 "Make it MATCH SIMPLE with CHECK (num_nulls(…) IN (0, …)) first, or its columns NOT NULL.",
             )  # fmt: skip
         if "DEFERRABLE" in reference.definition and reference.adds_column and plan.legacy_inserts == "fill":
-            yield _note(
+            yield Finding.note(
                 name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column}.",
             )  # fmt: skip
         if " ON UPDATE SET " in reference.definition and reference.adds_column:
-            yield _warning(
+            yield Finding.warning(
                 name, f"{reference.name} of {name} is ON UPDATE SET and becomes ON UPDATE CASCADE, by which {reference.role_column} follows.",
                 "Check for it in the application, or drop that action first.",
             )  # fmt: skip
         if not reference.indexed:
-            yield _warning(
+            yield Finding.warning(
                 name, f"{name} has no index that begins with {reference.columns[0]}: every correction and every delete of a referenced row scans it.",
                 f"CREATE INDEX CONCURRENTLY ON {name} ({reference.columns[0]});",
             )  # fmt: skip
         if reference.adds_column:
-            yield _warning(
+            yield Finding.warning(
                 name, f"{name} gains the column {reference.role_column}: a prepared SELECT * on it fails once (0A000), and a logical subscriber needs the column first.",
             )  # fmt: skip
         if plan.server_version == 14 and "ON DELETE CASCADE" in reference.definition:
-            yield _warning(
+            yield Finding.warning(
                 name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert: ON DELETE CASCADE would delete the rows of {name}, so such updates are refused.",
                 "Upgrade to 15 or later before values of the key change.",
             )  # fmt: skip
         elif plan.server_version == 14 and " ON UPDATE CASCADE" in reference.composite:
-            yield _warning(
+            yield Finding.warning(
                 name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert, which {reference.name} refuses while rows of {name} refer to the row.",
                 "Upgrade to 15 or later before values of the key change.",
             )  # fmt: skip
         if "ON DELETE SET" in reference.composite and plan.server_version == 14 and reference.adds_column:
-            yield _blocker(
+            yield Finding.blocker(
                 name,
                 f"{reference.name} is ON DELETE SET NULL, and PostgreSQL 14 would empty {reference.role_column} too.",
                 "Upgrade to 15, or change the foreign key's action first.",
             )
         row = rows.get((reference.schema_name, reference.table, reference.name), {})
         if row.get("is_partition") and reference.adds_column:
-            yield _blocker(
+            yield Finding.blocker(
                 name, f"{name} is a partition with a foreign key {reference.name} of its own, and cannot gain the column {reference.role_column} alone.",
                 "Give the whole of its table that foreign key, or drop it first.",
             )  # fmt: skip
         if row.get("inherited") and reference.adds_column:
-            yield _blocker(
+            yield Finding.blocker(
                 name, f"{name} is inherited from: {reference.role_column} would be required of its children too, which {reference.name} does not reach.",
                 "ALTER TABLE … NO INHERIT; for the children first.",
             )  # fmt: skip
         for trigger in row.get("update_triggers") or []:
-            yield _warning(
+            yield Finding.warning(
                 name,
                 f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in.",
             )
@@ -325,7 +313,7 @@ def _uniqueness(plan: Plan) -> Iterator[Finding]:
     guards = {guard.index: guard.table for guard in plan.guards}
     for index in plan.indexes:
         if index.constraint_type == "x" and not catalog.within_key(index.constraint_definition or "", plan.key):
-            yield _warning(
+            yield Finding.warning(
                 index.name, f"{index.name} excluded rows of the whole of {plan.full_name} and will exclude those of the same partition only.",
                 "Check for it in the application, or partition by one of its columns.",
             )  # fmt: skip
@@ -334,25 +322,25 @@ def _uniqueness(plan: Plan) -> Iterator[Finding]:
         what = ", ".join(index.columns) or index.name
         instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else ""
         if index.name in guards:
-            yield _warning(
+            yield Finding.warning(
                 index.name, f"{what} stays unique in the whole of {plan.full_name}: triggers keep {plan.guard_schema}.{guards[index.name]}, one small"
                 f" write more for every row. ON CONFLICT ({what}) stops working, and ON CONFLICT DO NOTHING skips a duplicate in the row's own"
                 " partition only; elsewhere it is an error (23505).", instead,
             )  # fmt: skip
         else:
-            yield _warning(
+            yield Finding.warning(
                 index.name, f"{what} was unique in {plan.full_name} and becomes unique per partition: the same {what} may stand once in each;"
                 f" the way back closes once that happens, and ON CONFLICT ({what}) stops working.",
                 instead or 'unique = "global" keeps it unique.',
             )  # fmt: skip
     for guard in plan.guards:
         if guard.deferrable:
-            yield _note(
+            yield Finding.note(
                 guard.index,
                 f"{guard.index} is deferrable: a duplicate in another partition is found at the commit, whatever SET CONSTRAINTS says.",
             )
-    yield _note(plan.full_name, f"Look-ups that do not name {plan.key} visit every partition.")
-    yield _note(
+    yield Finding.note(plan.full_name, f"Look-ups that do not name {plan.key} visit every partition.")
+    yield Finding.note(
         plan.full_name,
         f"An update of {plan.key} moves the row: UPDATE triggers that fire AFTER see a DELETE and an INSERT, and a concurrent one can get 40001.",
     )
@@ -360,7 +348,7 @@ def _uniqueness(plan: Plan) -> Iterator[Finding]:
 
 def _traffic(session: Session, plan: Plan) -> Iterator[Finding]:
     for row in session.rows("locks.wraparound", oid=plan.table.oid):
-        yield _warning(
+        yield Finding.warning(
             plan.full_name,
             f"An autovacuum to prevent wraparound runs on it (pid {row['pid']}) and never yields.",
             "The cut-over waits for it.",

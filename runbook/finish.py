@@ -39,8 +39,9 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
     run = action.run
     if run.finished("verify", "check") is None:
         raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.")
-    if not approved_by and not run.database.embedded:
-        raise ApprovalMissing(f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves.")
+    who = run.approver(
+        approved_by, f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
+    )
     if added(run) and run.plan.legacy_inserts == "fill" and not force_strict:
         last = action.session.row("rollback.last_filled", **names(run, added(run)[0]))
         hours = min(last["hours"], last["trigger_hours"])
@@ -51,9 +52,7 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
                 f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, or set"
                 " force_strict to end the trigger's help all the same."
             )
-    return action.finish(
-        f"Approved by {approved_by or 'the embedded example itself, which harms nobody'}.", approved_by=approved_by
-    )
+    return action.finish(f"Approved by {who}.", approved_by=approved_by)
 
 
 @recorded("finish", "drop")

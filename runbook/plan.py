@@ -188,6 +188,21 @@ class Finding(Fact):
     sentence: str
     way_out: str = ""
 
+    @classmethod
+    def blocker(cls, thing: str, sentence: str, way_out: str) -> Finding:
+        """What stops the plan."""
+        return cls(level="blocker", object=thing, sentence=sentence, way_out=way_out)
+
+    @classmethod
+    def warning(cls, thing: str, sentence: str, way_out: str = "") -> Finding:
+        """What somebody may have to act on."""
+        return cls(level="warning", object=thing, sentence=sentence, way_out=way_out)
+
+    @classmethod
+    def note(cls, thing: str, sentence: str, way_out: str = "") -> Finding:
+        """What is good to know."""
+        return cls(level="note", object=thing, sentence=sentence, way_out=way_out)
+
 
 class Plan(Fact):
     """Everything that the steps need. Its hash names it from 00 to the record's last page."""

@@ -114,24 +114,20 @@ def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
     run = Run(None, 0, plan)  # type: ignore[arg-type]  # for its names only
     backup = f"{plan.table.schema_name}.{plan.backup}"
     missing = session.value("repair.missing", **run.names)
-    yield _said("note", plan.full_name, f"{missing:,} rows of {backup} are missing in {plan.full_name}.")
+    yield Finding.note(plan.full_name, f"{missing:,} rows of {backup} are missing in {plan.full_name}.")
     homeless = session.rows("repair.homeless", **run.names, partition_of=partition_of(session, plan.source))
     left = [each for each in homeless if each["value"] is not None or plan.null_value is None]
     if left and not plan.takes_any_value:
         listed = ", ".join(f"{each['value']!r} ({each['rows']:,})" for each in left)
         said = f"{backup} has rows whose {plan.key} fits no partition: {listed}."
-        yield _said("blocker", backup, said, f"Attach a partition of {plan.full_name} for them, or for NULL set null_value.")
+        yield Finding.blocker(backup, said, f"Attach a partition of {plan.full_name} for them, or for NULL set null_value.")
     for reference in lost(run):
         own, name = names(run, reference), f"{reference.schema_name}.{reference.table}"
         seen = session.row("repair.dangling", **own)
         if seen["rows"]:
             who = f"{', '.join(seen['keys'])}{' and others' if seen['more'] else ''}"
             said = f"{seen['rows']:,} rows of {name} refer to rows that neither {plan.full_name} nor {backup} has: {who}."
-            yield _said("blocker", name, said, "Correct or delete them first.")
-
-
-def _said(level: str, thing: str, sentence: str, way_out: str = "") -> Finding:
-    return Finding(level=level, object=thing, sentence=sentence, way_out=way_out)
+            yield Finding.blocker(name, said, "Correct or delete them first.")
 
 
 def lost(run: Run) -> list[Reference]:
