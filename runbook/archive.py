@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import hashlib
 import json
 import os
 import platform
 import re
 import socket
-import subprocess
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runbook.provenance import LIBRARIES, checkout, library, os_user
 from runbook.redaction import known_secrets, passwords, redact, redacted
 
 if TYPE_CHECKING:
     from runbook.engine import Executed
 
-LIBRARIES = ("ipykernel", "matplotlib", "nbclient", "nbconvert", "numpy", "pandas", "papermill", "psycopg", "pydantic",
-             "sqlalchemy")  # fmt: skip
 STATEMENTS = ".statements.jsonl"
 
 
@@ -65,11 +61,11 @@ class Run:
             "run": "", "table": redact(table, hidden), "state": "running", "sealed": False,
             "begun": now.isoformat(timespec="milliseconds"), "ended": "",
             "parameters": redacted(json.loads(json.dumps(dict(parameters), default=str)), hidden),
-            "operator": _os_user(), "host": socket.gethostname(),
+            "operator": os_user(), "host": socket.gethostname(),
             "plan_hash": "", "server": "", "database_user": "", "approved_by": "", "result": "",
             "versions": {"python": platform.python_version()}
-            | {name: _version(name) for name in ("partition-runbook", *LIBRARIES)},
-            "git": {"runbook": _checkout(Path(__file__)), "working_folder": _checkout(Path.cwd())},
+            | {name: library(name) for name in ("partition-runbook", *LIBRARIES)},
+            "git": {"runbook": checkout(Path(__file__)), "working_folder": checkout(Path.cwd())},
             "steps": [], "files": {}, "previous": None, "broken_off": [],
         }  # fmt: skip
         runs.mkdir(parents=True, exist_ok=True)
@@ -284,36 +280,3 @@ def _sha256(file: Path) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _os_user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return str(os.getuid())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
-def _checkout(path: Path) -> dict[str, Any]:
-    """The revision that `path` is at, and whether its tracked files are unchanged; empty outside a checkout."""
-
-    def git(*words: str) -> str:
-        folder = path if path.is_dir() else path.parent
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        return subprocess.run(
-            ["git", "-C", folder, *words], env=environment, capture_output=True, text=True, check=True, timeout=20
-        ).stdout
-
-    try:
-        if path.is_file():  # an installed package may lie in someone else's checkout
-            git("ls-files", "--error-unmatch", path.name)
-        revision = git("rev-parse", "HEAD").strip()
-        return {"revision": revision, "clean": not git("status", "--porcelain", "--untracked-files=no")}
-    except (OSError, subprocess.SubprocessError):
-        return {"revision": "", "clean": None}

@@ -22,10 +22,10 @@ from click.testing import CliRunner, Result
 from papermill.inspection import inspect_notebook
 
 from runbook import cli, embedded
-from runbook.archive import LIBRARIES, _checkout
 from runbook.database import target
 from runbook.ledger import STEPS, of
 from runbook.parameters import Parameters
+from runbook.provenance import LIBRARIES, checkout
 from tests.conftest import fresh
 from tests.servers import Server
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, cells, dump, notebook, walk
@@ -87,7 +87,7 @@ def test_the_record_of_a_run_is_complete(migrated: tuple[str, Path, Result]) -> 
     assert (said["database_user"], said["approved_by"], said["plan_hash"]) == ("postgres", "ann", run.plan.hash)
     assert said["server"].startswith("PostgreSQL ")
     assert all(said["versions"][name] for name in ("python", "partition-runbook", *LIBRARIES))
-    assert said["git"]["runbook"] == _checkout(Path(cli.__file__)), "as long as nobody commits while this runs"
+    assert said["git"]["runbook"] == checkout(Path(cli.__file__)), "as long as nobody commits while this runs"
     assert said["parameters"]["table"] == "users" and said["parameters"]["partitions"]["users_admins"] == ["admin"]
     assert evidence["migration"]["plan_hash"] == run.plan.hash
     warnings = [each["sentence"] for each in evidence["migration"]["plan"]["findings"]]
