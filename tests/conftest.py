@@ -50,8 +50,7 @@ def versions(config: pytest.Config) -> list[int]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server" in metafunc.fixturenames:
-        once = metafunc.definition.get_closest_marker("once")
-        chosen = [max(servers.RELEASES)] if once else versions(metafunc.config)
+        chosen = versions(metafunc.config)
         metafunc.parametrize("server", chosen, indirect=True, scope="session", ids=[f"pg{v}" for v in chosen])
 
 

@@ -224,7 +224,6 @@ COMMANDS: list[tuple[list[str], int, list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.once
 @pytest.mark.long
 @pytest.mark.parametrize(("words", "code", "said"), COMMANDS, ids=[" ".join(case[0])[:40] for case in COMMANDS])
 def test_a_command_that_cannot_be_meant(untouched: str, tmp_path: Path, words: list[str], code: int, said: list[str]) -> None:
@@ -237,7 +236,6 @@ def test_a_command_that_cannot_be_meant(untouched: str, tmp_path: Path, words: l
     assert "Traceback" not in result.output
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -16,7 +16,7 @@ from tests.conftest import fresh
 from tests.servers import Server
 from tests.walk import CLINIC_FILE, FORWARD
 
-pytestmark = [pytest.mark.long, pytest.mark.browser, pytest.mark.once]
+pytestmark = [pytest.mark.long, pytest.mark.browser]
 
 # Text that an ancestor cuts off, and texts that lie on each other. What can be scrolled into sight is neither.
 FAULTS = """() => {

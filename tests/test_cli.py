@@ -55,7 +55,6 @@ def test_help_does_not_wait_for_jupyter() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.once
 def test_a_step_is_known_by_number_and_by_name(clinic: str, tmp_path: Path) -> None:
     given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
     for words in (["--from", "03", "--to", "restore"], ["--from", "restore", "--to", "03_restore"]):
@@ -173,7 +172,6 @@ def test_a_run_that_is_terminated_between_two_notebooks_is_sealed(clinic: str, s
     assert json.loads(kept.read_text())["sealed"]
 
 
-@pytest.mark.once
 def test_what_is_told_to_do_fits_what_was_stopped(clinic: str, tmp_path: Path) -> None:
     given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
     assert "rollback" not in command("monitor", *given).stderr
@@ -181,7 +179,6 @@ def test_what_is_told_to_do_fits_what_was_stopped(clinic: str, tmp_path: Path) -
     assert "Nothing but the ledger was written: when that is mended" in refused
 
 
-@pytest.mark.once
 def test_a_folder_that_cannot_be_written_is_a_sentence(clinic: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = command("run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path / "file" / "runs"))
@@ -190,7 +187,6 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(clinic: str, tmp_path: Pa
 
 
 @pytest.mark.long
-@pytest.mark.once
 def test_a_failure_of_the_record_itself_is_not_told_as_success(
     clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,6 @@ def follow(page: Any, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.browser
-@pytest.mark.once
 def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_path: Path, pictures: Path | None) -> None:
     """Opens each by the link in the one before, runs it, sees what a person sees; interrupts one and goes on."""
     runs, shots = tmp_path / "runs", tmp_path / SCREENSHOTS

@@ -139,7 +139,6 @@ def test_no_run_leaves_anything_among_the_notebooks(migrated: tuple[str, Path, R
 
 
 @pytest.mark.long
-@pytest.mark.once  # of every version: test_run_all_twice_is_harmless
 def test_running_it_again_does_nothing_and_says_so(migrated: tuple[str, Path, Result]) -> None:
     database, runs, _ = migrated
     before = dump(database)
@@ -183,7 +182,6 @@ def test_rollback_leads_back_from_every_step(walked: Walked, clinic: str, until:
 
 
 @pytest.mark.long
-@pytest.mark.once  # of every version: the code of both, walked
 @pytest.mark.parametrize("name", ["90_rollback", "91_finish"])
 def test_rollback_and_finish_are_notebooks_too(walked: Walked, clinic: str, tmp_path: Path, name: str) -> None:
     walked(*FORWARD)
@@ -203,7 +201,6 @@ def test_a_table_without_a_row_is_migrated_and_drawn(clinic: str) -> None:
     assert drawn.to_dict("list") == {"name": ["users_patients", "users_doctors", "users_admins"], "rows": [0, 0, 0]}
 
 
-@pytest.mark.once
 def test_plain_papermill_runs_a_notebook_from_any_working_directory(clinic: str, tmp_path: Path) -> None:
     walk(clinic, "00_plan")
     done = papermill("01_backup", tmp_path / "out.ipynb", "-f", CLINIC_FILE, "-p", "database", clinic, cwd=tmp_path)
@@ -212,7 +209,6 @@ def test_plain_papermill_runs_a_notebook_from_any_working_directory(clinic: str,
 
 
 @pytest.mark.long
-@pytest.mark.once
 def test_plain_papermill_refuses_a_parameter_that_no_notebook_has(clinic: str, tmp_path: Path) -> None:
     before = dump(clinic)
     options = ["-f", CLINIC_FILE, "-p", "database", clinic, "-p", "partition", "users_patients"]

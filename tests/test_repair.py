@@ -163,7 +163,6 @@ def test_a_row_that_clashes_with_a_newer_one_is_named_and_nothing_put_back(clini
 
 
 @pytest.mark.long
-@pytest.mark.once  # of every version: the tests above walk the same notebooks
 def test_the_command_line_executes_the_notebooks_of_a_repair_only(clinic: str, sql: Sql, tmp_path: Path) -> None:
     sql(f"{BY_HAND}; {FEW}")
     words = ["-p", "restore_from", "backup", "-p", "references", '{"appointments": ["user_id"]}', "--out", str(tmp_path)]

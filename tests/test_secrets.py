@@ -82,7 +82,6 @@ def test_a_password_on_the_command_line_is_refused_and_repeated_nowhere(database
 
 
 @pytest.mark.long
-@pytest.mark.once
 def test_a_whole_run_keeps_no_secret_and_nobodys_row(
     clinic: str, tmp_path: Path, hidden: dict[str, str], sql: Callable[..., Any]
 ) -> None:
