@@ -111,7 +111,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
 
 @recorded("foreign_keys", "fill")
 def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
-    """Correct the role of every row whose user is not of the most frequent one, range by range; nobody waits for it."""
+    """Correct the role of every row whose user is not of the most frequent one, batch by batch; nobody waits for it."""
     if action.run.plan.restore_from == "backup":
         return repair.fill(action, batch_rows)
     run, session, total = action.run, action.session, 0
@@ -141,7 +141,7 @@ def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifie
     with session.transaction(max_parallel_workers_per_gather=workers - 1):
         rows = session.run("foreign_keys.collect_places", **own).rowcount
     blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
-    indexed = {row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))}
+    indexed = sorted({row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))})
     own["assignments"] = sql.SQL(", ").join(
         [
             sql.SQL("{} = k.value").format(own["role_column"]),
