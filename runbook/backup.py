@@ -54,14 +54,15 @@ def _as_table(run: Run, action: Any) -> Evidence:
     session = action.session
     if session.value("backup.exists", backup_text=run.names["backup"].as_string(None)):
         raise BadInput(f"A backup {run.plan.backup} exists, and is never overwritten: rename or drop it, or plan another name.")
+    alone = session.alone
     with session.transaction("REPEATABLE READ", lock_timeout="5s"):
         session.run("changes.hold", origin=run.names["source"])
         snapshot = session.value("restore.export_snapshot")
         with ThreadPoolExecutor(1) as pool:
-            beside = pool.submit(_sums_at, run, snapshot)
+            beside = pool.submit(_sums_at, run, snapshot) if alone else None
             for each in script(run):
                 session.run(each)
-            there = beside.result()
+            there = beside.result() if beside else session.rows("backup.sums", **_names(run, "source"))
         here = session.rows("backup.sums", **_names(run, "backup"))
         _require_equal(run.plan.backup, there, here)
         rows = sum(row["rows"] for row in here)

@@ -36,8 +36,9 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
 
     In any snapshot these are equal, under full load, so the check is exact: the partitions' sums add up to the plain
     table's. Raises NotEqual, naming partitions, counts and the first keys that differ. Both sides are read at the same
-    time, in two sessions that share the snapshot.
+    time, in two sessions that share the snapshot, unless others are at work.
     """
+    alone = session.alone
     with session.transaction("REPEATABLE READ", max_parallel_workers_per_gather=0):  # two processes, and no more
         changes.hold(run, session, way)
         snapshot = session.value("restore.export_snapshot")
@@ -45,10 +46,10 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
         partitioned, plain = queries(run, session, way)
         reading: list[Session] = []
         with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(_sums_beside, run, snapshot, plain, reading)
+            other = pool.submit(_sums_beside, run, snapshot, plain, reading) if alone else None
             try:
                 mine = _sums(session.rows(partitioned))
-                beside = other.result()
+                beside = other.result() if other else _sum(session.row(plain))
             except BaseException:  # an interrupt, above all: nobody waits for the other's sums any more
                 for each in reading:
                     with suppress(psycopg.Error):
@@ -93,8 +94,11 @@ def _sums_beside(run: Run, snapshot: str, plain: sql.Composed, reading: list[Ses
     ):
         reading.append(session)
         session.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
-        row = session.row(plain)
-        return row["rows"], int(row["hash"])
+        return _sum(session.row(plain))
+
+
+def _sum(row: dict[str, Any]) -> tuple[int, int]:
+    return row["rows"], int(row["hash"])
 
 
 def _sums(rows: list[dict[str, Any]]) -> Sums:

@@ -228,10 +228,11 @@ def _record(action: Action, patience: locks.Patience, replayed: int, locked: flo
 
 def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     """Outside of the locks: replay until the tail is short, correct the references, wait for old snapshots."""
-    _, horizon = changes.catch_up(run, session, patience)
+    changes.catch_up(run, session, patience)
     for reference in references.added(run):
         foreign_keys.drain(run, session, reference)
         session.run("changes.vacuum", log=references.names(run, reference)["reference_log"])
+    _, horizon = changes.catch_up(run, session, patience)  # what came meanwhile: the rest is replayed under locks
     refuse_homeless(run, session)
     locks.wait_for_snapshots(session, horizon, patience)
 

@@ -110,7 +110,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
 
 
 @recorded("foreign_keys", "fill")
-def fill(action: Action, batch_rows: int = 5000, workers: int = 2) -> Evidence:
+def fill(action: Action, batch_rows: int = 5000, workers: int = 0) -> Evidence:
     """Correct the role of every row whose user is not of the most frequent one, batch by batch; nobody waits for it."""
     if action.run.plan.restore_from == "backup":
         return repair.fill(action, batch_rows)
@@ -138,8 +138,7 @@ def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifie
     or moved meanwhile, and some may have been held by somebody."""
     own = names(run, reference) | {"reference": table}
     session.run("foreign_keys.drop_places", **own)  # of a run that died
-    with session.transaction(max_parallel_workers_per_gather=workers - 1):
-        rows = session.run("foreign_keys.collect_places", **own).rowcount
+    rows = session.run("foreign_keys.collect_places", **own).rowcount
     blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
     indexed = sorted({row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))})
     own["assignments"] = sql.SQL(", ").join(

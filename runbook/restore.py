@@ -18,7 +18,7 @@ from runbook.errors import NotEqual, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
-from runbook.workers import Range, gaps, parallel, refuse_orphan
+from runbook.workers import Range, gaps, most, parallel, refuse_orphan
 
 
 def script(run: Run) -> Statements:
@@ -47,7 +47,7 @@ def preview(run: Run) -> Sheet:
 
 @recorded("restore", "copy")
 def copy(
-    action: Action, workers: int = 2, range_mib: int = 32, max_replica_lag_s: int = 0, max_active_sessions: int = 0
+    action: Action, workers: int = 0, range_mib: int = 32, max_replica_lag_s: int = 0, max_active_sessions: int = 0
 ) -> Evidence:
     """Copy every block of the source into the shadow, each range and its ledger row in one transaction.
 
@@ -117,7 +117,7 @@ def from_the_copy(run: Run) -> Iterator[None]:
 
 def piece(blocks: int, block_size: int, range_mib: int, workers: int) -> int:
     """Blocks a range: at most `range_mib`, and so few that every worker has several to do."""
-    return max(64, min(range_mib * 1024 * 1024 // block_size, blocks // (workers * 4) + 1))
+    return max(64, min(range_mib * 1024 * 1024 // block_size, blocks // (most(workers) * 4) + 1))
 
 
 def _copy_range(run: Run, holder: int, brakes: pace.Brakes, progress: pace.Progress, session: Session, each: Range) -> None:
@@ -149,7 +149,7 @@ def settle(action: Action) -> Evidence:
 
 
 @recorded("restore", "index")
-def build_indexes(action: Action, workers: int = 2) -> Evidence:
+def build_indexes(action: Action, workers: int = 0) -> Evidence:
     """Build the partitions' indexes in bulk, several at a time: nobody else uses the shadow, so no CONCURRENTLY."""
     if action.run.plan.restore_from == "backup":
         return repair.nothing_to(action, "index")

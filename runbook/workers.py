@@ -35,30 +35,40 @@ def refuse_orphan(run: Run, session: Session, holder: int) -> None:
         raise AlreadyRunning(f"The connection that holds {run.plan.full_name} for this run was lost: run this step again.")
 
 
+def most(workers: int) -> int:
+    """How many sessions work at the same time, at most: 0 leaves it to us."""
+    return workers or 2
+
+
 def parallel(
     run: Run, workers: int, work: Sequence[Any], do: Callable[[Session, Any], None], stop: threading.Event | None = None
 ) -> None:
-    """Do all of `work` with several sessions; the first error, or an interrupt, cancels what the others run and sets `stop`."""
+    """Do all of `work` with several sessions; the first error, or an interrupt, cancels what the others run and sets `stop`.
+
+    With 0 `workers` there are two, of which one takes up new work only while nobody but us is at work."""
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for each in work:
         waiting.put(each)
     sessions: list[Session] = []
     stopped = stop or threading.Event()
 
-    def loop() -> None:
+    def loop(when_alone: bool) -> None:
         with run.database.session("worker") as session:
             if len(work) > 1:  # so many processes as was said, and no more: the application needs the rest
                 session.connection.execute("SET max_parallel_maintenance_workers = 0; SET max_parallel_workers_per_gather = 0")
             sessions.append(session)
             while not stopped.is_set():
+                if when_alone and not waiting.empty() and not session.alone:
+                    stopped.wait(0.5)
+                    continue
                 try:
                     each = waiting.get_nowait()
                 except queue.Empty:
                     return
                 do(session, each)
 
-    with ThreadPoolExecutor(min(workers, len(work)) or 1) as pool:
-        futures = [pool.submit(loop) for _ in range(min(workers, len(work)))]
+    with ThreadPoolExecutor(min(most(workers), len(work)) or 1) as pool:
+        futures = [pool.submit(loop, workers == 0 and number > 0) for number in range(min(most(workers), len(work)))]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

@@ -1,4 +1,14 @@
--- What the copy looks at before each range.
+-- What is looked at before a piece of work.
+
+-- name: alone
+-- Others than us who are at work, or were a second ago; whoever hides it is taken to be.
+SELECT NOT EXISTS (
+  SELECT FROM pg_stat_activity
+   WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND coalesce(application_name, '') NOT LIKE 'runbook%'
+     AND (state IS NULL OR state = 'active' OR state_change > clock_timestamp() - interval '1 second')) AS alone
+
+-- name: one_process
+SET max_parallel_workers_per_gather = 0; SET max_parallel_maintenance_workers = 0
 
 -- name: replica_lag
 SELECT max(extract(epoch FROM replay_lag))::float8 FROM pg_stat_replication

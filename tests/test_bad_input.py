@@ -211,7 +211,7 @@ COMMANDS: list[tuple[list[str], int, list[str]]] = [
     (["run", "-p", "partition", "users"], 1, ["partition is not a parameter of any notebook", "partitions"]),
     (["run", "-p", "workers", "two"], 1, ["workers is 'two' (text)", "integer"]),
     (["run", "-p", "drop_backup", '"false"'], 1, ["drop_backup is 'false' (text)", "boolean"]),
-    (["run", "-p", "workers", "0"], 1, ["workers is 0", "greater than or equal to 1"]),
+    (["run", "-p", "workers", "-1"], 1, ["workers is -1", "greater than or equal to 0"]),
     (["run", "--users", "5"], 1, ["users loads the embedded example"]),
     (["run", "--reset"], 1, ["--reset begins the embedded example afresh", "is left alone"]),
     (["run", "--from", "cutover", "--to", "plan"], 2, ["--from 05_cutover comes after --to 00_plan"]),

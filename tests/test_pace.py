@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg.sql import SQL
 from tqdm import tqdm
 
-from runbook import execution, pace, restore
-from runbook.database import Database
-from tests.migration import forward
+from runbook import execution, pace, restore, workers
+from runbook.database import Database, Session
+from tests.migration import forward, plan
 
 Sql = Callable[..., list[tuple[Any, ...]]]
 
@@ -24,6 +28,29 @@ def test_the_copy_says_rows_speed_time_and_the_logs_tail(clinic: str, sql: Sql, 
     last = capsys.readouterr().out.split("\r")[-1].strip()
     assert last.startswith("copied: 100%|") and "1.00k/1.00k [00:0" in last, last
     assert last.endswith(" rows/s, log 7]"), last
+
+
+@pytest.mark.parametrize(("busy", "given", "sessions"), [(False, 0, 2), (True, 0, 1), (True, 2, 2)])
+def test_while_others_are_at_work_one_session_works_unless_told_otherwise(
+    clinic: str, busy: bool, given: int, sessions: int
+) -> None:
+    run, pids = plan(clinic), list[int]()
+
+    def do(session: Session, _: int) -> None:
+        time.sleep(0.1)  # the other one has time to take up something, too
+        pids.append(session.pid)
+
+    def work() -> None:
+        with suppress(psycopg.errors.QueryCanceled):
+            application.execute("SELECT pg_sleep(60)")
+
+    with psycopg.connect(clinic) as application:
+        if busy:
+            threading.Thread(target=work).start()
+        time.sleep(1.2)
+        workers.parallel(run, given, range(10), do)
+        application.cancel()
+    assert (len(pids), len(set(pids))) == (10, sessions)
 
 
 def test_what_the_server_warns_of_is_seen_but_no_notice_and_no_functions_words(
