@@ -50,7 +50,7 @@ def parallel(
     for each in work:
         waiting.put(each)
     sessions: list[Session] = []
-    stopped = stop or threading.Event()
+    stopped, drained = stop or threading.Event(), threading.Event()
 
     def loop(when_alone: bool) -> None:
         with run.database.session("worker") as session:
@@ -59,11 +59,12 @@ def parallel(
             sessions.append(session)
             while not stopped.is_set():
                 if when_alone and not waiting.empty() and not session.alone:
-                    stopped.wait(0.5)
+                    drained.wait(0.5)
                     continue
                 try:
                     each = waiting.get_nowait()
                 except queue.Empty:
+                    drained.set()
                     return
                 do(session, each)
 
@@ -73,6 +74,7 @@ def parallel(
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stopped.set()
+            drained.set()
             while not all(future.done() for future in futures):  # again: one may have been between two statements
                 for session in sessions:
                     if not session.connection.closed:
