@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
 from jupyterlab.labapp import LabApp
 from papermill.iorw import load_notebook_node, write_ipynb
 from papermill.parameterize import parameterize_notebook
@@ -44,6 +46,33 @@ class Interpreter(KernelSpecManager):
         return interpreter(kernel_name) or super().get_kernel_spec(kernel_name)
 
 
+class Files(AsyncLargeFileManager):
+    """During a save, others are told the file's hash and time from before it.
+
+    JupyterLab asks for both before it saves, and what it did not expect is a change by somebody else to it: also its own save
+    that has not ended yet, as the autosave beside Ctrl-S.
+    """
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits)
+        self._saves: dict[str, tuple[asyncio.Task[Any] | None, Any]] = {}  # path: who saves it, what it was
+
+    async def save(self, model: dict[str, Any], path: str = "") -> Any:
+        name = path.strip("/")
+        if not await self.file_exists(path):
+            return await super().save(model, path)  # type: ignore[no-untyped-call]
+        self._saves[name] = asyncio.current_task(), await self.get(path, content=False, require_hash=True)
+        try:
+            return await super().save(model, path)  # type: ignore[no-untyped-call]
+        finally:
+            self._saves.pop(name, None)
+
+    async def get(self, path: str, content: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        now = await super().get(path, content=content, **options)  # type: ignore[no-untyped-call]
+        saver, before = self._saves.get(path.strip("/"), (None, now))
+        return now if content or saver is asyncio.current_task() else before
+
+
 def lay(record: Run, own: Callable[[str], Mapping[str, Any]]) -> None:
     """Copies the notebooks into the run's folder, each with its own parameters filled in."""
     for path in sorted(folder("notebooks").glob("*.ipynb")):
@@ -64,7 +93,6 @@ def serve(record: Run, *, browser: bool = True) -> None:
         options = {
             "ServerApp.root_dir": record.folder.resolve(),
             "MappingKernelManager.root_dir": Path.cwd(),  # a kernel works where `runbook run` would
-            "ServerApp.contents_manager_class": "jupyter_server.services.contents.largefilemanager.AsyncLargeFileManager",
             "FileCheckpoints.checkpoint_dir": f"{beside}/checkpoints",
             "LabApp.workspaces_dir": f"{beside}/workspaces",
             "LabApp.default_url": "/lab/tree/00_plan.ipynb",
@@ -72,19 +100,28 @@ def serve(record: Run, *, browser: bool = True) -> None:
             "ServerApp.allow_root": os.name == "posix" and os.geteuid() == 0,
         }
         words = [f"--{name}={value}" for name, value in options.items()]
-        app = LabApp.initialize_server(argv=words, config=Config(ServerApp={"kernel_spec_manager_class": Interpreter}))
+        own = {"kernel_spec_manager_class": Interpreter, "contents_manager_class": Files}
+        app = LabApp.initialize_server(argv=words, config=Config(ServerApp=own))
         with ThreadPoolExecutor(1) as beside_it:  # what it has begun is done before the record is sealed
             _watch(app, record, beside_it)
             if hasattr(signal, "SIGHUP"):  # a terminal that is closed ends the run; it does not break it off
                 signal.signal(signal.SIGHUP, lambda *_: app.stop(from_signal=True))
             app.start()
+            _end(asyncio.get_event_loop())
+
+
+def _end(loop: asyncio.AbstractEventLoop) -> None:
+    """Requests that were under way are cancelled: a thread that still worked for one would keep the process for ever."""
+    under_way = asyncio.all_tasks(loop)
+    for task in under_way:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*under_way, return_exceptions=True))
 
 
 def _watch(app: Any, record: Run, pool: ThreadPoolExecutor) -> None:
     """Nothing reaches the folder but through these two hooks: whatever is saved is without secrets, and in the manifest.
 
-    The HTML is made in `pool`: a save that had to wait for it would still be under way when the next one begins, which
-    JupyterLab takes for a change by somebody else.
+    The HTML is made in `pool`: a save does not wait for it.
     """
     alone, saves = threading.Lock(), Counter[str]()
 

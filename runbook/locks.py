@@ -92,7 +92,8 @@ def persist(database: Database, session: Session, patience: Patience, what: str,
             try:
                 return attempt()
             except BUSY as error:
-                if patience.spent():
+                # A refusal names somebody: on a busy machine the connection that looks who it is may come late.
+                if patience.spent() and (patience.seen_last or patience.spent(2)):
                     raise patience.refusal(what, error) from error
                 time.sleep(min(1.0, 0.1 * 1.5**patience.attempts) * random.uniform(0.5, 1))
 

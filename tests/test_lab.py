@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ import psycopg
 import pytest
 
 from runbook.archive import audit
-from runbook.desk import outcome
+from runbook.desk import Files, outcome
 from tests.browser import chromium, keep
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, notebook
 
@@ -29,26 +30,24 @@ PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"  # the notebook that is on top
 
 
 @contextmanager
-def lab(runs: Path, *options: str) -> Iterator[tuple[str, Path, subprocess.Popen[str]]]:
+def lab(runs: Path, *options: str) -> Iterator[tuple[str, Path, subprocess.Popen[bytes]]]:
     """`runbook lab` as a user starts it: its address, the run's folder, the process; ended as Ctrl-C twice does."""
     program = shutil.which("runbook", path=Path(sys.executable).parent) or "runbook"
     words = [program, "lab", "--no-browser", "--out", str(runs), *options]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    said = runs.with_name("said.txt")
+    with said.open("w") as output:  # no pipe: nobody would read on, and a full one stops the server
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        assert process.stdout
-        said = ""
-        for line in process.stdout:
-            said += line
-            if found := re.search(r"http://127\.0\.0\.1:\d+/lab\S*\?token=\S+", line):
-                break
-        else:
-            raise AssertionError(f"no address was printed:\n{said}")
+        address = until(
+            lambda: re.search(r"http://127\.0\.0\.1:\d+/lab\S*\?token=\S+", said.read_text()) or process.poll() is not None
+        )
+        assert isinstance(address, re.Match), f"no address was printed:\n{said.read_text()}"
         (folder,) = (entry for entry in runs.iterdir() if entry.is_dir())
-        yield found[0], folder, process
+        yield address[0], folder, process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.wait(timeout=60)
 
 
 def until(what: Callable[[], Any], seconds: float = PATIENCE_MS / 1000) -> Any:
@@ -152,6 +151,36 @@ def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_
     for name in EVERY:  # what is stored stays as it was
         stored = nbformat.read(notebook(name), as_version=4)
         assert not any(cell.outputs for cell in stored.cells if cell.cell_type == "code")
+
+
+def test_a_save_under_way_does_not_look_like_a_change_by_somebody_else(tmp_path: Path) -> None:
+    """JupyterLab asks for the file's hash before it saves: during another save, as with Ctrl-S beside the autosave, it is told
+    the one from before, which it expects."""
+    written = asyncio.Event()
+
+    class Slow(Files):
+        async def _save_file(self, *words: Any) -> None:
+            await super()._save_file(*words)  # type: ignore[no-untyped-call]
+            written.set()
+            await asyncio.sleep(0.5)
+
+    async def asked(files: Files) -> list[str]:
+        async def digest() -> str:
+            return str((await files.get("/a.txt", content=False, require_hash=True))["hash"])
+
+        before, saving = (
+            await digest(),
+            asyncio.create_task(files.save({"type": "file", "format": "text", "content": "b"}, "a.txt")),
+        )
+        await written.wait()
+        during = await digest()
+        assert not saving.done()
+        await saving
+        return [before, during, await digest()]
+
+    (tmp_path / "a.txt").touch()
+    before, during, after = asyncio.run(asked(Slow(root_dir=str(tmp_path))))
+    assert before == during != after
 
 
 def interrupt_and_look(page: Any, clinic: str, folder: Path) -> None:

@@ -82,7 +82,7 @@ def test_what_blocks_the_log_is_named_too(clinic, sql):
         transaction(clinic, "UPDATE users SET phone = phone WHERE role = 'admin'") as clerk,
         pytest.raises(LockNotGranted, match=f"pid {clerk.info.backend_pid} .postgres, a clerk"),
     ):
-        partition.start_log(run, lock_timeout_ms=100, budget_s=1)
+        partition.start_log(run, lock_timeout_ms=100, budget_s=3)
     assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'runbook%'") == [(0,)]
 
 
@@ -136,7 +136,7 @@ def test_a_prepared_transaction_is_waited_for_and_named(clinic, sql):
         other.execute("BEGIN; CREATE TABLE unrelated (n int); PREPARE TRANSACTION 'another matter'")
         try:
             with pytest.raises(LockNotGranted, match=r"the prepared transaction order 17\."):
-                cutover.swap(run, lock_timeout_ms=100, budget_s=1)
+                cutover.swap(run, lock_timeout_ms=100, budget_s=3)
             assert_as_before(sql)
         finally:
             other.execute("ROLLBACK PREPARED 'order 17'")
