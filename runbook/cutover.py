@@ -16,7 +16,7 @@ from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.restore import refuse_homeless
 from runbook.sheet import Sheet
-from runbook.statements import rendered, statement, trusted
+from runbook.statements import at_once, rendered, statement, trusted
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,7 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
             )
         session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
         waits: list[tuple[float, float]] = []
+        statements = at_once(swap_statements(run))
 
         def attempt() -> Swap:
             _catch_up(run, session, patience)
@@ -196,8 +197,7 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
             try:
                 with locks.exclusive(session, patience, tables, views, clock=clock):
                     replayed = _replay_last(run, session, patience)
-                    for each in swap_statements(run):
-                        session.run(each)
+                    session.run(statements)
                     logging = session.value("changes.logging_back", **run.names)
                     session.run("ledger.remember_triggers", triggers=logging, **run.names)
                     # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.
@@ -232,7 +232,10 @@ def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     for reference in references.added(run):
         foreign_keys.drain(run, session, reference)
         session.run("changes.vacuum", log=references.names(run, reference)["reference_log"])
-    _, horizon = changes.catch_up(run, session, patience)  # what came meanwhile: the rest is replayed under locks
+    for _ in range(3):  # what came meanwhile; no vacuum follows, during which more would come
+        keys, horizon = changes.replay(run, session)
+        if keys <= changes.SHORT_TAIL // 10:
+            break
     refuse_homeless(run, session)
     locks.wait_for_snapshots(session, horizon, patience)
 
