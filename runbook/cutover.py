@@ -16,7 +16,7 @@ from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.restore import refuse_homeless
 from runbook.sheet import Sheet
-from runbook.statements import at_once, rendered, statement, trusted
+from runbook.statements import rendered, statement, trusted
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
             )
         session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
         waits: list[tuple[float, float]] = []
-        statements = at_once(swap_statements(run))
+        statements = list(swap_statements(run))
 
         def attempt() -> Swap:
             _catch_up(run, session, patience)
@@ -197,7 +197,7 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
             try:
                 with locks.exclusive(session, patience, tables, views, clock=clock):
                     replayed = _replay_last(run, session, patience)
-                    session.run(statements)
+                    session.at_once(statements)
                     logging = session.value("changes.logging_back", **run.names)
                     session.run("ledger.remember_triggers", triggers=logging, **run.names)
                     # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.

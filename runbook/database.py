@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,13 +43,15 @@ class Statement:
     error: str = ""
     waited_for: tuple[str, ...] = ()
 
-    def write_down(self) -> None:
-        """Adds it to the record of the notebook that this kernel runs, if it runs one: what failed later is there, too."""
-        folder, notebook = os.environ.get("RUNBOOK_RECORD"), os.environ.get("JPY_SESSION_NAME")
-        if folder and notebook:
-            facts = {**vars(self), "at": self.at.isoformat(), "seconds": round(self.seconds, 6)}
-            with suppress(OSError), Path(folder, f"{Path(notebook).stem}.statements.jsonl").open("a", encoding="utf-8") as file:
-                file.write(redact(json.dumps(facts, ensure_ascii=False), _secrets()) + "\n")
+
+def write_down(statements: Sequence[Statement]) -> None:
+    """Adds them to the record of the notebook that this kernel runs, if it runs one: what failed later is there, too."""
+    folder, notebook = os.environ.get("RUNBOOK_RECORD"), os.environ.get("JPY_SESSION_NAME")
+    if folder and notebook:
+        facts = [{**vars(each), "at": each.at.isoformat(), "seconds": round(each.seconds, 6)} for each in statements]
+        lines = "".join(redact(json.dumps(each, ensure_ascii=False), _secrets()) + "\n" for each in facts)
+        with suppress(OSError), Path(folder, f"{Path(notebook).stem}.statements.jsonl").open("a", encoding="utf-8") as file:
+            file.write(lines)
 
 
 @cache
@@ -166,6 +168,26 @@ class Session:
             rows.append(cursor.rowcount)
         return cursor
 
+    def at_once(self, statements: Iterable[sql.Composable]) -> None:
+        """Run them in one round trip: under locks everybody would wait for each one's way. Each is in the record, with its time by
+        the server's clock; when one fails, all of them as one."""
+        texts, began = [each.as_string(None) for each in statements], datetime.now(UTC)
+        clock = "SELECT clock_timestamp() AS runbook_clock"
+        label = f"{len(texts)} statements in one round trip, the first: {_first_line(texts[0])}"
+        with noted(self.statements, label, self.waits, parts := list[Statement]()):
+            cursor = self.connection.execute(sql.SQL("\n;\n".join([clock, *(f"{each}\n;\n{clock}" for each in texts)])))
+            times, rows = [], list[int]()
+            while True:
+                if cursor.description and cursor.description[0].name == "runbook_clock":
+                    times.append((cursor.fetchone() or {})["runbook_clock"])
+                    rows.append(-1)
+                else:
+                    rows[-1] = cursor.rowcount
+                if not cursor.nextset():
+                    break
+            for text, number, start, end in zip(texts, rows, times, times[1:], strict=False):
+                parts.append(Statement(began + (start - times[0]), _first_line(text), (end - start).total_seconds(), number))
+
     def rows(self, query: str | sql.Composed, /, **names: Value) -> list[dict[str, Any]]:
         """All rows."""
         return self.run(query, **names).fetchall()
@@ -218,8 +240,11 @@ def _pass_on(said: psycopg.errors.Diagnostic) -> None:
 
 
 @contextmanager
-def noted(statements: list[Statement], name: str, waits: dict[int, str] | None = None) -> Iterator[list[int]]:
-    """Notes the statement that runs inside, also when it fails; whoever runs it appends its number of rows."""
+def noted(
+    statements: list[Statement], name: str, waits: dict[int, str] | None = None, parts: Sequence[Statement] = ()
+) -> Iterator[list[int]]:
+    """Notes the statement that runs inside, also when it fails; whoever runs it appends its number of rows. When it was several
+    that went well, its `parts`."""
     at, started, rows, error = datetime.now(UTC), time.perf_counter(), list[int](), ""
     try:
         yield rows
@@ -228,10 +253,12 @@ def noted(statements: list[Statement], name: str, waits: dict[int, str] | None =
         raise
     finally:
         seconds, waited = time.perf_counter() - started, tuple((waits or {}).values())
-        statements.append(Statement(at, name, seconds, rows[0] if rows else -1, error, waited))
+        whole = Statement(at, name, seconds, rows[0] if rows else -1, error, waited)
+        new = list(parts) if parts and not error else [whole]
+        statements.extend(new)
         if waits:
             waits.clear()
-        statements[-1].write_down()
+        write_down(new)
 
 
 def target(database: str, users: int | None = None) -> Database:

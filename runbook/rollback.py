@@ -17,7 +17,7 @@ from runbook.plan import Reference, fit
 from runbook.references import added
 from runbook.references import names as reference_names
 from runbook.sheet import Sheet
-from runbook.statements import at_once, rendered, statement, trusted
+from runbook.statements import rendered, statement, trusted
 
 
 def preview(run: Run) -> Sheet:
@@ -94,7 +94,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     refuse_losses(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
     logging = session.row("ledger.remembered", **run.names)["triggers"]
-    total, seen, statements = 0, None, at_once(unswap_statements(run))
+    total, seen, statements = 0, None, list(unswap_statements(run))
 
     def attempt() -> Evidence:
         nonlocal total, logging, seen
@@ -117,7 +117,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
                 raise locks.NotYet(str(rewritten)) from None
             if last:
                 locks.refuse_late_snapshots(session, patience)
-            session.run(statements)
+            session.at_once(statements)
             # The forward steps are undone with the same commit: the ledger never says that the table is still swapped.
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             changed = total + last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -67,8 +66,3 @@ def trusted(text: str) -> sql.SQL:
 def rendered(text: str) -> sql.Composed:
     """A whole statement that PostgreSQL itself rendered, kept as it is."""
     return sql.Composed([trusted(text)])
-
-
-def at_once(statements: Iterable[sql.Composable]) -> sql.Composed:
-    """All of them as one text for one round trip, rendered already: under locks everybody would wait for each one's way."""
-    return rendered("\n;\n".join(each.as_string(None) for each in statements))

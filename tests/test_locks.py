@@ -14,7 +14,9 @@ import psycopg
 import pytest
 
 from runbook import cutover, partition, restore
+from runbook.database import target
 from runbook.errors import LockNotGranted
+from runbook.statements import rendered
 from tests import migration, servers, traffic
 
 STILL_PLAIN = ("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass", [("r",)])
@@ -74,6 +76,28 @@ def test_whoever_keeps_any_statement_waiting_is_named_and_kept_in_the_record(cli
     assert waited["name"] == "catalog.definition" and waited["seconds"] > 1
     assert waited["waited_for"][0].startswith(f"AccessShareLock on users: pid {pid} (postgres, a clerk")
     assert run.statements()["waited_for"].str.contains("a clerk").sum() == 1
+
+
+def test_statements_of_one_round_trip_are_each_in_the_record(database):
+    found = target(database)
+    with found.session("a test") as session:
+        session.at_once(
+            [rendered("CREATE TABLE t (n int)"), rendered("INSERT INTO t VALUES (1), (2)"), rendered("SELECT pg_sleep(0.1)")]
+        )
+        one, two, three = found.statements[-3:]
+        assert [each.name for each in (one, two, three)] == [
+            "CREATE TABLE t (n int)",
+            "INSERT INTO t VALUES (1), (2)",
+            "SELECT pg_sleep(0.1)",
+        ]
+        assert (two.rows, three.rows) == (2, 1)
+        assert three.seconds >= 0.1 and one.seconds > 0
+        assert one.at < two.at < three.at
+        with pytest.raises(psycopg.errors.UndefinedTable), session.transaction():
+            session.at_once([rendered("DELETE FROM t"), rendered("DELETE FROM nowhere"), rendered("SELECT 1")])
+        assert (found.statements[-1].error, found.statements[-2]) == ("42P01", three)
+        assert found.statements[-1].name == "3 statements in one round trip, the first: DELETE FROM t"
+        assert session.value(rendered("SELECT count(*) FROM t")) == 2
 
 
 def test_what_blocks_the_log_is_named_too(clinic, sql):
