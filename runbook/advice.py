@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from runbook import queries
 from runbook.database import Session
+from runbook.facts import Finding
 from runbook.forecast import MB, free
-from runbook.plan import Finding, Plan
+from runbook.plan import Plan
 
 CALLS, SCANS = 100, 1000  # fewer say nothing
 MOST, NEARLY = 0.9, 0.98  # of the rows, in one partition

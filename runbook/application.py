@@ -15,8 +15,9 @@ from psycopg import sql
 from runbook import orm, references
 from runbook.drizzle import Drizzle
 from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.plan import Reference, identifiers
+from runbook.plan import identifiers
 from runbook.sheet import Listing
 
 

@@ -10,7 +10,8 @@ from psycopg import sql
 
 from runbook.database import Session
 from runbook.errors import BadInput
-from runbook.plan import Carried, Column, Guard, Index, Named, Reference, Table, fit, with_key
+from runbook.facts import Carried, Column, Guard, Index, Named, Reference, Table
+from runbook.plan import fit, with_key
 from runbook.statements import spelled, statement, trusted
 
 Row = dict[str, Any]

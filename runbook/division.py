@@ -11,8 +11,9 @@ from psycopg import sql
 
 from runbook.database import Session
 from runbook.errors import BadInput
+from runbook.facts import Column, Partition, Table
 from runbook.parameters import Parameters, PartitionValue
-from runbook.plan import Column, Partition, Table, fit
+from runbook.plan import fit
 from runbook.statements import trusted
 
 Value = str | None

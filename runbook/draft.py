@@ -13,9 +13,10 @@ from runbook import advice, catalog, findings, ledger, locks, partition, repair
 from runbook.database import Database, Session, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked
+from runbook.facts import Finding, Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, resolve
-from runbook.plan import Finding, Named, Plan, fit
+from runbook.plan import Plan, fit
 from runbook.statements import trusted
 
 

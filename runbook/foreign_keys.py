@@ -12,8 +12,9 @@ from runbook import locks, pace, repair
 from runbook.changes import SHORT_TAIL, Statements
 from runbook.database import Session
 from runbook.errors import PromiseBroken
+from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.plan import Reference, with_key
+from runbook.plan import with_key
 from runbook.references import added, names
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted

@@ -9,8 +9,8 @@ from psycopg import sql
 from runbook import changes
 from runbook import unique as unique_keys
 from runbook.changes import Statements
+from runbook.facts import Index
 from runbook.ledger import Run
-from runbook.plan import Index
 from runbook.statements import statement, trusted
 
 

@@ -13,8 +13,9 @@ from psycopg import sql
 from runbook import cutover, partition, references
 from runbook.database import Session, noted
 from runbook.errors import RunbookError
+from runbook.facts import Reference
 from runbook.ledger import Run
-from runbook.plan import Reference, identifiers
+from runbook.plan import identifiers
 from runbook.statements import statement, trusted
 
 # A statement of sql/application.sql: what changes, and what to do; `…_instead` beside it is the replacement.

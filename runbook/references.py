@@ -5,8 +5,9 @@ from __future__ import annotations
 from psycopg import sql
 
 from runbook.database import Session
+from runbook.facts import Reference
 from runbook.ledger import Run
-from runbook.plan import Reference, equal, fit, identifiers
+from runbook.plan import equal, fit, identifiers
 from runbook.statements import trusted
 
 

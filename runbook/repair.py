@@ -12,10 +12,11 @@ from runbook import catalog, findings, locks
 from runbook.compare import partition_of
 from runbook.database import Session
 from runbook.errors import BadInput, NotEqual, PlanBlocked, PromiseBroken
+from runbook.facts import Column, Finding, Partition, Reference, Table
 from runbook.ledger import Action, Evidence, Run
 from runbook.pace import Progress
 from runbook.parameters import Parameters
-from runbook.plan import Column, Finding, Partition, Plan, Reference, Table, fit, with_key
+from runbook.plan import Plan, fit, with_key
 from runbook.references import names
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement

@@ -12,8 +12,9 @@ from runbook import catalog, changes, compare, cutover, foreign_keys, locks, par
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.database import Session
 from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.facts import Reference
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
-from runbook.plan import Reference, fit
+from runbook.plan import fit
 from runbook.references import added
 from runbook.references import names as reference_names
 from runbook.sheet import Sheet

@@ -6,8 +6,9 @@ from psycopg import sql
 
 from runbook.changes import Statements
 from runbook.database import Session
+from runbook.facts import Guard
 from runbook.ledger import Run
-from runbook.plan import Guard, Plan, fit
+from runbook.plan import Plan, fit
 from runbook.statements import spelled, statement, trusted
 
 

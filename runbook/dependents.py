@@ -1,0 +1,180 @@
+"""What the plan finds of everything that depends on the table: objects that hang on it, references to it, its unique keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from psycopg import sql
+
+from runbook import catalog
+from runbook.database import Session
+from runbook.facts import Finding
+from runbook.plan import Plan
+
+
+def objects(session: Session, plan: Plan) -> Iterator[Finding]:
+    """What hangs on the table: triggers, rules, views, publications, and whatever else goes with it or cannot."""
+    oid = sql.Literal(plan.table.oid)
+    for row in session.rows("catalog.others", oid=oid):
+        yield Finding.blocker(
+            row["object"],
+            f"{row['object']} depends on {plan.full_name} in a way that is not carried over.",
+            "Drop it before, and make it anew after the cut-over.",
+        )
+    for row in session.rows("catalog.views", oid=oid):
+        if row["materialized"]:
+            yield Finding.blocker(
+                row["name"],
+                f"The materialized view {row['schema']}.{row['name']} would keep reading the retired table.",
+                "Drop it before, and make it anew after the cut-over.",
+            )
+    obstacles = session.rows("catalog.obstacles", oid=oid, key=plan.key, backup=plan.backup_method, retired=plan.retired)
+    yield from map(Finding.model_validate, obstacles)
+    for row in session.rows("catalog.subscribed", oid=oid):
+        yield Finding.blocker(
+            row["name"],
+            f"{plan.full_name} is fed by the subscription {row['name']}, whose changes no trigger sees.",
+            "Migrate the publisher's table, or make the subscription anew after it.",
+        )
+    for check in plan.checks:
+        if check.definition.endswith("NO INHERIT"):
+            yield Finding.blocker(
+                check.name,
+                f"The check {check.name} is NO INHERIT, which a partitioned table cannot have.",
+                "Make it an ordinary check first.",
+            )
+    for carried in plan.carried:
+        if carried.kind == "trigger" and " REFERENCING " in carried.definition and " FOR EACH ROW " in carried.definition:
+            yield Finding.blocker(
+                carried.name,
+                f"The trigger {carried.name} is a row trigger with transition tables, which a partition cannot have.",
+                "Make it a statement trigger.",
+            )
+        elif carried.kind == "grant of another" and not session.row("catalog.privileges", oid=oid)["superuser"]:
+            yield Finding.blocker(
+                carried.name, f"The grant {carried.name} was not made by the owner of {plan.full_name}, and only a superuser can make it anew.",
+                f"Let {plan.table.owner} grant it instead.",
+            )  # fmt: skip
+        elif carried.kind == "trigger" and " BEFORE " in carried.definition and " FOR EACH ROW " in carried.definition:
+            yield Finding.note(
+                carried.name,
+                f"The trigger {carried.name} fires BEFORE each row: were it to change {plan.key}, the row could not be moved to another partition.",
+            )
+        elif carried.kind == "trigger" and re.search(
+            r" AFTER (?:\S+ OR )*(?:INSERT|DELETE) .* FOR EACH ROW ", carried.definition
+        ):
+            yield Finding.note(
+                carried.name,
+                f"The trigger {carried.name} fires for an update of {plan.key}, too: a row that moves to another partition is deleted and inserted.",
+            )
+
+
+def references(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Who refers to the table, and whether a composite key can take the place of theirs."""
+    rows = {(row["schema"], row["table"], row["name"]): row for row in session.rows("catalog.incoming", oid=plan.table.oid)}
+    for reference in (*plan.references, *plan.selves):
+        name = f"{reference.schema_name}.{reference.table}"
+        if reference.adds_column and {*reference.referenced, plan.key} != set(plan.new_primary_key):
+            yield Finding.blocker(
+                name, f"{name} references {', '.join(reference.referenced)} of {plan.full_name}, which is not its primary key and lacks {plan.key}.",
+                "Drop that foreign key first, or partition by a column that it references.",
+            )  # fmt: skip
+        if (
+            "MATCH FULL" in reference.definition
+            and len(reference.columns) > 1
+            and reference.adds_column
+            and not reference.not_null
+        ):
+            yield Finding.blocker(
+                name, f"{reference.name} of {name} is MATCH FULL over columns that may be NULL, which a composite key with {reference.role_column} cannot be.",
+                "Make it MATCH SIMPLE with CHECK (num_nulls(…) IN (0, …)) first, or its columns NOT NULL.",
+            )  # fmt: skip
+        if "DEFERRABLE" in reference.definition and reference.adds_column and plan.legacy_inserts == "fill":
+            yield Finding.note(
+                name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column}.",
+            )  # fmt: skip
+        if " ON UPDATE SET " in reference.definition and reference.adds_column:
+            yield Finding.warning(
+                name, f"{reference.name} of {name} is ON UPDATE SET and becomes ON UPDATE CASCADE, by which {reference.role_column} follows.",
+                "Check for it in the application, or drop that action first.",
+            )  # fmt: skip
+        if not reference.indexed:
+            yield Finding.warning(
+                name, f"{name} has no index that begins with {reference.columns[0]}: every correction and every delete of a referenced row scans it.",
+                f"CREATE INDEX CONCURRENTLY ON {name} ({reference.columns[0]});",
+            )  # fmt: skip
+        if reference.adds_column:
+            yield Finding.warning(
+                name, f"{name} gains the column {reference.role_column}: a prepared SELECT * on it fails once (0A000), and a logical subscriber needs the column first.",
+            )  # fmt: skip
+        if plan.server_version == 14 and "ON DELETE CASCADE" in reference.definition:
+            yield Finding.warning(
+                name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert: ON DELETE CASCADE would delete the rows of {name}, so such updates are refused.",
+                "Upgrade to 15 or later before values of the key change.",
+            )  # fmt: skip
+        elif plan.server_version == 14 and " ON UPDATE CASCADE" in reference.composite:
+            yield Finding.warning(
+                name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert, which {reference.name} refuses while rows of {name} refer to the row.",
+                "Upgrade to 15 or later before values of the key change.",
+            )  # fmt: skip
+        if "ON DELETE SET" in reference.composite and plan.server_version == 14 and reference.adds_column:
+            yield Finding.blocker(
+                name,
+                f"{reference.name} is ON DELETE SET NULL, and PostgreSQL 14 would empty {reference.role_column} too.",
+                "Upgrade to 15, or change the foreign key's action first.",
+            )
+        row = rows.get((reference.schema_name, reference.table, reference.name), {})
+        if row.get("is_partition") and reference.adds_column:
+            yield Finding.blocker(
+                name, f"{name} is a partition with a foreign key {reference.name} of its own, and cannot gain the column {reference.role_column} alone.",
+                "Give the whole of its table that foreign key, or drop it first.",
+            )  # fmt: skip
+        if row.get("inherited") and reference.adds_column:
+            yield Finding.blocker(
+                name, f"{name} is inherited from: {reference.role_column} would be required of its children too, which {reference.name} does not reach.",
+                "ALTER TABLE … NO INHERIT; for the children first.",
+            )  # fmt: skip
+        for trigger in row.get("update_triggers") or []:
+            yield Finding.warning(
+                name,
+                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in.",
+            )
+
+
+def uniqueness(plan: Plan) -> Iterator[Finding]:
+    """Which unique keys a partitioned table can keep, and how."""
+    guards = {guard.index: guard.table for guard in plan.guards}
+    for index in plan.indexes:
+        if index.constraint_type == "x" and not catalog.within_key(index.constraint_definition or "", plan.key):
+            yield Finding.warning(
+                index.name, f"{index.name} excluded rows of the whole of {plan.full_name} and will exclude those of the same partition only.",
+                "Check for it in the application, or partition by one of its columns.",
+            )  # fmt: skip
+        if not index.unique or plan.key in index.columns:
+            continue
+        what = ", ".join(index.columns) or index.name
+        instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else ""
+        if index.name in guards:
+            yield Finding.warning(
+                index.name, f"{what} stays unique in the whole of {plan.full_name}: triggers keep {plan.guard_schema}.{guards[index.name]}, one small"
+                f" write more for every row. ON CONFLICT ({what}) stops working, and ON CONFLICT DO NOTHING skips a duplicate in the row's own"
+                " partition only; elsewhere it is an error (23505).", instead,
+            )  # fmt: skip
+        else:
+            yield Finding.warning(
+                index.name, f"{what} was unique in {plan.full_name} and becomes unique per partition: the same {what} may stand once in each;"
+                f" the way back closes once that happens, and ON CONFLICT ({what}) stops working.",
+                instead or 'unique = "global" keeps it unique.',
+            )  # fmt: skip
+    for guard in plan.guards:
+        if guard.deferrable:
+            yield Finding.note(
+                guard.index,
+                f"{guard.index} is deferrable: a duplicate in another partition is found at the commit, whatever SET CONSTRAINTS says.",
+            )
+    yield Finding.note(plan.full_name, f"Look-ups that do not name {plan.key} visit every partition.")
+    yield Finding.note(
+        plan.full_name,
+        f"An update of {plan.key} moves the row: UPDATE triggers that fire AFTER see a DELETE and an INSERT, and a concurrent one can get 40001.",
+    )

@@ -1,0 +1,178 @@
+"""What 20 is to add to a partitioned table: decided from the tree as it is, tried on a copy without rows, and frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook import catalog, division
+from runbook.database import Session
+from runbook.errors import BadInput
+from runbook.facts import Fact, Finding, Partition
+from runbook.findings import worst_first
+from runbook.ledger import Run
+from runbook.parameters import Parameters
+from runbook.statements import spelled, trusted
+
+Row = dict[str, Any]
+
+
+class Addition(Fact):
+    """A partition to be: its bound, the rule by which the server knows its rows, and how many of them the default one holds."""
+
+    name: str
+    bound: str
+    rule: str
+    waiting: int
+
+
+class Key(Fact):
+    """A foreign key that points at the table: it has to step aside while rows change their place."""
+
+    name: str
+    schema_name: str
+    table: str
+    definition: str
+    comment: str | None
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        return sql.Identifier(self.schema_name, self.table)
+
+
+class Growth(Fact):
+    """What is to be added to a table, frozen; its hash is what an approver approves."""
+
+    table: str
+    oid: int
+    existing: tuple[str, ...]
+    additions: tuple[Addition, ...]
+    default: tuple[str, str] | None
+    sibling: int
+    keys: tuple[Key, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def hash(self) -> str:
+        """sha256, in hexadecimal, of what is to be added to what; what was found meanwhile does not change it."""
+        told = self.model_dump(mode="json", include={"table", "oid", "default", "keys"})
+        told["additions"] = [(each.name, each.bound) for each in self.additions]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
+    """Read the tree and its default partition's rows; what is there already is not added again. Bad bounds are a blocker, in
+    the server's own words."""
+    plan, found = run.plan, list[Finding]()
+    tree = session.rows("additions.tree", oid=oid)
+    default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
+    key = next(column for column in catalog.columns_of(session, oid) if column.name == plan.key)
+    wanted = [each for each in _wanted(run, session, oid, given, key) if not stands(each, tree)]
+    rules, refused = _rehearse(run, session, tree, wanted)
+    if refused:
+        found.append(Finding.blocker(plan.full_name, refused, "Correct add."))
+    for row in session.rows("draft.free", schema=plan.table.schema_name, names=[each.name for each in wanted]):
+        found.append(
+            Finding.blocker(
+                row["name"],
+                f"The name {plan.table.schema_name}.{row['name']} is taken.",
+                "Choose another name for the partition.",
+            )
+        )
+    keys = session.rows("additions.referencing", oid=oid)
+    additions = []
+    for each in wanted:
+        rule = rules.get(each.name, "(false)")
+        rows = session.value("additions.waiting", default=default, rule=trusted(rule)) if default else 0
+        additions.append(Addition(name=each.name, bound=each.bound, rule=rule, waiting=rows))
+        found += _moving(each.name, rows, default, keys)
+    if default and additions:
+        size = next(row["table_bytes"] for row in tree if row["bound"] == "DEFAULT")
+        waits = (
+            f"{default[1]} ({size / 1e6:,.1f} MB) is read through under ACCESS EXCLUSIVE while a partition is attached:"
+            " who reads or writes it waits for so long."
+        )
+        found.append(Finding.warning(default[1], waits, "Attach when that is acceptable."))
+        if any(row["partitioned"] for row in tree if row["bound"] == "DEFAULT"):
+            found.append(Finding.blocker(default[1], f"{default[1]} is itself partitioned.", "Take its rows out by hand first."))
+    if not additions:
+        found.append(Finding.note(plan.full_name, f"{plan.full_name} has all these partitions: there is nothing to add."))
+    sibling = next((row["oid"] for row in tree if not row["partitioned"] and row["bound"] != "DEFAULT"), tree[0]["oid"])
+    return Growth(
+        table=plan.full_name, oid=oid, existing=tuple(row["name"] for row in tree), additions=tuple(additions), default=default, sibling=sibling,
+        keys=tuple(Key.model_validate(row | {"schema_name": row["schema"]}) for row in keys),
+        findings=worst_first(found),
+    )  # fmt: skip
+
+
+def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Row]) -> Iterator[Finding]:
+    if not rows or default is None:
+        return
+    yield Finding.warning(
+        name,
+        f"{rows:,} rows of {default[1]} go over to {name} while they are locked; no trigger fires, nothing is lost.",
+        "Correct the rows first if they were not meant for it.",
+    )
+    for row in keys:
+        table = f"{row['schema']}.{row['table']}"
+        if row["partitioned"]:
+            yield Finding.blocker(
+                table,
+                f"{table} references the table and is itself partitioned: its key cannot step aside for a moment.",
+                "Drop that key first.",
+            )
+        else:
+            yield Finding.warning(
+                table,
+                f"{table} is locked, too, while its key {row['name']} steps aside; it is validated again afterwards.",
+            )
+
+
+def stands(wanted: Partition, tree: list[Row]) -> bool:
+    """Whether this very partition is there already."""
+    plain = str.maketrans("", "", " '")
+    return any(
+        row["name"] == wanted.name and row["bound"].translate(plain).lower() == wanted.bound.translate(plain).lower()
+        for row in tree
+    )
+
+
+def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Any) -> list[Partition]:
+    """The partitions that are asked for; by steps: from the last bound to `ahead` beyond the last row, or now."""
+    plan = run.plan
+    asked: division.Wanted = dict(given.add or {})
+    if plan.partition_by == "range" and given.every and session.value("additions.ends", oid=oid):
+        kind, named = session.value("draft.category", type=key.type), sql.Identifier(key.name)
+        low = session.value("additions.last_bound", oid=oid, type=trusted(key.type))
+        finite = trusted(division.FINITE.get(kind, "true").format(spelled(named)))
+        now = sql.SQL("localtimestamp::{}" if kind == "D" else "NULL").format(trusted(key.type))
+        high = session.value("additions.highest", root=plan.source, key=named, finite=finite, now=now)
+        asked = division.steps(session, given, plan.table.name, key, low, high) | asked
+    if not asked and not given.every:
+        raise BadInput('add is empty: name the partitions to add, as {"users_nurses": ["nurse"]}, or by range say every.')
+    maker = division.list_bounds if plan.partition_by == "list" else division.range_bounds
+    return maker(session, asked, key)
+
+
+def _rehearse(run: Run, session: Session, tree: list[Row], wanted: list[Partition]) -> tuple[dict[str, str], str]:
+    """What each new partition takes, as the server writes it; or its refusal as a sentence."""
+    rules = {}
+    bounds = [(row["name"], row["bound"]) for row in tree] + [(each.name, each.bound) for each in wanted]
+    try:
+        with session.connection.transaction(force_rollback=True):
+            session.run("additions.create_twin", root=run.plan.source, partition_by=run.names["partition_by"])
+            for number, (name, bound) in enumerate(bounds):
+                leaf = f"runbook_twin_{number}"
+                session.run("additions.create_twin_partition", leaf=(leaf,), bound=trusted(bound))
+                if number >= len(tree):
+                    rules[name] = session.value("additions.rule", leaf=f"pg_temp.{leaf}")
+    except psycopg.Error as error:
+        said = re.sub(r"runbook_twin_(\d+)", lambda twin: bounds[int(twin[1])][0], error.diag.message_primary or str(error))
+        return {}, f"PostgreSQL refuses to add that to {run.plan.full_name}: {said}."
+    return rules, ""
