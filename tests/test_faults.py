@@ -17,10 +17,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import cutover, foreign_keys, indexes, restore
+from runbook import cutover, foreign_keys, indexes, partition, restore, rollback
 from runbook.changes import Rewritten
-from runbook.errors import AlreadyRunning, PlanOutdated, PromiseBroken, RunbookError
-from tests import migration, servers, traffic
+from runbook.errors import AlreadyRunning, LockNotGranted, PlanOutdated, PromiseBroken, RunbookError
+from tests import dumps, migration, servers, traffic
 
 ROOT = Path(__file__).parent.parent
 
@@ -313,7 +313,8 @@ def test_a_full_disk_stops_the_step_and_not_the_application(database, sql):
 
 
 @pytest.mark.long
-def test_a_full_tablespace_stops_the_copy_and_not_the_application(prepare, server, sql):
+@pytest.mark.parametrize("name", ["backup", "copy", "index", "replay"])
+def test_a_full_tablespace_stops_the_step_and_not_the_application(prepare, server, sql, name):
     if os.geteuid() != 0:
         pytest.skip("PostgreSQL needs root here: only root may mount a small tmpfs")
     folder = servers.temporary_folder()
@@ -326,22 +327,63 @@ def test_a_full_tablespace_stops_the_copy_and_not_the_application(prepare, serve
         home = folder / "space"
         home.mkdir()
         servers.hand_over(folder)
-        space = f"small_{os.getpid()}"
+        space = f"small_{os.getpid()}_{name}"
         sql(f"CREATE TABLESPACE {space} LOCATION '{home}'")
-        run = prepare("copy")
-        for leaf in migration.PARTITIONS:
-            sql(f"ALTER TABLE {run.staging}.{leaf} SET TABLESPACE {space}")
+        run = prepare(name)
+        database = sql("SELECT quote_ident(current_database())")[0][0]
+        if name in ("backup", "index"):  # what they make goes there
+            sql(f"ALTER DATABASE {database} SET default_tablespace = {space}")
+        else:
+            for leaf in migration.PARTITIONS:
+                sql(f"ALTER TABLE {run.staging}.{leaf} SET TABLESPACE {space}")
+        sql("UPDATE users SET phone = 'more than fits'")
         filler = folder / "filler"
-        filler.write_bytes(b"x" * (7 << 20) + b"x" * (900 << 10))
-        with pytest.raises((psycopg.errors.DiskFull, RunbookError)):
-            restore.copy(run)
+        filler.write_bytes(b"x" * (6 << 20))
+        with suppress(OSError), filler.open("ab", buffering=0) as rest_of_it:
+            while True:
+                rest_of_it.write(b"x" * 4096)
+        with pytest.raises((psycopg.errors.DiskFull, RunbookError), match="No space left on device"):
+            migration.walk(run, {name: step(name)})
         sql("UPDATE users SET first_name = 'goes on' WHERE email LIKE '%sample7@%'")
         filler.unlink()
-        rest(run, "copy")
+        sql(f"ALTER DATABASE {database} RESET default_tablespace")
+        rest(run, name)
         assert_nothing_left(sql)
         sql(f"DROP TABLESPACE {space}")
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def valid_or_not(url: str) -> dict[tuple[str, str], str]:
+    """The schema, whether its foreign keys are validated or not, which takes no lock that anybody waits for."""
+    return {entry: text.replace(" NOT VALID", "") for entry, text in dumps.schema(url).items()}
+
+
+GIVES_UP = {
+    "log": partition.start_log,
+    "columns": foreign_keys.add_columns,
+    "swap": cutover.swap,
+    "swap back": rollback.swap_back,
+    "clean": rollback.clean,
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", GIVES_UP)
+def test_a_lock_that_is_not_had_leaves_everything_as_it_was(prepare, server, clinic, sql, name):
+    """Every step that keeps others out gives up after its budget, names who is in the way, and goes on when it is begun again."""
+    run = prepare(name)
+    with traffic.pool(clinic, server.version, writers=2) as pool:
+        pool.go_on(10)
+        with psycopg.connect(clinic, application_name="a clerk") as clerk:
+            clerk.execute("UPDATE users SET phone = phone WHERE false; DELETE FROM appointments WHERE false")
+            before = valid_or_not(clinic)
+            with pytest.raises(LockNotGranted, match=f"pid {clerk.info.backend_pid} .postgres, a clerk"):
+                GIVES_UP[name](run, lock_timeout_ms=100, budget_s=2)
+            assert valid_or_not(clinic) == before
+            pool.go_on(10)
+        again(run, name)
+    assert_nothing_left(sql)
 
 
 # What somebody else does meanwhile
