@@ -55,22 +55,23 @@ class Files(AsyncLargeFileManager):
 
     def __init__(self, **traits: Any) -> None:
         super().__init__(**traits)
-        self._saves: dict[str, tuple[asyncio.Task[Any] | None, Any]] = {}  # path: who saves it, what it was
+        self._one_by_one = asyncio.Lock()
+        self._under_way: tuple[str, asyncio.Task[Any] | None, Any] = "", None, None  # path, who saves it, what it was
 
     async def save(self, model: dict[str, Any], path: str = "") -> Any:
-        name = path.strip("/")
-        if not await self.file_exists(path):
-            return await super().save(model, path)  # type: ignore[no-untyped-call]
-        self._saves[name] = asyncio.current_task(), await self.get(path, content=False, require_hash=True)
-        try:
-            return await super().save(model, path)  # type: ignore[no-untyped-call]
-        finally:
-            self._saves.pop(name, None)
+        async with self._one_by_one:
+            before = await self.get(path, content=False, require_hash=True) if await self.file_exists(path) else None
+            self._under_way = path.strip("/"), asyncio.current_task(), before
+            try:
+                return await super().save(model, path)  # type: ignore[no-untyped-call]
+            finally:
+                self._under_way = "", None, None
 
     async def get(self, path: str, content: bool = True, **options: Any) -> Any:  # type: ignore[override]
         now = await super().get(path, content=content, **options)  # type: ignore[no-untyped-call]
-        saver, before = self._saves.get(path.strip("/"), (None, now))
-        return now if content or saver is asyncio.current_task() else before
+        name, saver, before = self._under_way
+        by_another = name == path.strip("/") and saver is not asyncio.current_task()
+        return before if before and by_another and not content else now
 
 
 def lay(record: Run, own: Callable[[str], Mapping[str, Any]]) -> None:

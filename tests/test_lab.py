@@ -156,31 +156,35 @@ def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_
 def test_a_save_under_way_does_not_look_like_a_change_by_somebody_else(tmp_path: Path) -> None:
     """JupyterLab asks for the file's hash before it saves: during another save, as with Ctrl-S beside the autosave, it is told
     the one from before, which it expects."""
-    written = asyncio.Event()
+    written, at_once = asyncio.Event(), [0]
 
     class Slow(Files):
         async def _save_file(self, *words: Any) -> None:
+            at_once.append(at_once[-1] + 1)
             await super()._save_file(*words)  # type: ignore[no-untyped-call]
             written.set()
             await asyncio.sleep(0.5)
+            at_once.append(at_once[-1] - 1)
 
     async def asked(files: Files) -> list[str]:
         async def digest() -> str:
             return str((await files.get("/a.txt", content=False, require_hash=True))["hash"])
 
-        before, saving = (
-            await digest(),
-            asyncio.create_task(files.save({"type": "file", "format": "text", "content": "b"}, "a.txt")),
-        )
+        def save(text: str) -> asyncio.Task[Any]:
+            return asyncio.create_task(files.save({"type": "file", "format": "text", "content": text}, "a.txt"))
+
+        before, saving, another = await digest(), save("b"), save("c")
         await written.wait()
         during = await digest()
         assert not saving.done()
-        await saving
+        await asyncio.gather(saving, another)
         return [before, during, await digest()]
 
     (tmp_path / "a.txt").touch()
     before, during, after = asyncio.run(asked(Slow(root_dir=str(tmp_path))))
     assert before == during != after
+    assert (tmp_path / "a.txt").read_text() == "c"
+    assert max(at_once) == 1
 
 
 def interrupt_and_look(page: Any, clinic: str, folder: Path) -> None:
