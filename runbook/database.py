@@ -225,6 +225,8 @@ class Session:
                     sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(*name.split("__")), sql.Literal(str(setting)))
                 )
             yield
+        if self.connection.closed:  # psycopg leaves the block as if all were well when the connection broke after the last answer
+            raise psycopg.OperationalError("The connection was lost before the commit was acknowledged.")
 
 
 def _alone(connection: psycopg.Connection[dict[str, Any]]) -> bool:

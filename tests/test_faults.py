@@ -200,10 +200,10 @@ def strike(fault: str, run: migration.Run, name: str, server: servers.Server, cl
         if fault == "the connections are lost":
             sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'runbook%'")
         elif fault == "a backend is killed":  # the server ends every session and recovers
-            with suppress(psycopg.Error):
-                ((pid,),) = sql(
-                    "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' ORDER BY random() LIMIT 1"
-                )
+            with suppress(psycopg.Error, ProcessLookupError):
+                at_work = "application_name LIKE 'writer%' OR application_name LIKE 'runbook%'"
+                ((pid,), *_) = sql(f"SELECT pid FROM pg_stat_activity WHERE {at_work} ORDER BY random()") or [(0,)]
+                assert pid, "there is nobody whose backend could be killed"
                 os.kill(pid, signal.SIGKILL)
         else:
             server.stop("immediate")

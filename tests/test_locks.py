@@ -100,6 +100,17 @@ def test_statements_of_one_round_trip_are_each_in_the_record(database):
         assert session.value(rendered("SELECT count(*) FROM t")) == 2
 
 
+def test_a_connection_that_breaks_before_the_commit_is_no_commit(database, sql):
+    """psycopg leaves the block of a transaction silently when the connection broke after the last statement's answer."""
+    with pytest.raises(psycopg.OperationalError), target(database).session("a test") as session, session.transaction():
+        session.run(rendered("CREATE TABLE lost (n int)"))
+        sql("SELECT pg_terminate_backend(%s, 5000)", [session.pid])
+        while not session.connection.closed:
+            with suppress(psycopg.Error):
+                session.connection.pgconn.consume_input()
+    assert sql("SELECT to_regclass('lost')") == [(None,)]
+
+
 def test_what_blocks_the_log_is_named_too(clinic, sql):
     run = migration.forward(clinic, last="shadow")
     with (

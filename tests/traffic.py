@@ -125,6 +125,8 @@ class Writer:
                     committing = True
             else:
                 self.random.choice(self.kinds)(model)
+            if connection.closed:  # broken after the last answer: psycopg leaves the block as if it had committed
+                raise psycopg.OperationalError("the connection was lost before the commit")
             if not rolled_back:
                 self.model = model
             self.commits += 1
