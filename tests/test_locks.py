@@ -134,6 +134,20 @@ def test_a_snapshot_older_than_the_copy_is_waited_for_and_named(clinic, sql, iso
     cutover.swap(run)
 
 
+def test_a_passing_snapshot_is_not_blamed_for_a_budget_that_others_used_up(clinic):
+    from runbook import locks
+
+    run = ready(clinic)
+    with run.database.session("a replay") as session:
+        spent = locks.Patience(1, started=time.monotonic() - 5)
+        with transaction(clinic, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "SELECT 1") as reader:
+            with session.transaction():
+                horizon = str(session.value("locks.horizon"))
+            threading.Timer(0.3, reader.rollback).start()
+            locks.wait_for_snapshots(session, horizon, spent)
+            assert reader.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
 def test_a_snapshot_that_would_miss_the_last_rows_is_waited_for(clinic, sql):
     """Younger than the last replay, older than the swap: to it, rows that are replayed under the locks would be missing."""
     run = ready(clinic)
