@@ -83,8 +83,9 @@ def within_key(exclusion: str, key: str) -> bool:
 
 
 def fingerprint(session: Session, oid: int) -> str:
-    """A digest of all that a plan rests on, what is carried over included; run with qualified names."""
-    return str(session.value("catalog.definition", oid=oid, carried=statement("catalog.carried", oid=oid)))
+    """A digest of all that a plan rests on, what is carried over included; run with qualified names. Under locks it is asked for
+    once more, and most of its time is its planning."""
+    return str(session.value("catalog.definition", prepare=True, oid=oid, carried=statement("catalog.carried", oid=oid)))
 
 
 def checks_of(session: Session, oid: int) -> tuple[Named, ...]:

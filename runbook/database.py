@@ -83,7 +83,7 @@ class Database:
                     make_conninfo(self.conninfo, **options),
                     autocommit=True,
                     row_factory=dict_row,
-                    prepare_threshold=None,
+                    prepare_threshold=sys.maxsize,  # only what asks for it
                 )
         except psycopg.OperationalError as error:
             reason = " ".join(str(error).split()).rstrip(".")
@@ -159,12 +159,12 @@ class Session:
         one on two processors the slowest hundredth of the application's writes took twice as long."""
         return _alone(self.connection)
 
-    def run(self, query: str | sql.Composed, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
-        """Run `group.name`, or a composed statement; the cursor has its rows."""
+    def run(self, query: str | sql.Composed, /, *, prepare: bool = False, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
+        """Run `group.name`, or a composed statement; the cursor has its rows. `prepare` keeps its plan for the next time."""
         composed = statement(query, **names) if isinstance(query, str) else query
         label = query if isinstance(query, str) else _first_line(composed.as_string(None))
         with noted(self.statements, label, self.waits) as rows:
-            cursor = self.connection.execute(composed)
+            cursor = self.connection.execute(composed, prepare=prepare)
             rows.append(cursor.rowcount)
         return cursor
 
@@ -199,9 +199,9 @@ class Session:
             raise LookupError(f"{query!r} found no row")
         return found
 
-    def value(self, query: str | sql.Composed, /, **names: Value) -> Any:
+    def value(self, query: str | sql.Composed, /, *, prepare: bool = False, **names: Value) -> Any:
         """The first column of the first row, None where there is none."""
-        found = self.run(query, **names).fetchone()
+        found = self.run(query, prepare=prepare, **names).fetchone()
         return next(iter(found.values())) if found else None
 
     @contextmanager
