@@ -83,9 +83,10 @@ def within_key(exclusion: str, key: str) -> bool:
 
 
 def fingerprint(session: Session, oid: int) -> str:
-    """A digest of all that a plan rests on, what is carried over included; run with qualified names. Under locks it is asked for
-    once more, and most of its time is its planning."""
-    return str(session.value("catalog.definition", prepare=True, oid=oid, carried=statement("catalog.carried", oid=oid)))
+    """A digest of all that a plan rests on, what is carried over included; run with qualified names. Prepared: it is asked for
+    again under locks, and most of its time is its planning."""
+    prepare = True
+    return str(session.value("catalog.definition", prepare, oid=oid, carried=statement("catalog.carried", oid=oid)))
 
 
 def checks_of(session: Session, oid: int) -> tuple[Named, ...]:

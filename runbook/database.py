@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,10 @@ class Session:
     locked_s: float = 0.0  # for how long, in all, it kept everybody else from what it locked
     waits: dict[int, str] = field(default_factory=dict)  # the locks that the present statement waits for, by who holds them
 
-    @property
+    @cached_property
     def pid(self) -> int:
-        """The server's process."""
-        return self.connection.info.backend_pid
+        """The server's process; asked for, because whatever stands in between may give the connection a number of its own."""
+        return _pid(self.connection)
 
     @property
     def alone(self) -> bool:
@@ -159,7 +159,7 @@ class Session:
         one on two processors the slowest hundredth of the application's writes took twice as long."""
         return _alone(self.connection)
 
-    def run(self, query: str | sql.Composed, /, *, prepare: bool = False, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
+    def run(self, query: str | sql.Composed, prepare: bool = False, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
         """Run `group.name`, or a composed statement; the cursor has its rows. `prepare` keeps its plan for the next time."""
         composed = statement(query, **names) if isinstance(query, str) else query
         label = query if isinstance(query, str) else _first_line(composed.as_string(None))
@@ -199,9 +199,9 @@ class Session:
             raise LookupError(f"{query!r} found no row")
         return found
 
-    def value(self, query: str | sql.Composed, /, *, prepare: bool = False, **names: Value) -> Any:
+    def value(self, query: str | sql.Composed, prepare: bool = False, /, **names: Value) -> Any:
         """The first column of the first row, None where there is none."""
-        found = self.run(query, prepare=prepare, **names).fetchone()
+        found = self.run(query, prepare, **names).fetchone()
         return next(iter(found.values())) if found else None
 
     @contextmanager
@@ -266,8 +266,8 @@ def noted(
 def target(database: str, users: int | None = None) -> Database:
     """The database that a parameter names: "embedded", a URL without a password, "service=…", or "environment".
 
-    Raises BadInput for a password in the text, ServerUnavailable when nothing answers, and refuses versions
-    outside 14 to 18.
+    Raises BadInput for a password in the text, for a pool of transactions and for versions outside 14 to 18,
+    ServerUnavailable when nothing answers.
     """
     if database == "embedded":
         return Database("embedded", embedded.start(users), embedded=True)
@@ -287,11 +287,30 @@ def target(database: str, users: int | None = None) -> Database:
     found = Database("environment" if database == "environment" else database, make_conninfo("", **parts))
     with found.connect("version") as connection:
         version = connection.info.server_version // 10000
+        if _pid(connection) != connection.info.backend_pid:
+            _refuse_shared_sessions(found, connection)
     if not OLDEST <= version <= NEWEST:
         raise BadInput(
             f"{found.name} runs PostgreSQL {version}: the runbook is tested on {OLDEST} to {NEWEST}, use one of these."
         )
     return found
+
+
+def _pid(connection: psycopg.Connection[dict[str, Any]]) -> int:
+    row = connection.execute("SELECT pg_backend_pid() AS pid").fetchone() or {}
+    return int(row["pid"])
+
+
+def _refuse_shared_sessions(database: Database, connection: psycopg.Connection[dict[str, Any]]) -> None:
+    """Something stands between us and the server: raises BadInput when a session is ours for a transaction only, and with it
+    its settings and the lock by which a second run is refused."""
+    with database.connect("version") as other:
+        seen = [(_pid(each), each is other) for each in (connection, other) * 3]
+    if len(set(seen)) > 2 or len({pid for pid, _ in seen}) < 2:
+        raise BadInput(
+            f"{database.name} is a connection pool that gives a session away after each transaction, with our settings and locks:"
+            " name the server itself, or a pool that works by session (PgBouncer's pool_mode = session)."
+        )
 
 
 def _first_line(text: str) -> str:

@@ -63,7 +63,7 @@ def copy(
         pending = list(gaps(done, size["blocks"], piece(size["blocks"], size["block_size"], range_mib, workers)))
         stop = threading.Event()
         brakes = pace.Brakes(max_replica_lag_s, max_active_sessions, stop)
-        holder = session.connection.info.backend_pid
+        holder = session.pid
         progress = pace.Progress(
             "copied",
             run.plan.table.rows,
@@ -162,7 +162,7 @@ def build_indexes(action: Action, workers: int = 0) -> Evidence:
             built[partition.name, row["name"]] = row["adopted"]
     builds = list(indexes.builds(run))
     pending = [each[:1] for leaf, name, each in builds if (leaf, name) not in built] + unique_keys.pending(run, session)
-    holder = session.connection.info.backend_pid
+    holder = session.pid
     parallel(run, workers, pending, lambda worker, each: _build(run, worker, each, holder))
     with session.transaction(lock_timeout="5s"):
         for leaf, name, each in builds:

@@ -22,7 +22,7 @@ from runbook import embedded, ledger
 from runbook.database import target
 from tests import migration, servers, walk
 
-NEEDED = {"node": "npm", "browser": "chromium"}  # mark: the program without which a test is skipped
+NEEDED = {"node": "npm", "browser": "chromium", "pooler": "pgbouncer"}  # mark: the program without which a test is skipped
 VERSION_LIMIT = re.compile(r"(Skipped: )?PostgreSQL \d+ ")  # the only reason for a skip that CI accepts
 numbers = itertools.count(1)
 

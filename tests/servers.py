@@ -257,6 +257,37 @@ def certify(server: Server) -> Path:
     return certificate
 
 
+@contextmanager
+def pooler(server: Server, mode: Literal["session", "transaction"]) -> Iterator[int]:
+    """PgBouncer before a server; yields the port on which it listens, with a socket beside the server's."""
+    folder = temporary_folder()
+    settings = {
+        "listen_port": str(free_port()),
+        "unix_socket_dir": str(server.sockets),
+        "auth_type": "any",
+        "pool_mode": mode,
+        "server_reset_query": "DISCARD ALL",
+    }
+    lines = [f"[databases]\n* = host={server.sockets} port={server.port} user=postgres\n[pgbouncer]\n"]
+    (folder / "pgbouncer.ini").write_text("".join(lines + [f"{name} = {value}\n" for name, value in settings.items()]))
+    hand_over(folder)
+    with (folder / "log").open("wb") as log:
+        command = ["pgbouncer", folder / "pgbouncer.ini"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, preexec_fn=die_with_parent, **service())
+    try:
+        socket_file = server.sockets / f".s.PGSQL.{settings['listen_port']}"
+        for _ in range(500):
+            if socket_file.exists() or process.poll() is not None:
+                break
+            time.sleep(0.02)
+        assert socket_file.exists(), (folder / "log").read_text()
+        yield int(settings["listen_port"])
+    finally:
+        process.terminate()
+        process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

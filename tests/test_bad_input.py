@@ -207,6 +207,22 @@ def test_a_wrong_password_and_a_missing_database(guarded: servers.Server, monkey
         walk("postgresql://ann@127.0.0.1:1/postgres", "00_plan")
 
 
+@pytest.mark.pooler
+def test_a_pool_of_transactions_is_refused_and_one_of_sessions_works(server, clinic):
+    """A session's settings, and the lock by which a second run is refused, would be somebody else's after each transaction."""
+    before = dump(clinic)
+    with (
+        servers.pooler(server, "transaction") as port,
+        pytest.raises(BadInput, match=r"connection pool that gives a session away.*name the server itself"),
+    ):
+        walk(clinic.replace(f"port={server.port}", f"port={port}"), "00_plan")
+    assert dump(clinic) == before
+    with servers.pooler(server, "session") as port:
+        walk(clinic.replace(f"port={server.port}", f"port={port}"))
+    with psycopg.connect(clinic) as connection:
+        assert connection.execute("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass").fetchone() == ("p",)
+
+
 COMMANDS: list[tuple[list[str], int, list[str]]] = [
     (["run", "-p", "partition", "users"], 1, ["partition is not a parameter of any notebook", "partitions"]),
     (["run", "-p", "workers", "two"], 1, ["workers is 'two' (text)", "integer"]),
