@@ -153,6 +153,12 @@ def _names(session: Session, plan: Plan) -> Iterator[Finding]:
 def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
     may = session.row("catalog.privileges", oid=plan.table.oid)
     me, schema = may["me"], plan.table.schema_name
+    if may["read_only"]:  # whatever the role's default is: the session has set that off
+        yield Finding.blocker(
+            may["database"],
+            f"Nothing can be written in {may['database']}: this server is a standby.",
+            "Name the primary; of several hosts, target_session_attrs=read-write finds it.",
+        )
     if not may["owner"]:
         yield Finding.blocker(plan.full_name, f"{me} does not own {plan.full_name}.", f"GRANT {may['owner_name']} TO {me};")
     if not may["schema_create"]:

@@ -207,7 +207,7 @@ def sentence(facts: dict[str, Any]) -> str:
 
 
 def beside(run: Run) -> pd.DataFrame:
-    """The forecast and, where it is done, what it took, with the forecast's error; of WAL, everybody's is counted."""
+    """The forecast and, as soon as something is done, what it took, with the forecast's error; of WAL, everybody's is counted."""
     done = {(each["step"], each["action"]): each for each in run.frame("forecast.done").to_dict("records")}
     foretold = done.get(("plan", "forecast"))
     made = foretold["evidence"] if foretold else {}
@@ -229,9 +229,11 @@ def beside(run: Run) -> pd.DataFrame:
         ("the partitions", "MB", made["table_bytes"] / MB, fact("restore", "index", "table_bytes")),
         ("their indexes", "MB", made["index_bytes"] / MB, fact("restore", "index", "index_bytes")),
         ("the backup", "MB", made["backup_bytes"] / MB, fact("backup", "make", "bytes")),
-        ("disk needed", "MB", made["disk_bytes"] / MB, None),
+        *([] if took else [("disk needed", "MB", made["disk_bytes"] / MB, None)]),
         ("WAL", "MB", made["wal_bytes"] / MB, sum(wal) / MB if "foreign_keys" in took else None),
     ]  # fmt: skip
     frame = pd.DataFrame(lines, columns=["what", "unit", "forecast", "actual"]).astype({"forecast": float, "actual": float})
+    if frame["actual"].isna().all():
+        return frame[["what", "unit", "forecast"]].round(3)
     error = frame["forecast"] / frame["actual"].where(frame["actual"] > 0) - 1
     return frame.round(3).assign(error=["" if pd.isna(each) else f"{each:+.0%}" for each in error])

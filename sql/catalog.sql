@@ -385,7 +385,7 @@ SELECT pg_has_role(c.relowner, 'USAGE') AS owner, pg_get_userbyid(c.relowner) AS
        has_schema_privilege(n.oid, 'CREATE') AS schema_create, has_database_privilege(current_database(), 'CREATE') AS database_create,
        current_database() AS database,
        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
-       pg_has_role('pg_read_all_stats', 'USAGE') AS sees_activity
+       pg_has_role('pg_read_all_stats', 'USAGE') AS sees_activity, current_setting('transaction_read_only')::boolean AS read_only
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid}
 
 -- name: owned

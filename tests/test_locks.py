@@ -15,7 +15,7 @@ import pytest
 
 from runbook import cutover, partition, restore
 from runbook.database import target
-from runbook.errors import LockNotGranted
+from runbook.errors import LockNotGranted, PlanBlocked
 from runbook.statements import rendered
 from tests import migration, servers, traffic
 
@@ -382,6 +382,8 @@ def test_a_replica_that_lags_pauses_the_copy(tmp_path):
             assert "paused: a replica is" in said.getvalue()
             assert "goes on" in said.getvalue()
             migration.walk(run, migration.FORWARD, first="settle")
+            with pytest.raises(PlanBlocked, match=r"this server is a standby\. Name the primary"):
+                migration.plan(replica.url("clinic"), table="doctors", key="name", partitions={"named": "default"})
         finally:
             replica.stop("immediate")
 
