@@ -118,6 +118,6 @@ def check(action: Action) -> Evidence:
         )
     needed = int(filled(action.run)["since yesterday"].sum())
     sentence = (
-        f"{len(seen.facts['points'])} points, each with its replacement; {needed:,} rows needed the fill trigger since yesterday."
+        f"{len(seen.facts['points'])} points, each with what to do; {needed:,} rows needed the fill trigger since yesterday."
     )
     return action.finish(f"{sentence} {asked.facts['said'] if asked else ''}".strip(), needed, filled=needed)

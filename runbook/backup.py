@@ -68,7 +68,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
         rows = sum(row["rows"] for row in here)
         each_value = f", for every {run.plan.key}" if run.plan.partition_by == "list" else ""
         return action.finish(  # type: ignore[no-any-return]
-            f"{run.plan.backup} holds {rows:,} rows{each_value}, as many and the same as {run.plan.full_name}.",
+            f"{run.plan.backup} holds the same {rows:,} rows as {run.plan.full_name}, by count and hash{each_value}.",
             rows,
             sums=here,
             bytes=session.value("backup.bytes", backup_text=spelled(run.names["backup"])),
@@ -188,7 +188,13 @@ def _names(run: Run, table: str) -> dict[str, sql.Composable]:
 
 def _require_equal(backup: str, there: Sums, here: Sums) -> None:
     if there != here:
-        raise NotEqual(f"{backup} is not what the table was: {here} against {there}. It was not kept; run 01_backup again.")
+        ours, theirs = ({each["value"]: (each["rows"], each["hash"]) for each in sums} for sums in (here, there))
+        differing = [value for value in {**theirs, **ours} if ours.get(value) != theirs.get(value)]
+        said = ", ".join(
+            f"{value} ({ours.get(value, (0,))[0]:,} rows, not {theirs.get(value, (0,))[0]:,})" for value in differing[:10]
+        )
+        more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
+        raise NotEqual(f"{backup} is not what the table was in {said}{more}. It was not kept; run 01_backup again.")
 
 
 def counts(run: Run) -> pd.DataFrame:

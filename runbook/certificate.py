@@ -42,7 +42,8 @@ PAGE = """<!DOCTYPE html>
 <h2>What was known before</h2>
 <table>{findings}</table>
 <h2>The files of this record</h2>
-<p>With the sha256 of each. <code>manifest.json</code> lists this page too; the next run and the ledger name the manifest.</p>
+<p>The notebooks', with the sha256 of each. <code>manifest.json</code> has these, and those of the evidence, the promises and this page;
+ the next run and the ledger name the manifest.</p>
 <table>{files}</table>
 </body></html>
 """
@@ -55,11 +56,10 @@ def write(record: Record, run: Run) -> None:
 
     To be called before the record is sealed, which makes the files part of it.
     """
-    with run.database.session("certificate") as session:
+    with run.database.session("certificate") as session, session.qualified():
         whole = redacted(session.value("ledger.whole", migration=run.migration), record.secrets)
     write_whole(record.folder / "evidence.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    approvals = [each["evidence"]["approved_by"] for each in whole["actions"] if (each["evidence"] or {}).get("approved_by")]
-    record.manifest["approved_by"] = approvals[-1] if approvals else record.manifest["approved_by"]
+    record.manifest["approved_by"] = _approver(whole) or record.manifest["approved_by"]
     if not any(step["notebook"] == "06_verify.ipynb" for step in record.manifest["steps"]):
         return
     promises = [verify.Promise(**redacted(vars(each), record.secrets)) for each in verify.seen(run)]
@@ -78,7 +78,7 @@ def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify
         "Database": f"{database} ({said['server']})", "Table": f"{run.plan.full_name} by {run.plan.key}",
         "Plan": whole["migration"]["plan_hash"], "Migration": f"{run.migration} ({run.state})",
         "Operator": f"{said['operator']} on {said['host']}, as {said['database_user']}",
-        "Approved by": said["approved_by"] or "nobody", "Run": f"{said['run']}, begun {said['begun']}",
+        "Approved by": _approver(whole, "cutover") or "nobody", "Run": f"{said['run']}, begun {said['begun']}",
         "Runbook": f"{said['versions']['partition-runbook'] or 'unknown'}, {where}, Python {said['versions']['python']}",
     }  # fmt: skip
     address = "" if run.database.name == "environment" else shlex.quote(redact(run.database.conninfo, record.secrets))
@@ -91,6 +91,12 @@ def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify
         findings=_rows((f"{each['level']}: {each['object']}", each["sentence"]) for each in plan["findings"]),
         files=_rows((name, digest) for name, digest in sorted(record.manifest["files"].items())),
     )
+
+
+def _approver(whole: dict[str, Any], *steps: str) -> str:
+    """Who approved last: of these steps, or of any."""
+    done = [each for each in whole["actions"] if (each["action"], each["state"]) == ("approval", "done")]
+    return next((each["evidence"]["approved_by"] for each in reversed(done) if not steps or each["step"] in steps), "")
 
 
 def _section(number: int, promise: verify.Promise, address: str) -> str:
@@ -111,7 +117,7 @@ def _section(number: int, promise: verify.Promise, address: str) -> str:
 
 def _told(action: dict[str, Any]) -> str:
     at = action["started_at"][:19].replace("T", " ")
-    return f"{at}, {action['operator']}: {action['sentence'] or ''} ({action['state']})"
+    return f"{at} UTC, {action['operator']}: {action['sentence'] or ''} ({action['state']})"
 
 
 def _rows(pairs: Any) -> str:

@@ -130,7 +130,7 @@ def run(
     \b
     runbook run                            the example: a clinic's users by role
     runbook run --users 1000000 --reset    the same with a million users, from the beginning
-    runbook run --to restore               the first four steps; the application notices nothing
+    runbook run --to restore               the first four steps; the application keeps its table
     runbook run --from foreign_keys        the others
 
     What is done already is not done again, so that the same command goes on after whatever stopped it.
@@ -167,6 +167,10 @@ def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | N
     """
     given = gather(file, pairs, database, users)
     where, table = str(given.get("database", "embedded")), str(given["table"])
+    if given.get("restore_from") == "backup":
+        raise BadInput(
+            "A repair is not rehearsed: `runbook run --to plan` shows what is missing, and 90_rollback takes its keys back."
+        )
     if users is not None:
         embedded.start(users)
     if under_way(where, table):
@@ -227,7 +231,7 @@ def status(file: Path | None, pairs: Any, database: str | None, as_json: bool) -
     if as_json:
         click.echo(json.dumps(rows, default=str, indent=1, ensure_ascii=False))
     elif not rows:
-        click.echo(f"No migration has been planned on {found.name}.")
+        click.echo(f"No migration{f' of {checked.table}' if checked.table else ''} has been planned on {found.name}.")
     else:
         for row in rows:
             at = f"{row['step']} ({row['action']} {row['action_state']})"
@@ -242,6 +246,8 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
 
     made = draft(**gather(file, pairs, database, users))
     made.require_passable()
+    if made.plan.restore_from == "backup":
+        raise BadInput("A repair has no script: 00_plan shows what is missing, 03_restore and 04_foreign_keys what they do.")
     if made.already:
         planned = ledger.of(made.database, made.plan.full_name)
     else:
@@ -260,7 +266,7 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
 def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path, no_browser: bool) -> None:
     """Work through the notebooks in JupyterLab: what is run and saved there leaves the same record.
 
-    A new folder under --out gets a copy of the notebooks, with the parameters filled in; Ctrl-C ends the run and seals it.
+    A new folder under --out gets a copy of the notebooks, with the parameters filled in; Ctrl-C twice ends the run and seals it.
     """
     from runbook import desk  # JupyterLab's libraries take seconds to load, and only this needs them
 

@@ -1,4 +1,4 @@
-"""05: the swap of the names in one short transaction, and its inverse; foreign keys validated afterwards."""
+"""05: the swap of the names in one short transaction; foreign keys validated afterwards."""
 
 from __future__ import annotations
 

@@ -315,4 +315,5 @@ def _refuse_shared_sessions(database: Database, connection: psycopg.Connection[d
 
 def _first_line(text: str) -> str:
     """A statement as the record names it: without the comments over it, in one line."""
-    return " ".join(" ".join(line for line in text.splitlines() if not line.startswith("--")).split())[:120]
+    line = " ".join(" ".join(line for line in text.splitlines() if not line.startswith("--")).split())
+    return line if len(line) <= 120 else f"{line[:119]}…"

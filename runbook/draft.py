@@ -53,7 +53,7 @@ class Draft:
         )  # fmt: skip
 
     def size(self) -> pd.DataFrame:
-        """Rows (the planner's estimate) and bytes."""
+        """Rows, as they were counted, and megabytes."""
         table = self.plan.table
         return pd.DataFrame([{"table": self.plan.full_name, "rows": sum(p.rows for p in self.plan.partitions), "table MB": round(table.table_bytes / 1e6, 1),
                               "indexes MB": round(table.index_bytes / 1e6, 1)}])  # fmt: skip
@@ -94,7 +94,7 @@ class Draft:
         return pd.DataFrame(
             [finding.model_dump() for finding in self.plan.findings],
             columns=["level", "object", "sentence", "way_out"],
-        )
+        ).rename(columns={"way_out": "way out"})
 
     def require_passable(self, fail_on: str = "blocker") -> None:
         """Raises PlanBlocked with all findings of the level `fail_on` and worse ones."""

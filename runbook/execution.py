@@ -59,7 +59,11 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                 lines.append(_line(name, done, before, _history(where, table)))
                 bar.update()
                 with bar.external_write_mode(file=sys.stdout):
-                    click.echo("{step:<16} {state:<12} {rows:>12} rows {seconds:>8.1f} s".format(**lines[-1]))
+                    click.echo(
+                        "{step:<16} {state:<12} {rows:>12} {0} {seconds:>8.1f} s".format(
+                            "rows" if lines[-1]["rows"] else "    ", **lines[-1]
+                        )
+                    )
                 if done.error or done.failed_cell is not None:
                     stopped, error_name = f"{name} stopped at cell {done.failed_cell}: {done.error}", done.error_name
                     break
@@ -149,7 +153,8 @@ def _line(name: str, done: Executed, before: pd.DataFrame, after: pd.DataFrame) 
     state = "already done" if before.equals(after) else "done"  # a plan that took another's place has as many lines
     if done.error or done.failed_cell is not None:
         state, rows = "failed", 0
-    return {"step": name, "state": state, "rows": f"{rows:,}", "seconds": round(done.seconds, 1)}
+    counts = "" if name in ("06_verify", "07_application") else f"{rows:,}"  # these count promises and points
+    return {"step": name, "state": state, "rows": counts, "seconds": round(done.seconds, 1)}
 
 
 def seal(record: archive.Run, where: str, table: str, result: str) -> str:

@@ -134,8 +134,6 @@ def _without_primary_key(plan: Plan) -> Iterator[Finding]:
 
 def _names(session: Session, plan: Plan) -> Iterator[Finding]:
     wanted = [p.name for p in plan.partitions] + [plan.retired]
-    if plan.restore_from == "backup":
-        return
     schema = sql.Literal(plan.table.schema_name)
     for row in session.rows("draft.free", schema=schema, names=wanted):
         yield Finding.blocker(

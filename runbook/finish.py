@@ -52,7 +52,7 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
                 f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, or set"
                 " force_strict to end the trigger's help all the same."
             )
-    return action.finish(f"Approved by {who}.", approved_by=approved_by)
+    return action.finish(f"Approved by {who}.", approved_by=who)
 
 
 @recorded("finish", "drop")

@@ -202,7 +202,7 @@ def sentence(facts: dict[str, Any]) -> str:
     return (
         f"{facts['rows']:,} rows will take about {sum(facts['seconds'].values()):,.1f} s of work, {facts['disk_bytes'] / MB:,.1f} MB of disk"
         f" and {facts['wal_bytes'] / MB:,.1f} MB of WAL ({room}); names will be locked for about {facts['locked_s'] * 1000:,.0f} ms."
-        f" By {facts['copied']:,} rows, which were copied and rolled back."
+        f" Measured on {facts['copied']:,} rows, which were copied and rolled back."
     )
 
 

@@ -20,9 +20,6 @@ from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
 from runbook.workers import gaps, parallel
 
-# So few that the application waits for one of our row locks some tens of milliseconds at most.
-ROWS_AT_ONCE = 2000
-
 
 def log_table(run: Run, reference: Reference) -> Statements:
     """The reference's own log; made outside the short transaction."""
@@ -105,21 +102,21 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
 
         locks.persist(run.database, session, patience, reference.table, attempt)
     return action.finish(
-        f"Referencing tables with their role column, and a log of their own: {len(added(run))}.",
-        len(added(run)),
+        f"Referencing tables that have their role column, and a log of their own: {len(added(run))}.", len(added(run))
     )
 
 
 @recorded("foreign_keys", "fill")
-def fill(action: Action, batch_rows: int = 5000, workers: int = 0) -> Evidence:
-    """Correct the role of every row whose user is not of the most frequent one, batch by batch; nobody waits for it."""
+def fill(action: Action, batch_rows: int = 2000) -> Evidence:
+    """Correct the role of every row whose user is not of the most frequent one, `batch_rows` at once: 2,000 are so few that the
+    application waits for one of our row locks some tens of milliseconds at most."""
     if action.run.plan.restore_from == "backup":
         return repair.fill(action, batch_rows)
     run, session, total = action.run, action.session, 0
     for reference in added(run):
         own, missed = names(run, reference), 0
         for table in reference.tables:
-            needed, filled = _fill(run, session, reference, table, workers)
+            needed, filled = _fill(run, session, reference, table, batch_rows)
             total, missed = total + filled, missed + needed - filled
         total += drain(run, session, reference, batch_rows)
         if missed and session.value("foreign_keys.wrong", **own):
@@ -128,13 +125,15 @@ def fill(action: Action, batch_rows: int = 5000, workers: int = 0) -> Evidence:
         if not reference.not_null and not _required_late(run):
             with session.transaction(lock_timeout="5s"):
                 session.run(_validate(run, reference))
-    than = "" if run.plan.frequent_value is None else f", which is not {run.plan.frequent_value!r},"
+    other = (
+        "" if run.plan.frequent_value is None else f": it is not {run.plan.frequent_value!r}, which the others have by default"
+    )
     return action.finish(
-        f"{total:,} rows of referencing tables were given the {run.plan.key} of their row{than} one by one.", total
+        f"{total:,} rows of referencing tables were given the {run.plan.key} of the row they refer to{other}.", total
     )
 
 
-def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifier, workers: int) -> tuple[int, int]:
+def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifier, batch_rows: int) -> tuple[int, int]:
     """How many rows of the table needed another value than the default, and how many of them were given it here: some changed
     or moved meanwhile, and some may have been held by somebody."""
     own = names(run, reference) | {"reference": table}
@@ -163,14 +162,14 @@ def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifie
         progress.add(filled[-1], lambda: int(worker.value("changes.length", **run.names)))
 
     try:
-        parallel(run, workers, list(gaps([], blocks, max(1, ROWS_AT_ONCE * blocks // max(1, rows)))), one)
+        parallel(run, 0, list(gaps([], blocks, max(1, batch_rows * blocks // max(1, rows)))), one)
     finally:
         progress.close()
     session.run("foreign_keys.drop_places", **own)
     return rows, sum(filled)
 
 
-def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 5000) -> int:
+def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 2000) -> int:
     """Work the reference's log off until its tail is short; returns how many rows were corrected."""
     own, corrected, idle = names(run, reference), 0, 0
     backlog = waiting = int(session.value("foreign_keys.log_length", **own))
@@ -328,7 +327,9 @@ def check(action: Action) -> Evidence:
         wrong = session.value("foreign_keys.wrong", **names(run, reference))
         changed = session.value("changes.length", **run.names)
         if wrong > changed:
+            session.run("ledger.withdraw", migration=run.migration, step="foreign_keys", action="fill")
             raise PromiseBroken(
-                f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}."
+                f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}:"
+                " run 04_foreign_keys again, which corrects them."
             )
     return action.finish(f"Every row that references {run.plan.full_name} has its {run.plan.key}.")

@@ -104,7 +104,7 @@ class Run:
         approves itself, and says so."""
         if not approved_by and not self.database.embedded:
             raise ApprovalMissing(refusal)
-        return approved_by or "the embedded example itself, which harms nobody"
+        return approved_by or "the embedded example itself"
 
     def overview(self) -> Any:
         """The strip of the steps: what the ledger says of each, and the plan's hash."""
@@ -217,6 +217,10 @@ def recorded(
     return decorate
 
 
+def _described(kind: str, not_null: bool, default: str | None) -> str:
+    return f"{kind}{' NOT NULL' if not_null else ''}{f' DEFAULT {default}' if default is not None else ''}"
+
+
 def _what_changed(session: Session, plan: Plan) -> str:
     found = session.rows("catalog.columns", oid=plan.table.oid)
     if not found:
@@ -226,7 +230,9 @@ def _what_changed(session: Session, plan: Plan) -> str:
     changes = [f"column {name} added" for name in now.keys() - before.keys()]
     changes += [f"column {name} dropped" for name in before.keys() - now.keys()]
     changes += [
-        f"column {name} was {before[name]}, is {now[name]}" for name in before.keys() & now.keys() if before[name] != now[name]
+        f"column {name} was {_described(*before[name])}, is {_described(*now[name])}"
+        for name in before.keys() & now.keys()
+        if before[name] != now[name]
     ]
     indexes = {row["name"] for row in session.rows("catalog.indexes", oid=plan.table.oid)}
     changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]

@@ -73,7 +73,15 @@ def _pruning(run: Run, session: Session, partitions: set[str], file: str) -> tup
 
 def partitions(run: Run) -> pd.DataFrame:
     """Each partition as it was seen last."""
-    return pd.DataFrame(_seen(run)["partitions"])
+    seen = pd.DataFrame(_seen(run)["partitions"])
+    times = {name: seen[name].map(_moment) for name in ("vacuumed", "analyzed")}
+    frame = seen.assign(MiB=(seen["bytes"] / MIB).round(2), **times)
+    shown = ["name", "bound", "rows", "dead", "MiB", "index_scans", "whole_scans", "vacuumed", "analyzed"]
+    return frame[shown].rename(columns=lambda name: name.replace("_", " "))
+
+
+def _moment(stored: str | None) -> str:
+    return f"{pd.Timestamp(stored).tz_convert('UTC'):%Y-%m-%d %H:%M} UTC" if stored else "never"
 
 
 def indexes(run: Run) -> pd.DataFrame:
@@ -112,6 +120,8 @@ def check(
         : bool(dead),
         f"Only {share or 0:.0f} % of the calls prune (min_pruning_percent is {min_pruning_percent}): 07_application says which do not."
         : share is not None and share < min_pruning_percent,
+        f"What prunes is not known (min_pruning_percent is {min_pruning_percent}): name a file of statements in queries, or CREATE"
+        " EXTENSION pg_stat_statements.": share is None and min_pruning_percent > 0,
         f"{seen['filled_rows']:,} rows needed the fill trigger since yesterday (max_filled_rows is {max_filled_rows}): 07_application"
         " says what to change.": max_filled_rows is not None and seen["filled_rows"] > max_filled_rows,
         f"The log of the way back has {log:,.0f} MiB (max_log_mib is {max_log_mib:,}): end it with 91_finish, or take it with"

@@ -70,9 +70,8 @@ def ahead(run: Run) -> Words:
         cost += f" for some milliseconds ({now['locked_s'] * 1000:,.0f} ms the last time)" if now["locked_s"] else ""
         cost += "; no write is lost"
     elif now["staging"]:
-        cost = (
-            f"{megabytes} of shadow, logs and backup are dropped, and the columns that 04 added, under locks of some milliseconds"
-        )
+        added = ", and the columns that 04 added," if now["columns_added"] else ""
+        cost = f"{megabytes} of shadow, logs and backup{added} are dropped under locks of some milliseconds"
         cost += "; no row of the original was touched"
     else:
         cost = f"the backup, {megabytes}, is dropped" if now["backup"] else "nothing; only the ledger was written"

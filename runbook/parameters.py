@@ -73,7 +73,7 @@ class Parameters(BaseModel):
     # how a step goes about it
     workers: Annotated[int, Field(ge=0)] = 0
     range_mib: Count = 32
-    batch_rows: Count = 5000
+    batch_rows: Count = 2000
     max_replica_lag_s: Annotated[int, Field(ge=0)] = 0
     max_active_sessions: Annotated[int, Field(ge=0)] = 0
     lock_timeout_ms: Annotated[int, Field(ge=1, le=10_000)] = 300
@@ -101,6 +101,9 @@ def check(given: dict[str, Any]) -> Parameters:
         raise BadInput(" ".join(_sentences(error))) from None
 
 
+KINDS = {"str": "text", "NoneType": "empty", "bool": "yes/no", "int": "number", "float": "number", "dict": "mapping"}
+
+
 def _sentences(error: ValidationError) -> list[str]:
     known = ", ".join(Parameters.model_fields)
     said: dict[str, str] = {}
@@ -111,7 +114,9 @@ def _sentences(error: ValidationError) -> list[str]:
         else:
             given = problem["input"]
             cause = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            kind = {"str": "text", "NoneType": "empty", "bool": "yes/no"}.get(type(given).__name__, type(given).__name__)
+            kind = KINDS.get(type(given).__name__, type(given).__name__)
+            if name == "plan":
+                cause = "should be the first 12 digits of a plan's hash, or all 64"
             form = "put it in quotes" if problem["type"] == "string_type" else "write it in that form"
             said.setdefault(name, f"{name} is {given!r} ({kind}), but {cause}: {form}.")
     return list(said.values())

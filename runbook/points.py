@@ -21,18 +21,18 @@ from runbook.statements import statement, trusted
 # A statement of sql/application.sql: what changes, and what to do; `…_instead` beside it is the replacement.
 POINTS = {
     "locks": ("A look-up without {key} locks every partition and its indexes", "name {key} in it, or raise max_locks_per_transaction"),
-    "conflict": ("ON CONFLICT on a unique key that lacks {key} has no constraint any more", "name {key} too, or no target"),
+    "conflict": ("ON CONFLICT on a unique key that lacks {key} finds no constraint any more", "name {key} too, or no target"),
     "duplicate": ("Errors name the partition, and the partition's own constraint", "look at SQLSTATE 23505, not at names"),
-    "double": ("Unique means unique in each partition, unless a guard refuses it", 'plan with unique = "global", or look before'),
+    "double": ("Unique means unique in each partition, unless the plan keeps it unique in all", 'plan with unique = "global", or look before'),
     "upsert": ("An upsert cannot change {key}", "an UPDATE of its own moves the row"),
     "inserted": ("RETURNING xmax = 0 (or xmin) of an insert fails", "DO NOTHING returns only what was inserted; 18 has OLD and NEW"),
-    "null_key": ("A {key} that is NULL is refused, where it was not, or as a row without a partition", "give it a value; treat 23514 like 23502"),
+    "null_key": ("A row whose {key} is NULL is refused: no partition takes it", "give it a value; treat 23514 like 23502"),
     "copy_out": ("COPY of the table to a file fails", "COPY a query"),
     "freeze": ("COPY FREEZE fails", "leave FREEZE out, or load a table before it is attached"),
     "place": ("A ctid is a place in every partition: ten of them find more than ten rows", "the primary key, or one partition at a time"),
     "size": ("pg_total_relation_size does not count the partitions", "sum over pg_partition_tree"),
     "analyzed": ("Autovacuum never analyzes the root", "ANALYZE it after bulk changes, and every night"),
-    "triggers": ("A changed {key} never fires AFTER UPDATE row triggers", "act on DELETE and INSERT, before it, or for each statement"),
+    "triggers": ("A changed {key} never fires AFTER UPDATE row triggers", "DELETE and INSERT row triggers, a BEFORE UPDATE one, or one for each statement"),
     "prepared": ("A prepared SELECT * fails once when its table gains a column", "name the columns, or prepare it again"),
     "moving": ("A row that another session moves gives 40001, in foreign keys' checks too", "repeat the transaction"),
 }  # fmt: skip
@@ -227,7 +227,7 @@ def _try(session: Session, asked: sql.Composed) -> str:
             rows.append(cursor.rowcount)
             row = cursor.fetchone() if cursor.description else None
             if row is not None:
-                return ", ".join(map(str, row.values()))
+                return ", ".join("NULL" if each is None else str(each) for each in row.values())
             return "it works" if cursor.rowcount < 0 else f"{cursor.rowcount} row" + "s" * (cursor.rowcount != 1)
     except psycopg.Error as error:
         return _refusal(error)

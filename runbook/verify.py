@@ -18,7 +18,7 @@ from runbook import compare as comparing
 from runbook.database import Session
 from runbook.errors import BadInput, NotEqual, PromiseBroken
 from runbook.ledger import Evidence, Run
-from runbook.statements import Value, spelled, statement
+from runbook.statements import Value, spelled, statement, trusted
 
 PASS, FAIL, NOT_TRIED = "pass", "fail", "not tried"
 COLOURS = {PASS: "#007a55", FAIL: "#c2410c", NOT_TRIED: "#56606a"}
@@ -81,7 +81,8 @@ def _look(run: Run, part: str) -> Iterator[Look]:
         look = Look(action.session, {**names, "unique_keys": statement("verify.unique_keys", **run.names)})
         yield look
         broken = sum(each.verdict == FAIL for each in look.promises)
-        sentence = f"{len(look.promises)} promises were looked at, {broken} of them are broken."
+        count = f"{len(look.promises)} promise{'s' * (len(look.promises) != 1)}"
+        sentence = f"{count} of {part} looked at, {broken} broken." if look.promises else f"The {part} was measured."
         action.finish(sentence, len(look.promises), promises=[asdict(each) for each in look.promises])
 
 
@@ -104,7 +105,7 @@ def commands(run: Run) -> Transcript:
         environment = (embedded.environment() if run.database.embedded else dict(os.environ)) | {"PGCLIENTENCODING": "UTF8"}
         options = ["-X", "--echo-all", "--set=ON_ERROR_STOP=1", "--pset=pager=off", f"--dbname={run.database.conninfo}"]
         done = subprocess.run([path, *options], input=text, env=environment, capture_output=True, encoding="utf-8", check=False)
-        said = " ".join(done.stderr.split()) or f"{len(done.stdout.splitlines())} lines"
+        said = " ".join(done.stderr.split()) or f"they ran, and printed {len(done.stdout.splitlines())} lines"
         look.judge(promise, text, said, done.returncode == 0)
     return Transcript(done.stdout + done.stderr)
 
@@ -140,8 +141,15 @@ def _no_way_back(run: Run) -> str | None:
 
 def distribution(run: Run) -> pd.DataFrame:
     """Rows per partition, now and when the plan was made; every row must lie where its key belongs."""
-    with _look(run, "distribution") as look:
-        rows = look.ask("verify.distribution", listed=run.plan.partition_by == "list")
+    with _look(run, "distribution") as look, look.session.qualified():
+        if run.plan.partition_by == "list":
+            rows = look.ask("verify.distribution")
+        else:
+            rows = []
+            for each in look.session.rows("verify.bounds", **run.names):
+                if each["bound"]:
+                    leaf, condition = (run.plan.table.schema_name, each["name"]), trusted(each["bound"])
+                    rows += look.ask("verify.bounded", leaf_name=each["name"], leaf=leaf, condition=condition)
     return pd.DataFrame(rows, columns=["name", "bound", "rows", "before"])
 
 
@@ -241,7 +249,7 @@ def check(run: Run) -> Evidence:
         found = seen(run)
         broken = [f"{each.promise} ({each.seen})" for each in found if each.verdict == FAIL]
         if broken:
-            action.session.run("verify.withdraw", **run.names)
+            action.session.run("ledger.withdraw", migration=run.migration, step="verify", action="check")
             raise PromiseBroken(f"{run.plan.full_name} breaks {len(broken)} of {len(found)} promises: {'; '.join(broken)}")
         held = sum(each.verdict == PASS for each in found)
         return action.finish(f"{held} promises were put to the test and hold; {len(found) - held} could not be tried.", held)

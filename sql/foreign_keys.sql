@@ -184,10 +184,10 @@ ALTER TABLE {reference} ADD CONSTRAINT {constraint} {definition}
 ALTER TABLE {reference} ALTER COLUMN {role_column} DROP DEFAULT
 
 -- name: create_fill
--- Gives a row its user's role when the writer did not know of the column; a role that was given is never corrected, the
--- foreign key refuses a wrong one. FOR KEY SHARE waits for a concurrent change of the role and sees its result; a row
--- that moved to another partition meanwhile is looked for again. A user that does not exist leaves the row to the key.
--- That an update names the role only its list of columns tells: the trigger for that list fires first, and passes it on.
+-- Gives a row the key of the row that it refers to, when the writer did not know of the column; one that was given is never
+-- corrected, the foreign key refuses a wrong one. FOR KEY SHARE waits for a concurrent change of it and sees its result; a row
+-- that moved to another partition meanwhile is looked for again. Where there is none to refer to, the foreign key refuses.
+-- That an update names the column only its list of columns tells: the trigger for that list fires first, and passes it on.
 CREATE FUNCTION {named_function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   PERFORM set_config('runbook.role_named', 'on', true);

@@ -85,6 +85,10 @@ SELECT a.sentence, a.rows, a.evidence, a.finished_at, a.operator FROM runbook.ac
 -- A step that was taken back is no longer done; what was seen stays in the history.
 UPDATE runbook.action SET state = 'undone' WHERE migration = {migration} AND step = ANY ({steps}) AND state = 'done'
 
+-- name: withdraw
+-- What does not hold, or no longer, is not done, whatever was seen before.
+UPDATE runbook.action SET state = 'undone' WHERE migration = {migration} AND step = {step} AND action = {action} AND state = 'done'
+
 -- name: history
 SELECT a.step, a.action, a.state, a.started_at, a.finished_at, a.rows, a.sentence, a.operator,
        (a.evidence ->> 'wal_written')::float8 AS wal_bytes, (a.evidence ->> 'locked_s')::float8 AS locked_s
@@ -106,7 +110,8 @@ SELECT m.state, (SELECT array_agg(s.step ORDER BY s.n) FROM unnest({steps}::text
        w.id IS NOT NULL AS swapped, (w.evidence ->> 'locked_s')::float8 AS locked_s,
        coalesce((SELECT sum(pg_total_relation_size(c.oid)) FROM pg_class c
                   WHERE c.relnamespace = to_regnamespace({staging_text}) AND c.relkind = 'r'), 0)::bigint AS staging,
-       coalesce(pg_total_relation_size(to_regclass({backup_text})), 0)::bigint AS backup
+       coalesce(pg_total_relation_size(to_regclass({backup_text})), 0)::bigint AS backup,
+       EXISTS (SELECT FROM runbook.action a WHERE a.migration = m.id AND (a.step, a.action, a.state) = ('foreign_keys', 'columns', 'done')) AS columns_added
   FROM runbook.migration m LEFT JOIN LATERAL (
        SELECT * FROM runbook.action a WHERE a.migration = m.id AND a.step = 'cutover' AND a.action = 'swap' AND a.state = 'done'
         ORDER BY a.id DESC LIMIT 1) w ON true
@@ -128,9 +133,6 @@ SELECT folder, head FROM runbook.record ORDER BY id
 -- name: claim
 -- Session-level: it lives exactly as long as the connection of the run that took it.
 SELECT pg_try_advisory_lock(hashtext('runbook'), {source_oid}::int) AS granted
-
--- name: release
-SELECT pg_advisory_unlock(hashtext('runbook'), {source_oid}::int)
 
 -- name: claimant
 SELECT l.pid, a.usename AS "user", a.application_name AS application, a.client_addr::text AS host, a.backend_start AS since

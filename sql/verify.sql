@@ -204,18 +204,35 @@ SELECT 'Every change is logged for the way back' AS promise, coalesce({reason}, 
                AND t.tgname IN ('runbook_log_back', 'runbook_log_truncate'))
 
 -- name: distribution
--- Where each row lies, against the values that the plan gave to its partition; a DEFAULT one takes what no other lists.
+-- By list: where each row lies, against the values that the plan gave to its partition; a DEFAULT one takes what no other lists.
 SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, coalesce(sum(now.rows), 0)::bigint AS rows, (p.part ->> 'rows')::bigint AS before,
        format('%s holds its own rows only', p.part ->> 'name') AS promise,
-       format('%s rows, %s that belong elsewhere', coalesce(sum(now.rows), 0), coalesce(sum(now.rows) FILTER (WHERE NOT belongs), 0)) AS seen,
+       format('%s rows, %s that belong elsewhere', to_char(coalesce(sum(now.rows), 0), 'FM999,999,999,990'),
+              to_char(coalesce(sum(now.rows) FILTER (WHERE NOT belongs), 0), 'FM999,999,999,990')) AS seen,
        count(*) FILTER (WHERE NOT belongs) = 0 AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
-  LEFT JOIN (SELECT s.tableoid AS leaf, CASE WHEN {listed} THEN s.{key} END AS value, count(*) AS rows FROM {source} s GROUP BY 1, 2) now
+  LEFT JOIN (SELECT s.tableoid AS leaf, s.{key} AS value, count(*) AS rows FROM {source} s GROUP BY 1, 2) now
     ON now.leaf = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name'))
- CROSS JOIN LATERAL (SELECT now.leaf IS NULL OR NOT {listed} OR (p.part ->> 'bound' = 'DEFAULT') = NOT EXISTS (  -- by the type's own equality
+ CROSS JOIN LATERAL (SELECT now.leaf IS NULL OR (p.part ->> 'bound' = 'DEFAULT') = NOT EXISTS (  -- by the type's own equality
      SELECT FROM jsonb_array_elements(m.plan -> 'partitions') o, jsonb_array_elements_text(o -> 'values') v
       WHERE v::{key_type} IS NOT DISTINCT FROM now.value AND (p.part ->> 'bound' = 'DEFAULT' OR o = p.part)) AS belongs) b
  WHERE m.id = {migration} GROUP BY p.part, p.place ORDER BY p.place
+
+-- name: bounds
+-- What the server asks of a row before it takes it into a partition; NULL for one that is not attached.
+SELECT p.part ->> 'name' AS name, pg_get_partition_constraintdef(to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name'))) AS bound
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+ WHERE m.id = {migration} ORDER BY p.place
+
+-- name: bounded
+-- By range and by hash: whether each row is one that the partition's bound takes.
+SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, now.rows, (p.part ->> 'rows')::bigint AS before,
+       format('%s holds its own rows only', p.part ->> 'name') AS promise,
+       format('%s rows, %s that belong elsewhere', to_char(now.rows, 'FM999,999,999,990'), to_char(now.elsewhere, 'FM999,999,999,990')) AS seen,
+       now.elsewhere = 0 AS ok
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') p(part)
+ CROSS JOIN (SELECT count(*) AS rows, count(*) FILTER (WHERE ({condition}) IS NOT TRUE) AS elsewhere FROM ONLY {leaf}) now
+ WHERE m.id = {migration} AND p.part ->> 'name' = {leaf_name}
 
 -- name: create_plans
 -- What the planner reads for each value of the key and for each unique key. The latter are prepared statements planned
@@ -518,7 +535,3 @@ SELECT DISTINCT ON (a.action) a.action AS part, a.evidence,
          WHERE c.migration = {migration} AND c.step = 'verify' AND c.action = 'check'), 0) AS fresh
   FROM runbook.action a WHERE a.migration = {migration} AND a.step = 'verify' AND a.action <> 'check'
  ORDER BY a.action, a.id DESC
-
--- name: withdraw
--- A step whose promises no longer hold is not done, whatever was seen before.
-UPDATE runbook.action SET state = 'undone' WHERE migration = {migration} AND step = 'verify' AND action = 'check' AND state = 'done'

@@ -114,7 +114,7 @@ def test_each_point_is_shown_before_and_after_and_nothing_is_kept(clinic, last, 
         if legacy == "fill" and start.startswith("An insert into appointments"):
             assert found[0]["seen"] == found[0]["seen then"] in ("doctor", "admin")
     assert dump(clinic) == before
-    assert "points, each with its replacement" in application.check(run).sentence
+    assert "points, each with what to do" in application.check(run).sentence
 
 
 def test_a_replacement_that_does_not_work_fails_the_step(migrated, sql):

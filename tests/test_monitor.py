@@ -108,6 +108,12 @@ def test_the_share_of_calls_that_prune_is_weighed(migrated, tmp_path):
     monitor.check(migrated, min_pruning_percent=50)
     with pytest.raises(PromiseBroken, match="Only 50 % of the calls prune"):
         monitor.check(migrated, min_pruning_percent=51)
+    monitor.look(migrated)  # neither statements nor pg_stat_statements
+    with pytest.raises(PromiseBroken, match=r"What prunes is not known .min_pruning_percent is 51.: name a file"):
+        monitor.check(migrated, min_pruning_percent=51)
+    shown = monitor.partitions(migrated)
+    assert list(shown["name"]) == ["users_admins", "users_doctors", "users_patients"]
+    assert shown["analyzed"].str.match(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC|never").all()
 
 
 @pytest.mark.long

@@ -56,9 +56,11 @@ def test_what_comes_next_and_what_undo_costs_follow_the_ledger(clinic: str, sql:
         "**Next:** [02_partition](02_partition.ipynb). **Undo now** ([90_rollback](90_rollback.ipynb)): the backup, "
         in run.next()
     )
+    migration.walk(run, migration.FORWARD, last="restore check")
+    assert "MB of shadow, logs and backup are dropped under locks" in run.next()
     migration.walk(run, migration.FORWARD, last="keys check")
     assert repr(run.next()).startswith("Next: 05_cutover. Undo now (90_rollback): ")
-    assert "of shadow, logs and backup are dropped" in run.next()
+    assert "MB of shadow, logs and backup, and the columns that 04 added, are dropped under locks" in run.next()
     migration.walk(run, migration.FORWARD)
     sql("UPDATE users SET is_active = NOT is_active WHERE id IN (SELECT id FROM users LIMIT 7)")
     (waiting,) = sql(f"SELECT count(*) FROM runbook_{run.migration}.changes_back")[0]

@@ -171,3 +171,6 @@ def test_the_command_line_executes_the_notebooks_of_a_repair_only(clinic: str, s
     assert [line.split()[0] for line in result.stdout.splitlines()[: len(REPAIR)]] == list(REPAIR)
     with pytest.raises(OutOfOrder, match="01_backup is no part of a repair"):
         walk(clinic, "01_backup", **PLANNED)
+    for command, said in (("sql", "A repair has no script"), ("rehearse", "A repair is not rehearsed")):
+        result = CliRunner().invoke(cli.main, [command, "-f", CLINIC_FILE, "--database", clinic, *words[:-2]])
+        assert (result.exit_code, said in result.stderr) == (1, True), result.output

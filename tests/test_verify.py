@@ -86,6 +86,19 @@ ROWS, BACKUP = "Every row equals the retired table's", "The backup is what was p
 KEY = "Key appointments_user_id_fkey of appointments is composite and valid"
 ADD = "ALTER TABLE appointments ADD CONSTRAINT appointments_user_id_fkey FOREIGN KEY (user_id, user_role) REFERENCES users"
 DROP = "ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey"
+
+
+def misplaced(root: str, leaf: str, bound: str, condition: str, insert: str) -> tuple[str, ...]:
+    """What brings a row into a partition that is not its own: a check that lies, which ATTACH believes."""
+    return (
+        f"ALTER TABLE {root} DETACH PARTITION {leaf}",
+        insert,
+        f"ALTER TABLE {leaf} ADD CONSTRAINT lie CHECK ({condition}) NOT VALID",
+        "UPDATE pg_constraint SET convalidated = true WHERE conname = 'lie'",
+        f"ALTER TABLE {root} ATTACH PARTITION {leaf} {bound}",
+    )
+
+
 BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "a row is missing": (
         unlogged("users_doctors", "DELETE FROM users_doctors WHERE id = (SELECT min(id::text)::uuid FROM users_doctors)"),
@@ -129,6 +142,19 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
         (DROP, "ALTER TABLE users DETACH PARTITION users_admins"),
         ["It is partitioned as planned", "Queries for users_admins read no other partition (they read nothing)"],
     ),
+    "a row lies elsewhere": (
+        (
+            DROP,
+            *misplaced(
+                "users",
+                "users_admins",
+                "FOR VALUES IN ('admin')",
+                "role = 'admin'",
+                "INSERT INTO users_admins (email, password, first_name, last_name, role) VALUES ('x', '', '', '', 'user')",
+            ),
+        ),
+        ["users_admins holds its own rows only (2 rows, 1 that belong elsewhere)"],
+    ),
     "partitions are not pruned": (
         ("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET enable_partition_pruning = off', current_database()); END $$",),
         ["Queries for users_patients read no other partition (they read users_admins, users_doctors, users_patients)"],
@@ -141,6 +167,23 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "a grant was revoked": (("REVOKE DELETE ON users FROM clinic_app",), ["The grant is as it was: clinic_app"]),
     "a view was dropped": (("DROP VIEW active_users",), ["The view reads it: public.active_users"]),
 }
+
+
+@pytest.mark.parametrize("division", [{"partition_by": "range", "every": 100}, {"partition_by": "hash", "modulus": 2}])
+def test_a_row_that_no_bound_would_take_is_found(database: str, division: dict[str, Any]) -> None:
+    execute(database, "CREATE TABLE plain (k integer PRIMARY KEY)", "INSERT INTO plain SELECT generate_series(1, 150)")
+    run = plan(database, table="plain", key="k", **division)
+    walk(run, FORWARD)
+    (leaf, bound, elsewhere) = execute(
+        database,
+        "SELECT relid::regclass::text, pg_get_expr(relpartbound, relid), (SELECT max(k) FROM plain WHERE tableoid <> relid)"
+        " FROM pg_partition_tree('plain') JOIN pg_class ON oid = relid WHERE isleaf ORDER BY 1 LIMIT 1",
+    )[0]
+    assert next(iter(verify.distribution(run)["rows"])) == len(execute(database, f"SELECT FROM ONLY {leaf}"))
+    condition = execute(database, f"SELECT pg_get_partition_constraintdef('{leaf}'::regclass)")[0][0]
+    execute(database, *misplaced("plain", leaf, bound, condition, f"INSERT INTO {leaf} VALUES ({elsewhere})"))
+    with pytest.raises(PromiseBroken, match=f"{leaf} holds its own rows only .[0-9]+ rows, 1 that belong elsewhere"):
+        verify.check(run)
 
 
 @pytest.mark.parametrize("case", BROKEN)
