@@ -93,9 +93,11 @@ class Database:
         connection.add_notice_handler(_pass_on)
         connection.execute(
             "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
-            " SET idle_in_transaction_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
+            " SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
             " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off"
         )
+        if connection.info.server_version >= 170000:
+            connection.execute("SET transaction_timeout = 0")
         if not _alone(connection):
             connection.execute(statement("pace.one_process"))
         return connection

@@ -12,6 +12,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import runbook
 from runbook import cli, embedded
+from runbook.database import target
 from runbook.errors import BadInput, PlanBlocked
 from tests import migration, servers
 
@@ -173,3 +174,14 @@ def test_a_password_over_tls_is_in_no_output_ledger_or_record(tmp_path, monkeypa
             assert secret not in server.log.read_text()
         assert "password" not in conninfo_to_dict(run.database.conninfo)
         assert os.environ["PGPASSWORD"] == SECRET
+
+
+def test_no_timeout_that_the_role_inherits_ends_a_session_of_ours(clinic, sql, server):
+    """The session that holds the claim is idle while workers copy, and a copy is one transaction."""
+    names = ["statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"]
+    names += ["transaction_timeout"] if server.version >= 17 else []
+    database = sql("SELECT quote_ident(current_database())")[0][0]
+    for name in names:
+        sql(f"ALTER DATABASE {database} SET {name} = '1s'")
+    with target(clinic).connect() as connection:
+        assert [connection.execute(f"SHOW {name}").fetchone()[name] for name in names] == ["0"] * len(names)
