@@ -127,6 +127,7 @@ def references_of(session: Session, table: Table, key: str) -> tuple[Reference, 
     The role column is named after the key column: user_id → user_role; a name that is taken gets a digest.
     """
     found = []
+    base = str(session.value("catalog.base_type", oid=table.oid, key=key))
     added: dict[int, dict[tuple[str, ...], str]] = {}
     for row in session.rows("catalog.incoming", oid=table.oid):
         columns, referenced = tuple(row["columns"]), tuple(row["referenced"])
@@ -140,7 +141,7 @@ def references_of(session: Session, table: Table, key: str) -> tuple[Reference, 
         found.append(
             Reference(
                 name=row["name"], schema_name=row["schema"], table=row["table"], owner=row["owner"], definition=row["definition"],
-                columns=columns, referenced=referenced, role_column=role, adds_column=key not in referenced, not_null=row["not_null"],
+                columns=columns, referenced=referenced, role_column=role, role_type=base, adds_column=key not in referenced, not_null=row["not_null"],
                 indexed=row["indexed"], composite=_composite(row, table, key, role), comment=row["comment"],
                 leaves=tuple((schema, name) for schema, name in row["leaves"] or []), operators=tuple(row["operators"]),
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
@@ -188,14 +188,18 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
             )
         session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
         waits: list[tuple[float, float]] = []
-        statements = list(swap_statements(run))
+        references_logged = foreign_keys.remembered(run)
 
         def attempt() -> Swap:
+            foreign_keys.refuse_gaps(run, session, references_logged)
             _catch_up(run, session, patience)
+            statements = list(swap_statements(run))
             clock, at = locks.Clock(), time.monotonic() - patience.started
             tables, views = lock_set(run)
             try:
                 with locks.exclusive(session, patience, tables, views, clock=clock):
+                    if foreign_keys.gap(run, session, references_logged):
+                        raise locks.NotYet("a change of the log's triggers on a referencing table, or of its partitions")
                     replayed = _replay_last(run, session, patience)
                     session.at_once(statements)
                     logging = session.value("changes.logging_back", **run.names)
@@ -262,14 +266,8 @@ def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
     """Validate every key that the swap added NOT VALID: SHARE UPDATE EXCLUSIVE, readers and writers go on."""
     run, session = action.run, action.session
     done = []
-    for what, each in validations(run):
-        patience = locks.Patience(budget_s, 3000)
-
-        def attempt(each: sql.Composed = each) -> None:
-            with session.transaction(lock_timeout="3s"):
-                session.run(each)
-
-        locks.persist(run.database, session, patience, what, attempt)
+    for what, each, tables in validations(run, session):
+        validate(run, session, budget_s, what, each, tables)
         done.append(what)
     for reference, each, exclusive in foreign_keys.require_late(run, session):
         patience = locks.Patience(budget_s, 300 if exclusive else 3000)
@@ -285,25 +283,41 @@ def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
     return action.finish(f"Foreign keys that were validated: {', '.join(done) or 'none'}.")
 
 
-def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
-    """(what, statement) for every key that is still NOT VALID and was valid before."""
-    yield from foreign_keys.validations(run)
+def validate(
+    run: Run, session: Session, budget_s: float, what: str, each: sql.Composed, tables: Sequence[sql.Composable] = ()
+) -> None:
+    """One of the validations. Writers queue behind a lock on `tables` only, and not for long."""
+    patience = locks.Patience(budget_s, 300 if tables else 3000)
+
+    def attempt() -> None:
+        with (
+            locks.exclusive(session, patience, tables, mode="SHARE ROW EXCLUSIVE")
+            if tables
+            else session.transaction(lock_timeout="3s")
+        ):
+            session.run(each)
+
+    locks.persist(run.database, session, patience, what, attempt)
+
+
+def validations(run: Run, session: Session | None = None) -> foreign_keys.Validations:
+    """For every key that is still NOT VALID and was valid before; with a session: what is left of that."""
+    yield from foreign_keys.validations(run, session)
     plan = run.plan
+    there = session.rows("cutover.validated", table_text=plan.source.as_string(None)) if session else []
     for key in plan.outgoing:
         if not key.validated:
             continue
         if plan.server_version >= 18:
-            yield (
-                key.name,
-                statement("cutover.validate", table=plan.source, constraint=(key.name,)),
-            )
+            yield key.name, statement("cutover.validate", table=plan.source, constraint=(key.name,)), []
+            continue
+        if (plan.table.name, key.name) in {(row["name"], row["key"]) for row in there}:
             continue
         for leaf in changes.leaves(run):
-            yield key.name, statement("cutover.validate", table=leaf, constraint=(key.name,))
-        yield (
-            key.name,
-            add(plan.source, key.name, plan.becomes(key), key.comment),
-        )  # adopts the partitions' keys without a scan
+            yield key.name, statement("cutover.validate", table=leaf, constraint=(key.name,)), []
+        referenced = [sql.Identifier(*table) for table in plan.referenced_tables]
+        # It adopts the partitions' keys without a scan.
+        yield key.name, add(plan.source, key.name, plan.becomes(key), key.comment), [*referenced, plan.source]
 
 
 def script(run: Run) -> Statements:
@@ -312,7 +326,7 @@ def script(run: Run) -> Statements:
     yield lock_statement(run)
     yield from swap_statements(run)
     yield rendered("COMMIT")
-    for _, each in validations(run):
+    for _, each, _ in validations(run):
         yield each
     for _, each, _ in foreign_keys.require_late(run):
         yield each

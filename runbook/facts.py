@@ -97,6 +97,7 @@ class Reference(Fact):
     columns: tuple[str, ...]
     referenced: tuple[str, ...]
     role_column: str
+    role_type: str  # not a domain: a column of a domain with a check would rewrite the table
     adds_column: bool
     not_null: bool
     indexed: bool

@@ -15,10 +15,13 @@ from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import with_key
-from runbook.references import added, names
+from runbook.references import added, names, tables
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
 from runbook.workers import gaps, parallel
+
+# (what, statement, the tables that it needs SHARE ROW EXCLUSIVE on for an instant)
+Validations = Iterator[tuple[str, sql.Composed, list[sql.Identifier]]]
 
 
 def log_table(run: Run, reference: Reference) -> Statements:
@@ -33,11 +36,17 @@ def column(run: Run, reference: Reference) -> Statements:
     Where most rows refer to one value it is the default. Where they do not (by range, by hash) the column is empty until it
     is filled, and required only from the cut-over on."""
     yield statement("foreign_keys.add_column", **names(run, reference))
-    yield statement(f"foreign_keys.switch_on{'_rows' if reference.leaves else ''}", **names(run, reference))
-    for table in {each.as_string(None): each for each in (reference.identifier, *reference.tables)}.values():
-        yield statement("foreign_keys.always_on", **names(run, reference), table=table)
+    yield from _switch_on(run, reference)
     if not reference.not_null and not _required_late(run):
         yield statement("foreign_keys.require_role", **names(run, reference))
+
+
+def _switch_on(run: Run, reference: Reference) -> Statements:
+    own = names(run, reference)
+    yield statement(f"foreign_keys.switch_on{'_rows' if reference.leaves else ''}", **own)
+    leaves = [table for table, _ in tables(run, reference)] if reference.leaves else []
+    for table in (reference.identifier, *leaves):
+        yield statement("foreign_keys.always_on", **own, table=table)
 
 
 def script(run: Run) -> Statements:
@@ -88,22 +97,54 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
         return repair.add_columns(action, lock_timeout_ms, budget_s)
     run, session = action.run, action.session
     for reference in added(run):
-        own = names(run, reference)
-        if session.value("foreign_keys.logged", **own):
-            continue
         patience = locks.Patience(budget_s, lock_timeout_ms)
+        if not session.value("foreign_keys.logged", **names(run, reference)):
+            statements = [*log_table(run, reference), *column(run, reference)]
+        else:  # begun before: its triggers may have been switched off since, and a partition may have come
+            statements = [statement("foreign_keys.switch_off", **names(run, reference)), *_switch_on(run, reference)]
 
         def attempt(
-            reference: Reference = reference, own: dict[str, sql.Composable] = own, patience: locks.Patience = patience
+            reference: Reference = reference, statements: list[sql.Composed] = statements, patience: locks.Patience = patience
         ) -> None:
             with locks.exclusive(session, patience, [reference.identifier]):
-                for each in (*log_table(run, reference), *column(run, reference)):
+                for each in statements:
                     session.run(each)
 
         locks.persist(run.database, session, patience, reference.table, attempt)
     return action.finish(
-        f"Referencing tables that have their role column, and a log of their own: {len(added(run))}.", len(added(run))
+        f"Referencing tables that have their role column, and a log of their own: {len(added(run))}.",
+        len(added(run)),
+        triggers={_of(each): session.value("foreign_keys.trigger_states", **names(run, each)) for each in added(run)},
     )
+
+
+def _of(reference: Reference) -> str:
+    return f"{reference.schema_name}.{reference.table}.{reference.name}"
+
+
+def remembered(run: Run) -> dict[str, dict[str, str]]:
+    """The states of each reference's log triggers as 04 left them."""
+    done = run.finished("foreign_keys", "columns")
+    return dict(done.facts.get("triggers", {})) if done else {}
+
+
+def gap(run: Run, session: Session, known: dict[str, dict[str, str]]) -> str:
+    """The first referencing table whose log may not know of every change: a trigger was off for a while, or a partition came."""
+    for reference in added(run) if known else []:
+        before, now = known[_of(reference)], session.value("foreign_keys.trigger_states", **names(run, reference)) or {}
+        if any(before.get(table) != states for table, states in now.items()):
+            return reference.table
+    return ""
+
+
+def refuse_gaps(run: Run, session: Session, known: dict[str, dict[str, str]]) -> None:
+    """Raises PromiseBroken when changes of a referencing table may have gone unseen; 04 is to be run again, and looks at each row."""
+    if table := gap(run, session, known):
+        session.run("ledger.undo", migration=run.migration, steps=["foreign_keys"])
+        raise PromiseBroken(
+            f"The log of {table} was switched off for a while, or a partition of it came since 04: rows may have another"
+            f" {run.plan.key} than the row that they refer to. Run 04_foreign_keys again, then this."
+        )
 
 
 @recorded("foreign_keys", "fill")
@@ -115,7 +156,7 @@ def fill(action: Action, batch_rows: int = 2000) -> Evidence:
     run, session, total = action.run, action.session, 0
     for reference in added(run):
         own, missed = names(run, reference), 0
-        for table in reference.tables:
+        for table, _ in tables(run, reference, session):
             needed, filled = _fill(run, session, reference, table, batch_rows)
             total, missed = total + filled, missed + needed - filled
         total += drain(run, session, reference, batch_rows)
@@ -235,18 +276,23 @@ def _not_valid(run: Run, reference: Reference, definition: str) -> Statements:
         yield statement("foreign_keys.add_key", **own)
         yield from _comment(reference)
         return
-    for leaf in reference.tables:
+    for leaf, _ in tables(run, reference):
         yield statement("foreign_keys.add_key", **(own | {"reference": leaf}))
 
 
-def validate(run: Run, reference: Reference, definition: str) -> Statements:
-    """Check the old rows of a key that is NOT VALID, under SHARE UPDATE EXCLUSIVE."""
-    own = {**names(run, reference), "definition": trusted(definition)}
-    for table in reference.tables if by_leaf(run, reference) else [reference.identifier]:
-        yield statement("foreign_keys.validate", table=table, constraint=(reference.name,))
-    if by_leaf(run, reference):  # adopts the leaves' keys without a scan
-        yield statement("foreign_keys.add_key_validated", **own)
-        yield from _comment(reference)
+def validate(run: Run, reference: Reference, definition: str, session: Session | None = None) -> Validations:
+    """Check the old rows of a key that is NOT VALID, under SHARE UPDATE EXCLUSIVE; before 18 a partitioned table adopts its
+    partitions' keys then, without a scan of them. With a session: what is left of it."""
+    what, own = f"{reference.name} of {reference.table}", {**names(run, reference), "definition": trusted(definition)}
+    if not by_leaf(run, reference):
+        yield what, statement("foreign_keys.validate", table=reference.identifier, constraint=(reference.name,)), []
+        return
+    for leaf, validated in tables(run, reference, session):
+        if session is None or validated is False:
+            yield what, statement("foreign_keys.validate", table=leaf, constraint=(reference.name,)), []
+    if session is None or not session.value("foreign_keys.keyed", **own):
+        adopt = [statement("foreign_keys.add_key_validated", **own), *_comment(reference)]
+        yield what, sql.SQL("; ").join(adopt), [reference.identifier, run.plan.source]
 
 
 def _comment(reference: Reference) -> Statements:
@@ -278,13 +324,11 @@ def without_legacy(run: Run) -> Statements:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
 
 
-def validations(run: Run) -> Iterator[tuple[str, sql.Composed]]:
-    """(what, statement) that checks the old rows of each composite key, under SHARE UPDATE EXCLUSIVE."""
+def validations(run: Run, session: Session | None = None) -> Validations:
+    """What checks the old rows of each composite key."""
     for reference in run.plan.references:
-        if reference.definition.endswith("NOT VALID"):  # and stays that
-            continue
-        for each in validate(run, reference, reference.composite):
-            yield f"{reference.name} of {reference.table}", each
+        if not reference.definition.endswith("NOT VALID"):  # and stays that
+            yield from validate(run, reference, reference.composite, session)
 
 
 def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, bool]]:
@@ -324,12 +368,13 @@ def check(action: Action) -> Evidence:
         return repair.check_keys(action)
     run, session = action.run, action.session
     for reference in added(run):
-        wrong = session.value("foreign_keys.wrong", **names(run, reference))
-        changed = session.value("changes.length", **run.names)
-        if wrong > changed:
-            session.run("ledger.withdraw", migration=run.migration, step="foreign_keys", action="fill")
+        own = names(run, reference)
+        if session.value("foreign_keys.wrong", **own):  # written while the log was off
+            session.run("foreign_keys.log_wrong", **own)
+            drain(run, session, reference)
+        if wrong := session.value("foreign_keys.wrong", **own):
             raise PromiseBroken(
                 f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}:"
-                " run 04_foreign_keys again, which corrects them."
+                " somebody writes that column, or switches triggers off. End that, then run 04_foreign_keys again."
             )
     return action.finish(f"Every row that references {run.plan.full_name} has its {run.plan.key}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from psycopg import sql
 
 from runbook.database import Session
@@ -41,6 +43,9 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "named_trigger": sql.Identifier(fit(f"zzz_runbook_explicit_{reference.role_column}")),  # triggers fire by name: first
         "fill_trigger": sql.Identifier(fit(f"zzz_runbook_fill_{reference.role_column}")),
         "places": sql.Identifier(run.staging, run.plan.internal(f"places_{number}")),
+        "constraint_text": sql.Literal(reference.name),
+        "insert_text": sql.Literal(f"runbook_reference_insert_{number}"),
+        "update_text": sql.Literal(f"runbook_reference_update_{number}"),
         "insert_trigger": sql.Identifier(f"runbook_reference_insert_{number}"),
         "update_trigger": sql.Identifier(f"runbook_reference_update_{number}"),
         "check_name": sql.Identifier(fit(f"{reference.table}_{reference.role_column}_present")),
@@ -48,6 +53,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "constraint": sql.Identifier(reference.name),
         "definition": trusted(reference.composite),
         "role_column": sql.Identifier(reference.role_column),
+        "role_type": trusted(reference.role_type),
         "default": sql.SQL("DEFAULT {}").format(literal_key) if run.plan.frequent_value is not None else sql.SQL(""),
         "not_null": sql.SQL("NOT NULL" if reference.not_null and run.plan.frequent_value is not None else ""),
         "required": sql.SQL("{} IS NOT NULL").format(sql.Identifier(reference.role_column))
@@ -69,6 +75,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "referenced": identifiers(referenced),
         "r_is_s": equal("r", columns, "s", referenced),
         "w_is_v": equal("w", columns, "v", referenced),
+        "w_is_s": equal("w", columns, "s", referenced),
         "w_is_k": equal("w", columns, "k", keys),
         "s_is_rk": equal("s", referenced, "k", keys),
         "new_columns": of_row("NEW"),
@@ -120,6 +127,15 @@ def added(run: Run) -> list[Reference]:
         if reference.adds_column:
             seen.setdefault((reference.schema_name, reference.table, reference.role_column), reference)
     return list(seen.values())
+
+
+def tables(run: Run, reference: Reference, session: Session | None = None) -> list[tuple[sql.Identifier, bool | None]]:
+    """The tables that hold its rows now, each with whether the key on it is validated; None where there is no such key."""
+    own = names(run, reference)
+    rows: Any = session.rows("foreign_keys.tables", **own) if session else None
+    if rows is None:
+        rows = run.frame("foreign_keys.tables", **own).astype(object).to_dict("records")
+    return [(sql.Identifier(row["schema"], row["name"]), row["validated"]) for row in rows]
 
 
 def hand_over(run: Run, session: Session) -> None:

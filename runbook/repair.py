@@ -106,6 +106,7 @@ def _lost(session: Session, plan: Plan, table: str, columns: tuple[str, ...], da
     return Reference(
         name=fit(f"{name}_{'_'.join(columns)}_fkey", row["constraints"] or ()), schema_name=schema, table=name,
         owner=row["owner"], definition="", columns=columns, referenced=plan.primary_key, role_column=role,
+        role_type=str(session.value("catalog.base_type", oid=plan.table.oid, key=plan.key)),
         adds_column=role not in row["columns"], not_null=row["not_null"], indexed=row["indexed"],
         composite=composite.as_string(None), comment=None,
     )  # fmt: skip

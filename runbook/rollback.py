@@ -202,7 +202,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     if _swapped(run):
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
     patience = locks.Patience(budget_s, lock_timeout_ms)
-    _validate(run, session, patience)
+    _validate(run, session, budget_s)
     # A role column that this migration did not add is the application's own.
     mine = [each for each in added(run) if session.value("foreign_keys.logged", **reference_names(run, each))]
     retired = run.finished("rollback", "swap")
@@ -218,7 +218,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
-def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
+def _validate(run: Run, session: Session, budget_s: float) -> None:
     valid = [each for each in run.plan.references if not each.definition.endswith("NOT VALID")]
     wanted: dict[tuple[str, str], sql.Composable] = {(each.table, each.name): each.identifier for each in valid}
     wanted |= {(run.plan.table.name, each.name): run.plan.source for each in run.plan.outgoing if each.validated}
@@ -227,21 +227,11 @@ def _validate(run: Run, session: Session, patience: locks.Patience) -> None:
         if row["validated"] or table is None:
             continue
 
-        def attempt(table: sql.Composable = table, name: str = name) -> None:
-            with session.transaction(lock_timeout="3s"):
-                session.run("cutover.validate", table=table, constraint=(name,))
-
-        locks.persist(run.database, session, patience, name, attempt)
-    there = {(row["name"], row["key"]) for row in session.rows("cutover.validated", table_text=run.plan.source.as_string(None))}
+        cutover.validate(run, session, budget_s, name, statement("cutover.validate", table=table, constraint=(name,)))
     for reference in valid:
-        if foreign_keys.by_leaf(run, reference) and (reference.table, reference.name) not in there:
-
-            def by_leaf(reference: Reference = reference) -> None:
-                with session.transaction(lock_timeout="3s"):
-                    for each in foreign_keys.validate(run, reference, reference.definition):
-                        session.run(each)
-
-            locks.persist(run.database, session, patience, reference.name, by_leaf)
+        if foreign_keys.by_leaf(run, reference):
+            for what, each, tables in foreign_keys.validate(run, reference, reference.definition, session):
+                cutover.validate(run, session, budget_s, what, each, tables)
 
 
 @recorded("rollback", "check")

@@ -183,7 +183,9 @@ SELECT 'trigger' AS kind, t.tgname::text AS name,
        format('ALTER TABLE %s DISABLE TRIGGER %I', s.qualified, t.tgname) AS retire,
        format('ALTER TABLE %s %s TRIGGER %I', s.qualified,
               CASE t.tgenabled WHEN 'O' THEN 'ENABLE' WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, t.tgname) AS restore,
-       NULL AS leaf, NULL::text[] AS holder
+       CASE WHEN t.tgenabled <> 'O' AND t.tgtype & 1 = 1 AND current_setting('server_version_num')::integer < 160000  -- later it reaches them
+            THEN format('ALTER TABLE %s %s TRIGGER %I', chr(1),
+              CASE t.tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, t.tgname) END AS leaf, NULL::text[] AS holder
   FROM pg_trigger t, source s WHERE t.tgrelid = s.oid AND NOT t.tgisinternal AND t.tgname NOT LIKE 'runbook\_%'
 UNION ALL
 SELECT 'policy', p.polname::text,
@@ -378,6 +380,13 @@ SELECT 'warning', p.pubname, format('The publication %s publishes whole schema %
        format('Before 90_rollback, make an empty table %s on the subscriber, or publish the tables by name.', {retired}::text)
   FROM publication p, source s WHERE p.publishes AND NOT p.puballtables AND NOT p.by_name
 ORDER BY 1, 2
+
+-- name: base_type
+-- The column's type, of a domain what it is made of.
+WITH RECURSIVE kind AS (
+  SELECT atttypid AS oid, atttypmod AS modifier FROM pg_attribute WHERE attrelid = {oid} AND attname = {key}
+  UNION ALL SELECT t.typbasetype, t.typtypmod FROM kind k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd')
+SELECT format_type(k.oid, k.modifier) FROM kind k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype <> 'd'
 
 -- name: privileges
 -- What the role that runs this may do; the plan says which GRANT is missing.

@@ -21,7 +21,7 @@ ANALYZE {sample}
 SELECT count(*) AS rows, pg_total_relation_size({sample_text}::regclass) AS bytes FROM {sample}
 
 -- name: add_column
-ALTER TABLE {sample} ADD COLUMN {role_column} {key_type} {default}
+ALTER TABLE {sample} ADD COLUMN {role_column} {role_type} {default}
 
 -- name: fill
 UPDATE {sample} SET {role_column} = {role_column}

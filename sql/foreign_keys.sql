@@ -25,7 +25,7 @@ SELECT to_regclass({reference_log_text}) IS NOT NULL
 
 -- name: add_column
 -- ACCESS EXCLUSIVE for an instant; a constant default rewrites nothing.
-ALTER TABLE {reference} ADD COLUMN {role_column} {key_type} {default} {not_null}
+ALTER TABLE {reference} ADD COLUMN {role_column} {role_type} {default} {not_null}
 
 -- name: switch_on
 -- The WHEN clause keeps the runbook's own corrections out of the log.
@@ -43,6 +43,26 @@ CREATE TRIGGER {update_trigger} AFTER UPDATE ON {reference}
 -- name: always_on
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger}
+
+-- name: tables
+-- Those that hold its rows now: partitions come and go. By pg_inherits, for which nothing is locked.
+WITH RECURSIVE tree AS (
+  SELECT to_regclass({reference_text})::oid AS oid UNION ALL SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid)
+SELECT n.nspname::text AS schema, c.relname::text AS name, k.convalidated AS validated
+  FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
+  LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conname = {constraint_text}
+ WHERE c.relkind = 'r' ORDER BY 1, 2
+
+-- name: keyed
+SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference_text}) AND conname = {constraint_text})
+
+-- name: trigger_states
+-- The log's triggers on the table and its partitions: what differs from what was remembered may have gone unlogged.
+WITH RECURSIVE tree AS (
+  SELECT to_regclass({reference_text})::oid AS oid UNION ALL SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid)
+SELECT jsonb_object_agg(tree.oid, (SELECT string_agg(concat_ws(' ', tgname, tgenabled, g.xmin), ', ' ORDER BY tgname) FROM pg_trigger g
+                                    WHERE g.tgrelid = tree.oid AND g.tgname IN ({insert_text}, {update_text}))) AS states
+  FROM tree WHERE oid IS NOT NULL
 
 -- name: switch_off
 DROP TRIGGER IF EXISTS {insert_trigger} ON {reference};
@@ -155,11 +175,13 @@ ALTER TABLE {shadow} ADD COLUMN {role_column} {key_type};
 ALTER TABLE {shadow} ADD CONSTRAINT {check_name} CHECK ({required})
 
 -- name: wrong
--- Rows whose role is not their row's; the old foreign key is still in force, so whoever is not among the minority is of
--- the most frequent value, and only the minority has to be hashed.
+-- Rows whose role is not their row's, but for those of which a log knows, that of the table or that of the row they refer to. The old
+-- foreign key is still in force, so whoever is not among the minority is of the most frequent value: only the minority is hashed.
 SELECT count(*) FROM {reference} w LEFT JOIN (SELECT {s_referenced}, {s_key} AS {key} FROM {source} s WHERE {s_key} IS DISTINCT FROM {frequent}) v
     ON {w_is_v}
- WHERE w.{role_column} IS DISTINCT FROM coalesce(v.{key}, {frequent}) AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
+ WHERE w.{role_column} IS DISTINCT FROM coalesce(v.{key}, {frequent}) AND ({w_columns}) IS NOT NULL
+   AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
+   AND NOT EXISTS (SELECT FROM {source} s JOIN {log} k ON {s_is_k} WHERE {w_is_s})
 
 -- name: log_wrong
 INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN {source} v ON {w_is_v}

@@ -486,3 +486,18 @@ def test_what_cannot_be_carried_over_stops_the_plan(server: Server, roles: None,
         plan(database, "thing", "kind", unique="per_partition")
     assert sentence in str(refused.value)
     assert dump(database, "--exclude-schema=runbook") == before
+
+
+def test_a_trigger_is_on_each_partition_what_it_was_on_the_table(roles: None, database: str) -> None:
+    """Before 16 what is said of the root's trigger does not reach the partitions'."""
+    execute(database, BASE)
+    for name, state in {"quiet": "DISABLE", "loud": "ENABLE ALWAYS", "late": "ENABLE REPLICA"}.items():
+        execute(database, f"CREATE TRIGGER {name} BEFORE UPDATE ON thing FOR EACH ROW EXECUTE FUNCTION noted()")
+        execute(database, f"ALTER TABLE thing {state} TRIGGER {name}")
+    walk(plan(database, "thing", "kind", unique="per_partition"), FORWARD)
+    with psycopg.connect(database) as connection:
+        states = connection.execute(
+            "SELECT DISTINCT tgname::text, tgenabled::text FROM pg_trigger JOIN pg_partition_tree('thing') ON relid = tgrelid"
+            " WHERE tgname IN ('quiet', 'loud', 'late') ORDER BY 1"
+        ).fetchall()
+    assert states == [("late", "R"), ("loud", "A"), ("quiet", "D")]

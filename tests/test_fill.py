@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from runbook import foreign_keys
+from runbook.errors import PromiseBroken
 from tests import migration
 
 WRONG = "SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role"
@@ -39,3 +40,32 @@ def test_no_trigger_notices_the_indexed_columns(clinic, sql, own):
     assert (sql(WRONG), sql(FILLED)) == ([(0,)], [(True,)])
     seen, filled = sql("SELECT (SELECT count(*) FROM noticed), (SELECT count(*) FROM appointments WHERE user_role <> 'user')")[0]
     assert seen == (0 if own else filled)
+
+
+def test_what_a_log_knows_of_is_not_wrong(clinic, sql):
+    """One change of a user is ten wrong appointments until the replay; a role without a user refers to nobody."""
+    sql("ALTER TABLE appointments ALTER user_id DROP NOT NULL")
+    run = migration.forward(clinic, last="fill")
+    doctor = sql("SELECT user_id FROM appointments WHERE user_role = 'doctor' LIMIT 1")[0][0]
+    sql("UPDATE appointments SET user_id = %s WHERE user_role = 'user' AND random() < 0.1", [doctor])
+    migration.walk(run, migration.FORWARD, first="replay", last="replay")
+    sql("UPDATE users SET role = 'admin' WHERE id = %s", [doctor])
+    sql("UPDATE appointments SET user_id = NULL WHERE id IN (SELECT id FROM appointments WHERE user_role = 'admin' LIMIT 1)")
+    migration.walk(run, migration.FORWARD, first="keys check")
+    assert sql(WRONG) == [(0,)]
+
+
+@pytest.mark.parametrize("when", ["fill", "keys check"])
+def test_what_was_written_while_triggers_were_off_is_found(clinic, sql, when):
+    """As a restore of data alone does it; afterwards the log's triggers are not what they were."""
+    run = migration.forward(clinic, last=when)
+    doctor, patient = (sql("SELECT id FROM users WHERE role = %s LIMIT 1", [role])[0][0] for role in ("doctor", "user"))
+    sql("ALTER TABLE appointments DISABLE TRIGGER ALL")
+    sql("INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT %s, id, now() FROM doctors LIMIT 2", [doctor])
+    sql("UPDATE appointments SET user_id = %s WHERE user_role = 'admin'", [patient])
+    sql("ALTER TABLE appointments ENABLE TRIGGER ALL")
+    assert sql(WRONG)[0][0] >= 3
+    with pytest.raises(PromiseBroken, match=r"The log of appointments was switched off.*Run 04_foreign_keys again"):
+        migration.walk(run, migration.FORWARD, first="keys check" if when == "fill" else "approval")
+    migration.walk(run, migration.FORWARD, first="columns")
+    assert sql(WRONG) == [(0,)]
