@@ -86,7 +86,18 @@ def fingerprint(session: Session, oid: int) -> str:
     """A digest of all that a plan rests on, what is carried over included; run with qualified names. Prepared: it is asked for
     again under locks, and most of its time is its planning."""
     prepare = True
-    return str(session.value("catalog.definition", prepare, oid=oid, carried=statement("catalog.carried", oid=oid)))
+    return str(session.value("catalog.definition", prepare, lines=_lines(sql.Literal(oid))))
+
+
+def lines(session: Session, table: sql.Composable) -> list[str]:
+    """What a table is, line by line: what the fingerprint of it is a digest of."""
+    oid = sql.SQL("{}::regclass").format(sql.Literal(table.as_string(None)))
+    with session.qualified():
+        return [row["line"] for row in session.rows(_lines(oid))]
+
+
+def _lines(oid: sql.Composable) -> sql.Composed:
+    return statement("catalog.lines", oid=oid, carried=statement("catalog.carried", oid=oid))
 
 
 def checks_of(session: Session, oid: int) -> tuple[Named, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from runbook import changes, foreign_keys, locks, references, restore
+from runbook import catalog, changes, foreign_keys, locks, references, restore
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, PromiseBroken
@@ -280,7 +280,8 @@ def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
                 session.run(each)
 
         locks.persist(run.database, session, patience, reference.table, require)
-    return action.finish(f"Foreign keys that were validated: {', '.join(done) or 'none'}.")
+    lines = catalog.lines(session, run.plan.source)  # the way back says what is another
+    return action.finish(f"Foreign keys that were validated: {', '.join(done) or 'none'}.", lines=lines)
 
 
 def validate(

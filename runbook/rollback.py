@@ -93,6 +93,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     if not _swapped(run):
         return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=False)
     refuse_losses(run, session)
+    unlike = _unlike(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
     logging = session.row("ledger.remembered", **run.names)["triggers"]
     total, seen, statements = 0, None, list(unswap_statements(run))
@@ -135,7 +136,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
             f" {' '.join((error.diag.message_detail or str(error)).split())}. Drop them first, then run 90_rollback again."
         ) from None
-    sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms."
+    sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
 
 
@@ -177,6 +178,21 @@ def _resync(run: Run, session: Session) -> None:
     with session.transaction("REPEATABLE READ"):
         session.run("changes.hold", origin=run.names["source"])
         session.run("rollback.resync", **{**run.names, **run.plan.listed()}, either_pk=either)
+
+
+def _unlike(run: Run, session: Session) -> str:
+    """What somebody made of the table since the cut-over, or took away: the original knows nothing of it."""
+    validated = run.finished("cutover", "validate")
+    if validated is None or "lines" not in validated.facts:
+        return ""
+    then, now = set(validated.facts["lines"]), set(catalog.lines(session, run.plan.source))
+    said = {"does not have": sorted(now - then), "still has": sorted(then - now)}
+    return "".join(
+        f" The original {verb} what was changed since the cut-over: {'; '.join(line[:160] for line in lines[:10])}"
+        + (f"; and {len(lines) - 10} more." if len(lines) > 10 else ".")
+        for verb, lines in said.items()
+        if lines
+    )
 
 
 def refuse_losses(run: Run, session: Session) -> None:

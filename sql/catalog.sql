@@ -409,7 +409,10 @@ SELECT s.subname AS name FROM pg_subscription_rel r JOIN pg_subscription s ON s.
 
 -- name: definition
 -- A fingerprint of all that a plan rests on, what is carried over included; the log's own triggers are not part of it.
-SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM (
+SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM ({lines}) part
+
+-- name: lines
+-- What a table is, line by line.
   SELECT concat_ws(' ', 'column', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
                    pg_get_expr(d.adbin, d.adrelid), a.attcollation::regcollation, a.attstorage, to_jsonb(a) ->> 'attcompression',
                    to_jsonb(a) ->> 'attstattarget', a.attoptions, col_description(a.attrelid, a.attnum)) AS line
@@ -427,7 +430,7 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM (
                    pg_get_userbyid(relowner), obj_description(oid, 'pg_class')) FROM pg_class WHERE oid = {oid}
   UNION ALL
   SELECT DISTINCT concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
-   WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}) part
+   WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
 
 -- name: filenode
 -- Which file the table lies in: another one means rewritten or truncated, and that the copy must start again.

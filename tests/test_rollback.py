@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import psycopg
 import pytest
 
 from runbook import finish, rollback
 from runbook.errors import OutOfOrder, PromiseBroken
 from tests import migration
-from tests.walk import client
+from tests.walk import client, walk
 
 APPOINTMENTS = "SELECT md5(string_agg(a::text, '|' ORDER BY id)) FROM appointments a"
 USERS = "SELECT md5(string_agg(u::text, '|' ORDER BY id)) FROM users u"
@@ -213,3 +215,15 @@ def test_identities_go_on_in_both_directions(database, sql):
     assert sql("INSERT INTO notes (kind) VALUES ('a') RETURNING id") == [(103,)]
     with pytest.raises(psycopg.errors.GeneratedAlways):
         sql("INSERT INTO notes (id, kind) VALUES (1, 'a')")
+
+
+def test_what_was_made_of_it_since_the_cut_over_is_said(clinic, sql):
+    """The data go back; an index, a right, a default that came or went stay behind, and whoever goes back is told."""
+    run = migration.forward(clinic)
+    walk(clinic, "06_verify", "07_application", "20_add_partitions", add={"users_nurses": ["nurse"]})
+    assert "The original" not in migration.walk(run, migration.BACK)["swap back"].sentence
+    run = migration.forward(clinic)
+    sql("CREATE INDEX by_phone ON users (phone); REVOKE DELETE ON users FROM clinic_app; DROP TRIGGER users_set_updated_at ON users")
+    said = migration.walk(run, migration.BACK)["swap back"].sentence
+    assert re.search("does not have what was changed since the cut-over: .*CREATE INDEX by_phone ON ONLY public.users", said)
+    assert re.search("still has what was changed since the cut-over: .*DELETE.*CREATE TRIGGER users_set_updated_at", said)
