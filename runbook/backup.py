@@ -16,7 +16,7 @@ import pandas as pd
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook import changes, embedded
+from runbook import changes, embedded, partition
 from runbook.database import Database, Session
 from runbook.errors import BadInput, NotEqual, PromiseBroken, ServerUnavailable
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -28,8 +28,9 @@ Sums = list[dict[str, Any]]
 
 
 def script(run: Run) -> changes.Statements:
-    """The backup table."""
+    """The backup table, which nobody but its owner may read."""
     yield statement("backup.copy", **_names(run, "backup"))
+    yield from partition.revoke(run.names["backup"], run.plan.table.strangers)
     yield statement("backup.restrict", **run.names)
     yield statement("backup.comment", **run.names, comment=f"Backup of {run.plan.full_name}, made before it was partitioned")
 

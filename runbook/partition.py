@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import pandas as pd
 import psycopg
@@ -29,10 +30,8 @@ def create(run: Run) -> Statements:
         yield statement("foreign_keys.add_own_column", **references.names(run, reference))
     if not plan.takes_any_value:
         yield statement("partition.create_unplaced", **run.names)
-    strangers = trusted(", ".join(plan.table.strangers))
     for table in (run.names["shadow"], *changes.leaves(run, run.staging)):
-        if plan.table.strangers:
-            yield statement("partition.revoke", object=table, roles=strangers)
+        yield from revoke(table, plan.table.strangers)
         for column in plan.columns:
             name = sql.Identifier(column.name)
             if column.statistics not in (None, "-1"):
@@ -40,12 +39,19 @@ def create(run: Run) -> Statements:
             if column.options:
                 yield statement("partition.column_options", table=table, column=name, options=trusted(", ".join(column.options)))
         yield statement("partition.own", table=table, owner=run.names["owner"])
-    for column in plan.columns if plan.table.strangers else ():
+    for column in plan.columns:
         if column.identity:
             sequence = sql.SQL("SEQUENCE {}").format(sql.Identifier(run.staging, column.identity_sequence or ""))
-            yield statement("partition.revoke", object=sequence, roles=strangers)
+            yield from revoke(sequence, plan.table.strangers)
     if plan.table.comment:
         yield statement("partition.comment", table=run.names["shadow"], comment=plan.table.comment)
+
+
+def revoke(made: sql.Composable, strangers: Iterable[str]) -> Statements:
+    """Take away what default privileges gave on a table or sequence. Before its owner changes: the owner to be may be one of
+    the `strangers`."""
+    if roles := ", ".join(strangers):
+        yield statement("partition.revoke", object=made, roles=trusted(roles))
 
 
 def tables(plan: Plan, staging: str) -> Statements:

@@ -5,7 +5,7 @@
 CREATE TABLE {backup} AS SELECT {all_columns} FROM ONLY {source} s
 
 -- name: restrict
--- The copy holds what the source holds: nobody but its owner may read it.
+-- The copy holds what the source holds: nobody but its owner may read it. What default privileges gave is gone before.
 ALTER TABLE {backup} OWNER TO {owner}
 
 -- name: sums

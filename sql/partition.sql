@@ -39,7 +39,7 @@ TRUNCATE {tables}
 SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relname = ANY ({names}::text[])
 
 -- name: revoke
--- What default privileges gave; the source's own grants follow at the cut-over.
+-- What default privileges gave. The source's own grants follow at the cut-over; a later partition gets those of the others.
 REVOKE ALL ON {object} FROM {roles}
 
 -- name: own

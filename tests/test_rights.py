@@ -44,6 +44,18 @@ def test_the_owner_needs_no_superuser(owner, sql):
     assert sql("SELECT count(*) FROM users") == [(1001,)]
 
 
+@pytest.mark.parametrize("who", ["its owner", "a superuser"])
+def test_nobody_but_its_owner_may_read_the_backup(owner, clinic, sql, who):
+    me = owner.split("//")[1].split("@")[0]
+    sql(f"ALTER DEFAULT PRIVILEGES FOR ROLE {me}, postgres IN SCHEMA public GRANT ALL ON TABLES TO clinic_app, PUBLIC, {me}")
+    migration.forward(owner if who == "its owner" else clinic, last="backup check")
+    rights = "SELECT DISTINCT grantee::regrole::text, grantor::regrole::text FROM pg_class, aclexplode(relacl) WHERE relname = 'users_backup'"
+    assert sql(rights) == [(me, me)]
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        sql("SET ROLE clinic_app; SELECT FROM users_backup")
+    sql(f"SET ROLE {me}; SELECT FROM users_backup")
+
+
 def test_whoever_may_not_read_the_ledger_is_told_whose_it_is(owner, clinic, tmp_path):
     words = ["audit", str(tmp_path), "--database", owner]
     assert "has no ledger to compare with" in CliRunner().invoke(cli.main, words).stderr
