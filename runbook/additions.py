@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from psycopg import sql
 
-from runbook import catalog, locks, unique
+from runbook import catalog, locks, partition, unique
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
@@ -104,6 +104,11 @@ def make_statements(run: Run, growth: Growth, session: Session, addition: Additi
     space = f"TABLESPACE {spelled((like['tablespace'],))}" if like["tablespace"] else ""
     yield statement("additions.make", **own, options=trusted(options), tablespace=trusted(space))
     schema, leaf = run.plan.table.schema_name, addition.name
+    # As it is now: the plan may be old, and who adds partitions another than who planned.
+    yield from partition.revoke(own["leaf"], session.row("catalog.table", oid=growth.oid)["strangers"])
+    yield statement("partition.own", table=own["leaf"], owner=own["owner"])
+    for row in session.rows("additions.grants", oid=growth.oid):
+        yield statement("additions.grant", **own, privileges=trusted(row["privileges"]), who=trusted(row["who"]))
     mine = {row["name"] for row in session.rows("additions.own_indexes", oid=growth.sibling)}
     for row in session.rows("catalog.indexes", oid=growth.sibling):
         if row["name"] not in mine:

@@ -55,11 +55,33 @@ SELECT replace(pg_get_triggerdef(t.oid), ' ON ' || t.tgrelid::regclass || ' ', '
 -- name: make
 -- ACCESS SHARE on the root. Nobody knows this table yet; its check is what the partition will take.
 CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING STATISTICS EXCLUDING COMMENTS,
-  CONSTRAINT {check} CHECK ({rule})) {options} {tablespace};
-ALTER TABLE {leaf} OWNER TO {owner}
+  CONSTRAINT {check} CHECK ({rule})) {options} {tablespace}
 
 -- name: drop
 DROP TABLE IF EXISTS {leaf}
+
+-- name: grants
+-- What all partitions have been granted; what only some have is meant for these. Where there is row-level security, none: a grant
+-- on a partition bypasses the root's policies.
+WITH leaf AS (SELECT c.* FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid WHERE i.inhparent = {oid}),
+granted AS (
+  SELECT l.oid, NULL AS attribute, a.grantee, a.privilege_type, a.is_grantable
+    FROM leaf l CROSS JOIN LATERAL aclexplode(l.relacl) a WHERE a.grantee <> l.relowner
+  UNION ALL
+  SELECT l.oid, quote_ident(t.attname), a.grantee, a.privilege_type, a.is_grantable
+    FROM leaf l JOIN pg_attribute t ON t.attrelid = l.oid AND NOT t.attisdropped
+   CROSS JOIN LATERAL aclexplode(t.attacl) a WHERE a.grantee <> l.relowner),
+by_all AS (
+  SELECT g.attribute, g.grantee, g.privilege_type, bool_and(g.is_grantable) AS grantable
+    FROM granted g GROUP BY 1, 2, 3 HAVING count(DISTINCT g.oid) = (SELECT count(*) FROM leaf))
+SELECT string_agg(concat(privilege_type, ' (' || attribute || ')'), ', ' ORDER BY privilege_type, attribute) AS privileges,
+       CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END || CASE WHEN grantable THEN ' WITH GRANT OPTION' ELSE '' END AS who
+  FROM by_all
+ WHERE NOT EXISTS (SELECT FROM pg_class r WHERE r.relrowsecurity AND (r.oid = {oid} OR r.oid IN (SELECT oid FROM leaf)))
+ GROUP BY grantee, grantable ORDER BY 2
+
+-- name: grant
+GRANT {privileges} ON {leaf} TO {who}
 
 -- name: trigger_states
 SELECT tgname AS name, tgenabled::text AS state FROM pg_trigger WHERE tgrelid = {table_text}::regclass AND tgconstraint = 0 AND tgenabled <> 'D' ORDER BY 1

@@ -24,10 +24,15 @@ def insert(email: str, role: str) -> str:
     return f"INSERT INTO users (email, password, first_name, last_name, role) VALUES ('{email}', 'p', 'N', 'N', '{role}')"
 
 
-def add(run: runbook.ledger.Run, **given: Any) -> additions.Draft:
+def approved(run: runbook.ledger.Run, **given: Any) -> additions.Draft:
     draft = additions.draft(run, **given)
     draft.freeze()
     additions.require_approval(draft, "a test")
+    return draft
+
+
+def add(run: runbook.ledger.Run, **given: Any) -> additions.Draft:
+    draft = approved(run, **given)
     additions.add(draft, 300, 30)
     additions.validate(draft)
     additions.check(draft)
@@ -134,9 +139,7 @@ def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(fo
 @pytest.mark.long
 def test_who_is_in_the_way_is_named_and_nothing_is_changed(forward, clinic, sql):
     run = forward()
-    draft = additions.draft(run, add=NURSES)
-    draft.freeze()
-    additions.require_approval(draft, "a test")
+    draft = approved(run, add=NURSES)
     with (
         locked(clinic, "LOCK TABLE ONLY users IN SHARE UPDATE EXCLUSIVE MODE") as other,
         pytest.raises(LockNotGranted, match=str(other.info.backend_pid)),
@@ -145,6 +148,29 @@ def test_who_is_in_the_way_is_named_and_nothing_is_changed(forward, clinic, sql)
     assert "users_nurses" not in additions.tree(run)["partition"].to_list()
     additions.add(draft, 300, 30)
     additions.check(draft)
+
+
+GRANTED = """
+    SELECT grantee::regrole::text, privilege_type, is_grantable FROM pg_class, aclexplode(relacl)
+     WHERE pg_class.oid = '{0}'::regclass AND grantee <> relowner
+    UNION ALL
+    SELECT grantee::regrole::text, privilege_type || attname, is_grantable FROM pg_attribute, aclexplode(attacl)
+     WHERE attrelid = '{0}'::regclass ORDER BY 1, 2
+"""
+
+
+@pytest.mark.parametrize("secured", [False, True])
+def test_a_new_partition_is_granted_what_all_others_are(clinic, sql, secured):
+    sql("ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO clinic_app, PUBLIC;"
+        " GRANT SELECT (id), UPDATE (phone) ON users TO pg_monitor; GRANT SELECT (email) ON users TO PUBLIC;"
+        " GRANT DELETE ON users TO pg_monitor WITH GRANT OPTION")  # fmt: skip
+    if secured:
+        sql("ALTER TABLE users ENABLE ROW LEVEL SECURITY; CREATE POLICY own ON users USING (email = current_user)")
+    run = migration.forward(clinic)
+    sql("GRANT TRUNCATE ON users_patients TO clinic_app")
+    add(run, add=NURSES)
+    granted = sql(GRANTED.format("users_nurses"))
+    assert granted == sql(GRANTED.format("users_admins")) and bool(granted) != secured
 
 
 @pytest.mark.long
