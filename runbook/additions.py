@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from runbook import catalog, locks, partition, unique
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
-from runbook.facts import Partition
-from runbook.growth import Addition, Growth, Key, decide, stands
+from runbook.facts import Finding, Partition
+from runbook.growth import Addition, Growth, Key, decide, in_the_way, left_behind, mark, stands
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import resolve
 from runbook.plan import fit, identifiers
@@ -59,12 +60,16 @@ class Draft:
 
     def freeze(self) -> Evidence:
         """Store the plan in the ledger. Raises PlanBlocked with all blockers."""
-        if blockers := [each for each in self.growth.findings if each.level == "blocker"]:
-            raise PlanBlocked(" ".join(f"{each.sentence} {each.way_out}".strip() for each in blockers))
+        _refuse(each for each in self.growth.findings if each.level == "blocker")
         with self.run.action("add", f"plan {self.growth.hash[:12]}") as action:
             names = ", ".join(each.name for each in self.growth.additions) or "nothing"
             said = f"Plan {self.growth.hash[:12]}: {self.growth.table} gets {names}."
             return action.evidence or action.finish(said, growth=self.growth.model_dump(mode="json"))
+
+
+def _refuse(blockers: Iterable[Finding]) -> None:
+    if told := " ".join(f"{each.sentence} {each.way_out}".strip() for each in blockers):
+        raise PlanBlocked(told)
 
 
 def draft(run: Run, **given: Any) -> Draft:
@@ -98,11 +103,15 @@ def _names(run: Run, addition: Addition) -> dict[str, sql.Composable]:
 
 
 def make_statements(run: Run, growth: Growth, session: Session, addition: Addition) -> Statements:
-    """The table, as its siblings are, with a check of the bounds; nobody knows it yet."""
+    """The table, as its siblings are, with a check of the bounds; nobody knows it yet. Marked, so that a later run knows it
+    again and makes it anew."""
     own, like = _names(run, addition), session.row("catalog.table", oid=growth.sibling)
+    if left_behind(run, session, addition.name):
+        yield statement("additions.drop", **own)
     options = f"WITH ({', '.join(like['options'])})" if like["options"] else ""
     space = f"TABLESPACE {spelled((like['tablespace'],))}" if like["tablespace"] else ""
     yield statement("additions.make", **own, options=trusted(options), tablespace=trusted(space))
+    yield statement("partition.comment", table=own["leaf"], comment=f"{mark(run)}{growth.hash[:12]}")
     schema, leaf = run.plan.table.schema_name, addition.name
     # As it is now: the plan may be old, and who adds partitions another than who planned.
     yield from partition.revoke(own["leaf"], session.row("catalog.table", oid=growth.oid)["strangers"])
@@ -170,7 +179,8 @@ def require_approval(draft: Draft, approved_by: str = "") -> Evidence:
 def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Make and attach each partition, in a short transaction each; what stands already is left alone.
 
-    Nobody queues behind it longer than `lock_timeout_ms` an attempt. Raises LockNotGranted, naming who is in the way.
+    Nobody queues behind it longer than `lock_timeout_ms` an attempt. Raises LockNotGranted, naming who is in the way, and
+    PlanBlocked when somebody else has made a table of such a name since.
     """
     run, growth = draft.run, draft.growth
     if run.finished("add", f"approval {growth.hash[:12]}") is None:
@@ -185,7 +195,9 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
             if any(row["name"] == addition.name for row in session.rows("additions.tree", oid=growth.oid)):
                 continue
             with session.transaction(lock_timeout="5s"):
-                session.run("additions.drop", leaf=_names(run, addition)["leaf"])
+                if left_behind(run, session, addition.name):  # under the lock it keeps its name and mark, and stays empty
+                    session.run("additions.hold", **_names(run, addition))
+                _refuse(in_the_way(run, session, addition.name))
                 with session.qualified():
                     made = list(make_statements(run, growth, session, addition))
                 for each in made:

@@ -77,14 +77,8 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
     rules, refused = _rehearse(run, session, tree, wanted)
     if refused:
         found.append(Finding.blocker(plan.full_name, refused, "Correct add."))
-    for row in session.rows("draft.free", schema=plan.table.schema_name, names=[each.name for each in wanted]):
-        found.append(
-            Finding.blocker(
-                row["name"],
-                f"The name {plan.table.schema_name}.{row['name']} is taken.",
-                "Choose another name for the partition.",
-            )
-        )
+    for each in wanted:
+        found += in_the_way(run, session, each.name)
     keys = session.rows("additions.referencing", oid=oid)
     additions = []
     for each in wanted:
@@ -109,6 +103,32 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
         keys=tuple(Key.model_validate(row | {"schema_name": row["schema"]}) for row in keys),
         findings=worst_first(found),
     )  # fmt: skip
+
+
+def mark(run: Run) -> str:
+    """How the comment begins of a table that was made to be attached: by it a later run knows it again."""
+    return f"Made by the partition runbook, to be attached to {run.plan.full_name}: plan "
+
+
+def left_behind(run: Run, session: Session, name: str) -> bool | None:
+    """Whether what has this name is a table that an earlier run made and did not come to attach; None where nothing has it."""
+    own: bool | None = session.value("additions.left_behind", schema=run.plan.table.schema_name, name=name, mark=mark(run))
+    return own
+
+
+def in_the_way(run: Run, session: Session, name: str) -> Iterator[Finding]:
+    """Blockers, when the name belongs to what is not ours to make anew. What an earlier run left behind is, while it is empty."""
+    schema, own = run.plan.table.schema_name, left_behind(run, session, name)
+    if own is False:
+        yield Finding.blocker(
+            name, f"The name {schema}.{name} is taken.", "Choose another name for the partition, or rename what has it."
+        )
+    elif own and session.value("additions.has_rows", leaf=(schema, name)):
+        yield Finding.blocker(
+            name,
+            f"{schema}.{name}, which an earlier run made and could not attach, has rows by now.",
+            "Take them out, or rename it.",
+        )
 
 
 def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Row]) -> Iterator[Finding]:

@@ -57,8 +57,20 @@ SELECT replace(pg_get_triggerdef(t.oid), ' ON ' || t.tgrelid::regclass || ' ', '
 CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING STATISTICS EXCLUDING COMMENTS,
   CONSTRAINT {check} CHECK ({rule})) {options} {tablespace}
 
+-- name: left_behind
+-- A table that was made to be attached says so in its comment until it is.
+SELECT c.relkind = 'r' AND NOT c.relispartition AND starts_with(coalesce(obj_description(c.oid, 'pg_class'), ''), {mark}) AS own
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = {schema} AND c.relname = {name}
+
+-- name: has_rows
+SELECT EXISTS (SELECT FROM {leaf})
+
+-- name: hold
+LOCK TABLE {leaf} IN ACCESS EXCLUSIVE MODE
+
 -- name: drop
-DROP TABLE IF EXISTS {leaf}
+-- Only what an earlier run made, empty, and did not come to attach.
+DROP TABLE {leaf}
 
 -- name: grants
 -- What all partitions have been granted; what only some have is meant for these. Where there is row-level security, none: a grant
@@ -104,7 +116,8 @@ DELETE FROM ONLY {default} WHERE {rule}
 -- SHARE UPDATE EXCLUSIVE on the root, for which no reader or writer waits; SHARE ROW EXCLUSIVE on tables that reference it; and
 -- ACCESS EXCLUSIVE on the default partition, which is read through. The new table's check spares it that.
 ALTER TABLE {root} ATTACH PARTITION {leaf} {bound};
-ALTER TABLE {leaf} DROP CONSTRAINT {check}
+ALTER TABLE {leaf} DROP CONSTRAINT {check};
+COMMENT ON TABLE {leaf} IS NULL
 
 -- name: analyze
 ANALYZE {leaf}

@@ -150,6 +150,43 @@ def test_who_is_in_the_way_is_named_and_nothing_is_changed(forward, clinic, sql)
     additions.check(draft)
 
 
+def leave_behind(clinic: str, draft: additions.Draft) -> None:
+    """Make the partition, and fail to attach it."""
+    with locked(clinic, "LOCK TABLE ONLY users IN SHARE UPDATE EXCLUSIVE MODE"), pytest.raises(LockNotGranted):
+        additions.add(draft, 100, 1)
+
+
+def test_the_same_command_goes_on_after_it_could_not_attach(forward, clinic, sql):
+    run = forward()
+    leave_behind(clinic, approved(run, add=NURSES))
+    assert sql("SELECT relispartition FROM pg_class WHERE oid = 'users_nurses'::regclass") == [(False,)]
+    assert 'DROP TABLE "public"."users_nurses"' in repr(additions.draft(run, add=NURSES).preview())
+    walk(clinic, "20_add_partitions", add=NURSES | {"users_clerks": ["clerk"]}, approved_by="ann")
+    sql(insert("nurse@x", "nurse"))
+    sql(insert("clerk@x", "clerk"))
+    assert sql("SELECT obj_description('users_nurses'::regclass)") == [(None,)]
+
+
+def test_what_somebody_else_made_meanwhile_is_named_and_survives(forward, clinic, sql):
+    run = forward()
+    draft = approved(run, add=NURSES)
+    marks = ("NULL", "'Made by the partition runbook, to be attached to public.doctors: plan 123'")
+    for mark in marks:
+        sql(f"CREATE TABLE users_nurses AS SELECT 1 AS theirs; COMMENT ON TABLE users_nurses IS {mark}")
+        with pytest.raises(PlanBlocked, match=r"public\.users_nurses is taken\. .*rename what has it"):
+            additions.add(draft, 300, 30)
+        assert sql("SELECT theirs FROM users_nurses") == [(1,)]
+        sql("DROP TABLE users_nurses")
+    leave_behind(clinic, draft)
+    sql(insert("nurse@x", "nurse").replace("INTO users", "INTO users_nurses"))
+    for attempt in (lambda: additions.add(draft, 300, 30), lambda: additions.draft(run, add=NURSES).freeze()):
+        with pytest.raises(PlanBlocked, match=r"public\.users_nurses, .* has rows by now"):
+            attempt()
+    assert sql("SELECT email FROM users_nurses") == [("nurse@x",)]
+    sql("TRUNCATE users_nurses")
+    add(run, add=NURSES)
+
+
 GRANTED = """
     SELECT grantee::regrole::text, privilege_type, is_grantable FROM pg_class, aclexplode(relacl)
      WHERE pg_class.oid = '{0}'::regclass AND grantee <> relowner
