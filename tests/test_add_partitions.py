@@ -101,6 +101,7 @@ def test_rows_of_the_default_partition_go_over_with_all_that_refers_to_them(clin
     assert sql("SELECT count(*) FROM users WHERE role = 'doctor'") == [(rows,)]
 
 
+@pytest.mark.long
 def test_no_write_to_the_default_partition_is_lost_meanwhile(forward, clinic, sql):
     run = forward(unique="global", partitions=REST)
     acknowledged, stop = [], threading.Event()
@@ -156,6 +157,7 @@ def leave_behind(clinic: str, draft: additions.Draft) -> None:
         additions.add(draft, 100, 1)
 
 
+@pytest.mark.long
 def test_the_same_command_goes_on_after_it_could_not_attach(forward, clinic, sql):
     run = forward()
     leave_behind(clinic, approved(run, add=NURSES))

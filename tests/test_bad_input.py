@@ -24,7 +24,7 @@ PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
     ({"key": ""}, BadInput, ["key is not named", "-p key"]),
     ({"table": "usres"}, BadInput, ["usres is not a table of", "did you mean", "users"]),
     ({"table": "nowhere.users"}, BadInput, ["nowhere.users is not a table of"]),
-    ({"table": 7}, BadInput, ["table is 7 (int)", "string"]),
+    ({"table": 7}, BadInput, ["table is 7 (number)", "string"]),
     ({"table": False}, BadInput, ["table is False (yes/no)", "put it in quotes"]),
     ({"unique": "globally"}, BadInput, ["unique is 'globally'", "'global' or 'per_partition'"]),
     ({"partitions": ["user"]}, BadInput, ["partitions is ['user']", "dictionary"]),
@@ -257,7 +257,7 @@ def test_a_command_that_cannot_be_meant(untouched: str, tmp_path: Path, words: l
     ("text", "said"),
     [
         ("table: no\nkey: role", "table is False (yes/no)"),
-        ("table: users\nkey: 012", "key is 10 (int)"),
+        ("table: users\nkey: 012", "key is 10 (number)"),
         ("- table", "must hold parameters, a line each"),
         ("table: [", "cannot be read as a YAML file"),
         (b"table: caf\xe9", "cannot be read as a YAML file"),

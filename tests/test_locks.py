@@ -134,6 +134,7 @@ def test_a_snapshot_older_than_the_copy_is_waited_for_and_named(clinic, sql, iso
     cutover.swap(run)
 
 
+@pytest.mark.long
 def test_a_passing_snapshot_is_not_blamed_for_a_budget_that_others_used_up(clinic):
     from runbook import locks
 

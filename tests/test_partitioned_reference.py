@@ -65,6 +65,7 @@ def test_it_is_filled_keyed_verified_and_left_as_it_was(database, sql, by):
         sql("INSERT INTO reading (device_id, at) VALUES (90000, '2026-02-27')")
 
 
+@pytest.mark.long
 def test_partitions_that_come_and_go_meanwhile_are_followed(database, sql):
     """As a job makes and drops them every month: before the cut-over 04 has to look again, after it the key goes on as it is."""
     for each in TABLES.split(";"):
@@ -88,6 +89,7 @@ def test_partitions_that_come_and_go_meanwhile_are_followed(database, sql):
     assert sql("SELECT count(*) FROM reading") == [(409,)]
 
 
+@pytest.mark.long
 def test_a_validation_that_did_not_get_its_lock_is_taken_up_where_it_stopped(database, sql):
     """Before 18 a partitioned table takes a key by an ADD of its own, which is not to be done twice."""
     for each in TABLES.split(";"):

@@ -217,6 +217,7 @@ def test_identities_go_on_in_both_directions(database, sql):
         sql("INSERT INTO notes (id, kind) VALUES (1, 'a')")
 
 
+@pytest.mark.long
 def test_what_was_made_of_it_since_the_cut_over_is_said(clinic, sql):
     """The data go back; an index, a right, a default that came or went stay behind, and whoever goes back is told."""
     run = migration.forward(clinic)

@@ -26,6 +26,7 @@ def test_no_acknowledged_write_is_lost_from_the_first_step_to_the_rollback(serve
     assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("r",)]
 
 
+@pytest.mark.long
 def test_the_comparison_is_exact_under_full_load(server, clinic):
     with traffic.pool(clinic, server.version, pause_s=0) as pool:
         pool.go_on()
