@@ -49,10 +49,16 @@ def lock_set(run: Run, session: Session | None = None) -> tuple[list[sql.Composa
     return list(unique.values()), views
 
 
+def sequences(run: Run) -> list[sql.Composed]:
+    """What locks the sequences that change hands: each is given to whom it belongs already. Whoever took a value keeps its lock to
+    the end of the transaction: one that then waits for the table, while we wait for the sequence, would wait for us for ever."""
+    return [rendered(each.definition) for each in run.plan.carried if each.kind == "sequence"]
+
+
 def lock_statement(run: Run) -> sql.Composed:
     """The lock that comes first, as the first attempt takes it."""
     tables, views = lock_set(run)
-    return locks.together(tables, views, "ACCESS EXCLUSIVE")
+    return locks.together(tables, views, "ACCESS EXCLUSIVE", sequences=sequences(run))
 
 
 def swap_statements(run: Run) -> Statements:
@@ -197,7 +203,7 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
             clock, at = locks.Clock(), time.monotonic() - patience.started
             tables, views = lock_set(run)
             try:
-                with locks.exclusive(session, patience, tables, views, clock=clock):
+                with locks.exclusive(session, patience, tables, views, clock=clock, sequences=sequences(run)):
                     if foreign_keys.gap(run, session, references_logged):
                         raise locks.NotYet("a change of the log's triggers on a referencing table, or of its partitions")
                     replayed = _replay_last(run, session, patience)

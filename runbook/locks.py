@@ -185,12 +185,14 @@ class Clock:
 
 
 def together(
-    tables: Sequence[sql.Composable], views: Sequence[sql.Composable], mode: str, *, views_first: bool = False
-) -> sql.Composed:
-    """One statement that locks all of them, in this order."""
+    tables: Sequence[sql.Composable], views: Sequence[sql.Composable], mode: str, *, sequences: Sequence[sql.Composable] = (),
+    views_first: bool = False, sequences_first: bool = False,
+) -> sql.Composed:  # fmt: skip
+    """One statement that locks all of them, in this order; a sequence by a statement that changes nothing."""
     each = [statement("locks.lock_view", view=spelled(view)) for view in views]
     own = [statement("locks.lock_table", table=table, mode=trusted(mode)) for table in tables]
-    lines = sql.SQL(";\n").join([*each, *own] if views_first else [*own, *each]).as_string(None)
+    both = [*each, *own] if views_first else [*own, *each]
+    lines = sql.SQL(";\n").join([*sequences, *both] if sequences_first else [*both, *sequences]).as_string(None)
     return statement("locks.lock", block=f"BEGIN\n{lines};\nEND")
 
 
@@ -202,8 +204,9 @@ def exclusive(
     views: Sequence[sql.Composable] = (),
     mode: str = "ACCESS EXCLUSIVE",
     clock: Clock | None = None,
+    sequences: Sequence[sql.Composable] = (),
 ) -> Iterator[Clock]:
-    """A READ COMMITTED transaction that holds `mode` on all of `tables` and `views`, each
+    """A READ COMMITTED transaction that holds `mode` on all of `tables` and `views`, what changes the `sequences`, each
     table's strongest lock at once; nobody queues behind it longer than the timeout, even for many tables.
 
     First SHARE UPDATE EXCLUSIVE, for which no reader or writer waits: autovacuum yields to it after deadlock_timeout, and never
@@ -212,7 +215,10 @@ def exclusive(
     eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
     # One fixed order can starve against an application that has the other; a view's lock takes its tables' along.
     backwards = patience.attempts % 2 == 0
-    block = together(tables[::-1] if backwards else tables, views, mode, views_first=backwards)
+    # A default takes its value after the table; whoever asks for the value first has the sequence when it comes to the table.
+    first = patience.attempts % 4 in (2, 3)
+    ordered = tables[::-1] if backwards else tables
+    block = together(ordered, views, mode, sequences=sequences, views_first=backwards, sequences_first=first)
     clock, asked, had = clock or Clock(), 0.0, 0.0
     try:
         with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):

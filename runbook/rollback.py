@@ -109,7 +109,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         seen = seen or compare.exactly(run, session, BACK)
         locks.wait_for_snapshots(session, horizon, patience)
         tables, views = cutover.lock_set(run, session)
-        with locks.exclusive(session, patience, tables, views, clock=clock):
+        with locks.exclusive(session, patience, tables, views, clock=clock, sequences=cutover.sequences(run)):
             refuse_losses(run, session)
             if session.value("changes.logging_back", **run.names) != logging:
                 raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import psycopg
 import pytest
 
-from runbook import cutover, partition, restore
+from runbook import cutover, partition, restore, rollback
 from runbook.database import target
 from runbook.errors import LockNotGranted, PlanBlocked
 from runbook.statements import rendered
@@ -246,6 +246,52 @@ def vacuum_that_takes_long(url: str, sql, why: str = "") -> Iterator[int]:
             for setting in settings:
                 admin.execute(f"ALTER SYSTEM RESET {setting}")
             admin.execute("SELECT pg_reload_conf()")
+
+
+ORDERED = """
+CREATE TABLE orders (id bigserial PRIMARY KEY, region text NOT NULL);
+INSERT INTO orders (region) SELECT (ARRAY['north', 'south'])[n % 2 + 1] FROM generate_series(1, 500) n
+"""
+
+
+@pytest.mark.long
+def test_whoever_takes_a_number_before_the_table_starves_nobody(database, sql):
+    """As Hibernate does: the number's lock is kept to the end of the transaction that then comes to the table."""
+    sql(ORDERED)
+    run = migration.plan(database, "orders", "region", unique="per_partition")
+    migration.walk(run, migration.FORWARD, last="approval")
+    stop, waits, written, failures = threading.Event(), [], [], []
+
+    def work() -> None:
+        with psycopg.connect(database, autocommit=True) as connection:
+            while not stop.is_set():
+                begun = time.monotonic()
+                try:
+                    with connection.transaction():
+                        number = connection.execute("SELECT nextval('orders_id_seq')").fetchone()
+                        time.sleep(random.uniform(0.02, 0.06))  # it thinks
+                        connection.execute("INSERT INTO orders VALUES (%s, 'north')", number)
+                    written.append(number)
+                except psycopg.Error as error:
+                    failures.append(error)
+                waits.append(time.monotonic() - begun)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        swapped = cutover.swap(run, budget_s=15)
+        assert sql("SELECT pg_get_serial_sequence('orders', 'id')") == [("public.orders_id_seq",)]
+        rollback.swap_back(run, budget_s=15)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert not failures
+    assert sql("SELECT id FROM orders WHERE id > 500 ORDER BY id") == sorted(written)
+    assert sql("SELECT pg_get_serial_sequence('orders', 'id')") == [("public.orders_id_seq",)]
+    assert len(swapped.attempts) < 8
+    assert max(waits) < 0.06 + 2 * 0.3 + 1.0
 
 
 ORDERS = {
