@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
@@ -43,10 +43,7 @@ def lock_set(run: Run, session: Session | None = None) -> tuple[list[sql.Composa
     tables += [sql.Identifier(*table) for table in plan.referenced_tables]
     unique = {each.as_string(None): each for each in tables}
     views: list[sql.Composable] = [sql.Identifier(*view) for view in plan.view_tables]
-    if session is not None:
-        gone = {name for name in unique if session.value("cutover.gone", name=name)}
-        unique = {name: each for name, each in unique.items() if name not in gone}
-    return list(unique.values()), views
+    return list(unique.values()) if session is None else standing(session, unique.values()), views
 
 
 def sequences(run: Run) -> list[sql.Composed]:
@@ -55,10 +52,22 @@ def sequences(run: Run) -> list[sql.Composed]:
     return [rendered(each.definition) for each in run.plan.carried if each.kind == "sequence"]
 
 
-def lock_statement(run: Run) -> sql.Composed:
-    """The lock that comes first, as the first attempt takes it."""
+def standing(session: Session, tables: Iterable[sql.Composable]) -> list[sql.Composable]:
+    """Those of them that are there."""
+    return [each for each in tables if not session.value("cutover.gone", name=each.as_string(None))]
+
+
+def logs(run: Run, session: Session) -> list[sql.Composable]:
+    """The logs and guards that stand, which the application's triggers may write."""
+    rows = session.rows("locks.tables_in", schemas=[run.staging, run.plan.guard_schema])
+    return [sql.Identifier(row["schema"], row["name"]) for row in rows]
+
+
+def lock_statements(run: Run) -> Statements:
+    """The locks that come first, as the first attempt takes them."""
     tables, views = lock_set(run)
-    return locks.together(tables, views, "ACCESS EXCLUSIVE", sequences=sequences(run))
+    yield locks.lock_ours([run.names["shadow"]])
+    yield locks.together(tables, views, "ACCESS EXCLUSIVE", sequences=sequences(run))
 
 
 def swap_statements(run: Run) -> Statements:
@@ -162,8 +171,8 @@ def positions(run: Run, *, retire: bool) -> Statements:
 
 
 def preview(run: Run) -> Sheet:
-    """The very statements of the swap, with the lock that comes first."""
-    return Sheet([lock_statement(run), *swap_statements(run)])
+    """The very statements of the swap, with the locks that come first."""
+    return Sheet([*lock_statements(run), *swap_statements(run)])
 
 
 @recorded("cutover", "approval")
@@ -202,8 +211,9 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
             statements = list(swap_statements(run))
             clock, at = locks.Clock(), time.monotonic() - patience.started
             tables, views = lock_set(run)
+            own, moved = [run.names["shadow"]], sequences(run)
             try:
-                with locks.exclusive(session, patience, tables, views, clock=clock, sequences=sequences(run)):
+                with locks.exclusive(session, patience, tables, views, clock=clock, sequences=moved, ours=own):
                     if foreign_keys.gap(run, session, references_logged):
                         raise locks.NotYet("a change of the log's triggers on a referencing table, or of its partitions")
                     replayed = _replay_last(run, session, patience)
@@ -330,7 +340,7 @@ def validations(run: Run, session: Session | None = None) -> foreign_keys.Valida
 def script(run: Run) -> Statements:
     """The whole step as one transaction for psql, then the validation."""
     yield rendered("BEGIN")
-    yield lock_statement(run)
+    yield from lock_statements(run)
     yield from swap_statements(run)
     yield rendered("COMMIT")
     for _, each, _ in validations(run):

@@ -7,6 +7,7 @@ from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
+from runbook.rollback import unlogged
 from runbook.sheet import Sheet
 from runbook.statements import statement
 
@@ -64,7 +65,9 @@ def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, 
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:
-        with locks.exclusive(session, patience, cutover.lock_set(run, session)[0]):
+        going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", drop_backup)) if goes]
+        ours, logs = cutover.standing(session, (run.names[name] for name in going)), cutover.logs(run, session)
+        with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs):
             for each in statements(run, drop_backup):
                 session.run(each)
             session.run("ledger.set_state", state="finished", migration=run.migration)

@@ -196,6 +196,11 @@ def together(
     return statement("locks.lock", block=f"BEGIN\n{lines};\nEND")
 
 
+def lock_ours(tables: Sequence[sql.Composable]) -> sql.Composed:
+    """Locks tables that nobody but the runbook uses, with their partitions."""
+    return statement("locks.lock_ours", tables=sql.SQL(", ").join(tables))
+
+
 @contextmanager
 def exclusive(
     session: Session,
@@ -205,12 +210,16 @@ def exclusive(
     mode: str = "ACCESS EXCLUSIVE",
     clock: Clock | None = None,
     sequences: Sequence[sql.Composable] = (),
+    ours: Sequence[sql.Composable] = (),
+    logs: Sequence[sql.Composable] = (),
 ) -> Iterator[Clock]:
     """A READ COMMITTED transaction that holds `mode` on all of `tables` and `views`, what changes the `sequences`, each
     table's strongest lock at once; nobody queues behind it longer than the timeout, even for many tables.
 
-    First SHARE UPDATE EXCLUSIVE, for which no reader or writer waits: autovacuum yields to it after deadlock_timeout, and never
-    would within a shorter wait. synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s.
+    First SHARE UPDATE EXCLUSIVE, for which no reader or writer waits, on the `logs`, too, which the application's triggers
+    write: autovacuum yields to it after deadlock_timeout, and never would within a shorter wait. Then ACCESS EXCLUSIVE on
+    `ours`, which only the runbook uses: what is in the way there is waited for while the application goes on.
+    synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s.
     """
     eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
     # One fixed order can starve against an application that has the other; a view's lock takes its tables' along.
@@ -223,7 +232,9 @@ def exclusive(
     try:
         with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):
             session.connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            session.run("locks.evict", tables=sql.SQL(", ").join(tables))
+            session.run("locks.evict", tables=sql.SQL(", ").join([*tables, *logs]))
+            if ours:
+                session.run(lock_ours(ours))
             # lock_timeout counts for each table; statement_timeout for all of them.
             timeout = sql.Literal(f"{patience.lock_timeout_ms}ms")
             session.connection.execute(sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(timeout))

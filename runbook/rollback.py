@@ -109,7 +109,10 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         seen = seen or compare.exactly(run, session, BACK)
         locks.wait_for_snapshots(session, horizon, patience)
         tables, views = cutover.lock_set(run, session)
-        with locks.exclusive(session, patience, tables, views, clock=clock, sequences=cutover.sequences(run)):
+        with locks.exclusive(
+            session, patience, tables, views, clock=clock, sequences=cutover.sequences(run), ours=[run.names["retired"]],
+            logs=cutover.logs(run, session),
+        ):  # fmt: skip
             refuse_losses(run, session)
             if session.value("changes.logging_back", **run.names) != logging:
                 raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them")
@@ -224,14 +227,21 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     retired = run.finished("rollback", "swap")
 
     def attempt() -> Evidence:
-        tables, _ = cutover.lock_set(run, session)
-        with locks.exclusive(session, patience, tables):
+        tables, shadow = unlogged(run, session), cutover.standing(session, [run.names["shadow"]])
+        with locks.exclusive(session, patience, tables, ours=shadow, logs=cutover.logs(run, session)):
             for each in take_away(run, [] if retired and retired.facts.get("swapped") else mine):
                 session.run(each)
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             return action.finish(f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it.")
 
     return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+
+
+def unlogged(run: Run, session: Session) -> list[sql.Composable]:
+    """The tables that lose triggers when the logs go; one is a partition that was detached since, and has its own left."""
+    rows = session.rows("rollback.triggered", staging_name=run.staging)
+    tables = [*cutover.lock_set(run, session)[0], *(sql.Identifier(row["schema"], row["name"]) for row in rows)]
+    return list({each.as_string(None): each for each in tables}.values())
 
 
 def _validate(run: Run, session: Session, budget_s: float) -> None:

@@ -73,6 +73,14 @@ SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'
 -- No reader or writer waits for this lock; autovacuum yields to it after deadlock_timeout.
 LOCK TABLE {tables} IN SHARE UPDATE EXCLUSIVE MODE
 
+-- name: lock_ours
+-- Before the application is kept out: autovacuum yields here, too, and a reader is waited for.
+LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE
+
+-- name: tables_in
+SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = ANY ({schemas}::text[]) AND c.relkind = 'r' AND NOT c.relispartition ORDER BY 1, 2
+
 -- name: lock
 -- Each table's strongest lock at once: a weaker one first would be a deadlock with a session that read and then writes.
 -- One statement for all of them, which statement_timeout bounds as a whole.

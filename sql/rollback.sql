@@ -17,6 +17,13 @@ SELECT ROW({columns})::text AS key, count(*) AS rows FROM {source} WHERE ({colum
 -- name: drop_partitioned
 DROP TABLE {shadow}
 
+-- name: triggered
+-- Tables with triggers of the logs' functions, which go with them; partitions come with their root.
+SELECT DISTINCT n.nspname AS schema, c.relname AS name
+  FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE t.tgfoid IN (SELECT p.oid FROM pg_proc p JOIN pg_namespace s ON s.oid = p.pronamespace WHERE s.nspname = {staging_name})
+   AND NOT c.relispartition ORDER BY 1, 2
+
 -- name: drop_staging
 -- The logs and their functions; the shadow is gone before.
 DROP SCHEMA IF EXISTS {staging} CASCADE

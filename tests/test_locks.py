@@ -13,13 +13,19 @@ from contextlib import contextmanager, suppress
 import psycopg
 import pytest
 
-from runbook import cutover, partition, restore, rollback
+from runbook import changes, cutover, partition, restore, rollback
 from runbook.database import target
 from runbook.errors import LockNotGranted, PlanBlocked
 from runbook.statements import rendered
 from tests import migration, servers, traffic
 
 STILL_PLAIN = ("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass", [("r",)])
+
+
+VERIFIED = (
+    "INSERT INTO runbook.action (migration, step, action, state, operator, finished_at) VALUES (%s, 'verify', 'check', 'done',"
+    " 'a test', now())"
+)
 
 
 def ready(url: str) -> migration.Run:
@@ -208,6 +214,50 @@ def test_a_running_autovacuum_is_got_past(clinic, sql):
         ) == [(0,)]
 
 
+EAGER_AND_SLOW = (
+    "{0}autovacuum_vacuum_threshold = 1, {0}autovacuum_vacuum_scale_factor = 0, {0}autovacuum_vacuum_cost_delay = 100,"
+    " {0}autovacuum_vacuum_cost_limit = 1"
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", ["swap", "swap back", "drop"])
+def test_autovacuum_of_what_only_we_use_keeps_nobody_waiting(forward, clinic, sql, step):
+    """It yields after deadlock_timeout: an attempt that waits 300 ms for it, while the application waits, is always in vain."""
+    run = forward(last="approval" if step == "swap" else "cutover check")
+    table = f"{run.staging}.users_patients" if step == "swap" else "public.users_retired"
+    sql(f"ALTER TABLE {table} SET ({EAGER_AND_SLOW.format('')})")
+    sql("UPDATE users SET phone = 'new' WHERE email IN (SELECT email FROM users WHERE role = 'user' ORDER BY email LIMIT 100)")
+    with run.database.session("a replay") as session:
+        changes.replay(run, session, changes.FORWARD if step == "swap" else changes.BACK)
+    if step == "drop":
+        sql(VERIFIED, [run.migration])
+        migration.END["approval"](run)
+    with vacuum_that_takes_long(clinic, sql, table=table) as pid:
+        before = len(run.database.statements)
+        act = {**migration.FORWARD, **migration.BACK, **migration.END}[step]
+        said = act(run)
+        assert sql("SELECT count(*) FROM pg_stat_progress_vacuum WHERE pid = %s AND relid = to_regclass(%s)", [pid, table]) == [
+            (0,)
+        ]
+    assert not [each.name for each in run.database.statements[before:] if each.error], "each attempt kept everybody waiting"
+    if step == "swap":
+        assert len(said.attempts) == 1
+
+
+@pytest.mark.long
+def test_a_reader_of_the_retired_table_is_named_and_keeps_nobody_waiting(forward, clinic):
+    run = forward()
+    with (
+        transaction(clinic, "SELECT count(*) FROM users_retired", name="an auditor") as auditor,
+        pytest.raises(LockNotGranted, match=f"pid {auditor.info.backend_pid} .postgres, an auditor"),
+    ):
+        rollback.swap_back(run, budget_s=1)
+    failed = {each.name for each in run.database.statements if each.error}
+    assert failed == {'LOCK TABLE "public"."users_retired" IN ACCESS EXCLUSIVE MODE'}, "before the application is kept out"
+    rollback.swap_back(run)
+
+
 @pytest.mark.long
 def test_a_vacuum_against_wraparound_is_waited_for_and_named(clinic, sql):
     sql("ALTER TABLE users SET (autovacuum_freeze_max_age = 100000)")
@@ -224,21 +274,19 @@ def test_a_vacuum_against_wraparound_is_waited_for_and_named(clinic, sql):
 
 
 @contextmanager
-def vacuum_that_takes_long(url: str, sql, why: str = "") -> Iterator[int]:
-    """A real autovacuum worker, slowed down, on users."""
+def vacuum_that_takes_long(url: str, sql, why: str = "", table: str = "") -> Iterator[int]:
+    """A real autovacuum worker, slowed down, on users; or on another table, whose own options slow it down."""
     name = sql("SELECT current_database()")[0][0]
-    settings = {"autovacuum_naptime": "1s", "autovacuum_vacuum_cost_delay": "100ms", "autovacuum_vacuum_cost_limit": "1"}
+    slow = {} if table else {"autovacuum_vacuum_cost_delay": "100ms", "autovacuum_vacuum_cost_limit": "1"}
+    settings = {"autovacuum_naptime": "1s", **slow}
     with psycopg.connect(url, dbname="postgres", autocommit=True) as admin:
         for setting, value in settings.items():
             admin.execute(f"ALTER SYSTEM SET {setting} = '{value}'")
         admin.execute("SELECT pg_reload_conf()")
         try:
             end = time.monotonic() + 60
-            query = (
-                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = %s"
-                " AND query LIKE '%%public.users%%' || %s"
-            )
-            while not (found := admin.execute(query, [name, f"{why}%"]).fetchone()):
+            query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = %s AND query LIKE %s"
+            while not (found := admin.execute(query, [name, f"%{table or 'public.users'}%{why}%"]).fetchone()):
                 assert time.monotonic() < end, "autovacuum does not come"
                 time.sleep(0.05)
             yield found[0]
