@@ -67,7 +67,7 @@ def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, 
     def attempt() -> Evidence:
         going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", drop_backup)) if goes]
         ours, logs = cutover.standing(session, (run.names[name] for name in going)), cutover.logs(run, session)
-        with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs):
+        with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
             for each in statements(run, drop_backup):
                 session.run(each)
             session.run("ledger.set_state", state="finished", migration=run.migration)

@@ -212,14 +212,15 @@ def exclusive(
     sequences: Sequence[sql.Composable] = (),
     ours: Sequence[sql.Composable] = (),
     logs: Sequence[sql.Composable] = (),
+    dropped: Sequence[sql.Composable] = (),
 ) -> Iterator[Clock]:
     """A READ COMMITTED transaction that holds `mode` on all of `tables` and `views`, what changes the `sequences`, each
     table's strongest lock at once; nobody queues behind it longer than the timeout, even for many tables.
 
     First SHARE UPDATE EXCLUSIVE, for which no reader or writer waits, on the `logs`, too, which the application's triggers
-    write: autovacuum yields to it after deadlock_timeout, and never would within a shorter wait. Then ACCESS EXCLUSIVE on
-    `ours`, which only the runbook uses: what is in the way there is waited for while the application goes on.
-    synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s.
+    write, and on the TOAST of what is `dropped`: autovacuum yields to it after deadlock_timeout, and never would within a
+    shorter wait. Then ACCESS EXCLUSIVE on `ours`, which only the runbook uses: what is in the way there is waited for while
+    the application goes on. synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s.
     """
     eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
     # One fixed order can starve against an application that has the other; a view's lock takes its tables' along.
@@ -233,6 +234,8 @@ def exclusive(
         with session.transaction(lock_timeout=f"{eviction_ms}ms", synchronous_commit="local"):
             session.connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
             session.run("locks.evict", tables=sql.SQL(", ").join([*tables, *logs]))
+            for row in session.rows("locks.toasted", tables=[each.as_string(None) for each in dropped]) if dropped else ():
+                session.run("locks.evict_toast", table=(row["schema"], row["name"]))
             if ours:
                 session.run(lock_ours(ours))
             # lock_timeout counts for each table; statement_timeout for all of them.

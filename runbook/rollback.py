@@ -111,7 +111,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         tables, views = cutover.lock_set(run, session)
         with locks.exclusive(
             session, patience, tables, views, clock=clock, sequences=cutover.sequences(run), ours=[run.names["retired"]],
-            logs=cutover.logs(run, session),
+            logs=cutover.logs(run, session), dropped=[run.plan.source],
         ):  # fmt: skip
             refuse_losses(run, session)
             if session.value("changes.logging_back", **run.names) != logging:
@@ -228,7 +228,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
 
     def attempt() -> Evidence:
         tables, shadow = unlogged(run, session), cutover.standing(session, [run.names["shadow"]])
-        with locks.exclusive(session, patience, tables, ours=shadow, logs=cutover.logs(run, session)):
+        with locks.exclusive(session, patience, tables, ours=shadow, logs=cutover.logs(run, session), dropped=shadow):
             for each in take_away(run, [] if retired and retired.facts.get("swapped") else mine):
                 session.run(each)
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))

@@ -73,6 +73,15 @@ SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'
 -- No reader or writer waits for this lock; autovacuum yields to it after deadlock_timeout.
 LOCK TABLE {tables} IN SHARE UPDATE EXCLUSIVE MODE
 
+-- name: toasted
+SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.reltoastrelid <> 0 AND c.oid IN (SELECT unnest({tables}::regclass[])
+       UNION SELECT p.relid FROM unnest({tables}::regclass[]) t, pg_partition_tree(t) p) ORDER BY c.oid
+
+-- name: evict_toast
+-- LOCK TABLE takes no TOAST table, of which autovacuum takes care by itself. This one has no such option: nothing changes.
+ALTER TABLE {table} RESET (toast.fillfactor)
+
 -- name: lock_ours
 -- Before the application is kept out: autovacuum yields here, too, and a reader is waited for.
 LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE

@@ -259,6 +259,31 @@ def test_a_reader_of_the_retired_table_is_named_and_keeps_nobody_waiting(forward
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("step", ["swap back", "drop"])
+def test_autovacuum_of_what_is_stored_apart_keeps_nobody_waiting(database, sql, step):
+    """TOAST has an autovacuum of its own, and is dropped with its table."""
+    sql(f"{ORDERED}; ALTER TABLE orders ADD note text; ALTER TABLE orders ALTER note SET STORAGE EXTERNAL")
+    sql("UPDATE orders SET note = repeat('x', 20000) WHERE id % 10 = 0")
+    run = migration.plan(database, "orders", "region", unique="per_partition")
+    migration.walk(run, migration.FORWARD)
+    table = "orders_retired"
+    if step == "swap back":
+        table = sql("SELECT relid::regclass::text FROM pg_partition_tree('orders') WHERE isleaf ORDER BY 1")[0][0]
+    sql(f"ALTER TABLE {table} SET ({EAGER_AND_SLOW.format('toast.')})")
+    sql("UPDATE orders SET note = repeat('y', 20000) WHERE note IS NOT NULL")
+    if step == "drop":
+        with run.database.session("a replay") as session:
+            changes.replay(run, session, changes.BACK)
+        sql(VERIFIED, [run.migration])
+        migration.END["approval"](run)
+    toast = sql("SELECT reltoastrelid::regclass::text FROM pg_class WHERE oid = %s::regclass", [table])[0][0]
+    with vacuum_that_takes_long(database, sql, table=toast):
+        before = len(run.database.statements)
+        {**migration.BACK, **migration.END}[step](run)
+    assert not [each.name for each in run.database.statements[before:] if each.error], "each attempt kept everybody waiting"
+
+
+@pytest.mark.long
 def test_a_vacuum_against_wraparound_is_waited_for_and_named(clinic, sql):
     sql("ALTER TABLE users SET (autovacuum_freeze_max_age = 100000)")
     run = ready(clinic)

@@ -224,7 +224,9 @@ def test_what_was_made_of_it_since_the_cut_over_is_said(clinic, sql):
     walk(clinic, "06_verify", "07_application", "20_add_partitions", add={"users_nurses": ["nurse"]})
     assert "The original" not in migration.walk(run, migration.BACK)["swap back"].sentence
     run = migration.forward(clinic)
-    sql("CREATE INDEX by_phone ON users (phone); REVOKE DELETE ON users FROM clinic_app; DROP TRIGGER users_set_updated_at ON users")
+    sql(
+        "CREATE INDEX by_phone ON users (phone); REVOKE DELETE ON users FROM clinic_app; DROP TRIGGER users_set_updated_at ON users"
+    )
     said = migration.walk(run, migration.BACK)["swap back"].sentence
     assert re.search("does not have what was changed since the cut-over: .*CREATE INDEX by_phone ON ONLY public.users", said)
     assert re.search("still has what was changed since the cut-over: .*DELETE.*CREATE TRIGGER users_set_updated_at", said)
