@@ -369,10 +369,11 @@ def check(action: Action) -> Evidence:
     run, session = action.run, action.session
     for reference in added(run):
         own = names(run, reference)
-        if session.value("foreign_keys.wrong", **own):  # written while the log was off
+        if wrong := session.value("foreign_keys.wrong", **own):  # written while the log was off
             session.run("foreign_keys.log_wrong", **own)
             drain(run, session, reference)
-        if wrong := session.value("foreign_keys.wrong", **own):
+            wrong = session.value("foreign_keys.wrong", **own)
+        if wrong:
             raise PromiseBroken(
                 f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}:"
                 " somebody writes that column, or switches triggers off. End that, then run 04_foreign_keys again."
