@@ -169,6 +169,7 @@ def test_the_same_command_goes_on_after_it_could_not_attach(forward, clinic, sql
     assert sql("SELECT obj_description('users_nurses'::regclass)") == [(None,)]
 
 
+@pytest.mark.long
 def test_what_somebody_else_made_meanwhile_is_named_and_survives(forward, clinic, sql):
     run = forward()
     draft = approved(run, add=NURSES)
@@ -198,7 +199,7 @@ GRANTED = """
 """
 
 
-@pytest.mark.parametrize("secured", [False, True])
+@pytest.mark.parametrize("secured", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_new_partition_is_granted_what_all_others_are(clinic, sql, secured):
     sql("ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO clinic_app, PUBLIC;"
         " GRANT SELECT (id), UPDATE (phone) ON users TO pg_monitor; GRANT SELECT (email) ON users TO PUBLIC;"

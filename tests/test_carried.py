@@ -488,6 +488,7 @@ def test_what_cannot_be_carried_over_stops_the_plan(server: Server, roles: None,
     assert dump(database, "--exclude-schema=runbook") == before
 
 
+@pytest.mark.long
 def test_a_trigger_is_on_each_partition_what_it_was_on_the_table(roles: None, database: str) -> None:
     """Before 16 what is said of the root's trigger does not reach the partitions'."""
     execute(database, BASE)

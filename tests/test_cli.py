@@ -156,6 +156,7 @@ def test_a_ctrl_c_before_the_first_notebook_is_told_as_one(tmp_path: Path) -> No
     assert (going.returncode, said) == (130, "Interrupted.\n")
 
 
+@pytest.mark.long
 def test_a_run_that_is_terminated_between_two_notebooks_is_sealed(clinic: str, sql: Sql, tmp_path: Path) -> None:
     walk(clinic, "00_plan")
     words = ["run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
@@ -172,6 +173,7 @@ def test_a_run_that_is_terminated_between_two_notebooks_is_sealed(clinic: str, s
     assert json.loads(kept.read_text())["sealed"]
 
 
+@pytest.mark.long
 def test_what_is_told_to_do_fits_what_was_stopped(clinic: str, tmp_path: Path) -> None:
     given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
     assert "rollback" not in command("monitor", *given).stderr

@@ -198,7 +198,9 @@ def begin(folder: Path, code: str) -> subprocess.Popen[str]:
 WORK = "import time\ntry:\n    time.sleep(60)\nfinally:\n    print('34 of 80 ranges are done')"
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "KeyboardInterrupt"), pytest.param(signal.SIGTERM, "Terminated", marks=pytest.mark.long)]
+)
 def test_an_interrupted_process_leaves_a_true_record_with_the_kernels_last_words(
     tmp_path: Path, number: signal.Signals, name: str
 ) -> None:

@@ -55,7 +55,7 @@ def test_what_a_log_knows_of_is_not_wrong(clinic, sql):
     assert sql(WRONG) == [(0,)]
 
 
-@pytest.mark.parametrize("when", ["fill", "keys check"])
+@pytest.mark.parametrize("when", [pytest.param("fill", marks=pytest.mark.long), "keys check"])
 def test_what_was_written_while_triggers_were_off_is_found(clinic, sql, when):
     """As a restore of data alone does it; afterwards the log's triggers are not what they were."""
     run = migration.forward(clinic, last=when)

@@ -44,7 +44,7 @@ def test_the_owner_needs_no_superuser(owner, sql):
     assert sql("SELECT count(*) FROM users") == [(1001,)]
 
 
-@pytest.mark.parametrize("who", ["its owner", "a superuser"])
+@pytest.mark.parametrize("who", ["its owner", pytest.param("a superuser", marks=pytest.mark.long)])
 def test_nobody_but_its_owner_may_read_the_backup(owner, clinic, sql, who):
     me = owner.split("//")[1].split("@")[0]
     sql(f"ALTER DEFAULT PRIVILEGES FOR ROLE {me}, postgres IN SCHEMA public GRANT ALL ON TABLES TO clinic_app, PUBLIC, {me}")

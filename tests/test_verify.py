@@ -169,7 +169,10 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("division", [{"partition_by": "range", "every": 100}, {"partition_by": "hash", "modulus": 2}])
+@pytest.mark.parametrize(
+    "division",
+    [{"partition_by": "range", "every": 100}, pytest.param({"partition_by": "hash", "modulus": 2}, marks=pytest.mark.long)],
+)
 def test_a_row_that_no_bound_would_take_is_found(database: str, division: dict[str, Any]) -> None:
     execute(database, "CREATE TABLE plain (k integer PRIMARY KEY)", "INSERT INTO plain SELECT generate_series(1, 150)")
     run = plan(database, table="plain", key="k", **division)
