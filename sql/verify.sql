@@ -203,29 +203,15 @@ SELECT 'Every change is logged for the way back' AS promise, coalesce({reason}, 
  WHERE 2 > (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled = 'A'
                AND t.tgname IN ('runbook_log_back', 'runbook_log_truncate'))
 
--- name: distribution
--- By list: where each row lies, against the values that the plan gave to its partition; a DEFAULT one takes what no other lists.
-SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, coalesce(sum(now.rows), 0)::bigint AS rows, (p.part ->> 'rows')::bigint AS before,
-       format('%s holds its own rows only', p.part ->> 'name') AS promise,
-       format('%s rows, %s that belong elsewhere', to_char(coalesce(sum(now.rows), 0), 'FM999,999,999,990'),
-              to_char(coalesce(sum(now.rows) FILTER (WHERE NOT belongs), 0), 'FM999,999,999,990')) AS seen,
-       count(*) FILTER (WHERE NOT belongs) = 0 AS ok
-  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
-  LEFT JOIN (SELECT s.tableoid AS leaf, s.{key} AS value, count(*) AS rows FROM {source} s GROUP BY 1, 2) now
-    ON now.leaf = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name'))
- CROSS JOIN LATERAL (SELECT now.leaf IS NULL OR (p.part ->> 'bound' = 'DEFAULT') = NOT EXISTS (  -- by the type's own equality
-     SELECT FROM jsonb_array_elements(m.plan -> 'partitions') o, jsonb_array_elements_text(o -> 'values') v
-      WHERE v::{key_type} IS NOT DISTINCT FROM now.value AND (p.part ->> 'bound' = 'DEFAULT' OR o = p.part)) AS belongs) b
- WHERE m.id = {migration} GROUP BY p.part, p.place ORDER BY p.place
-
 -- name: bounds
--- What the server asks of a row before it takes it into a partition; NULL for one that is not attached.
-SELECT p.part ->> 'name' AS name, pg_get_partition_constraintdef(to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name'))) AS bound
+-- What the server asks of a row before it takes it into a partition; of an only DEFAULT one nothing.
+SELECT c.relname AS name, coalesce(pg_get_partition_constraintdef(c.oid), 'true') AS bound
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+  JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name')) AND c.relispartition
  WHERE m.id = {migration} ORDER BY p.place
 
 -- name: bounded
--- By range and by hash: whether each row is one that the partition's bound takes.
+-- Whether each row is one that the partition's bound takes.
 SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, now.rows, (p.part ->> 'rows')::bigint AS before,
        format('%s holds its own rows only', p.part ->> 'name') AS promise,
        format('%s rows, %s that belong elsewhere', to_char(now.rows, 'FM999,999,999,990'), to_char(now.elsewhere, 'FM999,999,999,990')) AS seen,
