@@ -50,7 +50,8 @@ class Files(AsyncLargeFileManager):
     """During a save, others are told the file's hash and time from before it.
 
     JupyterLab asks for both before it saves, and what it did not expect is a change by somebody else to it: also its own save
-    that has not ended yet, as the autosave beside Ctrl-S.
+    that has not ended yet, as the autosave beside Ctrl-S. Between the end of a save and its own next question JupyterLab may
+    still see its own change as another's: nothing tells here who asks, and two windows must not overwrite one another unasked.
     """
 
     def __init__(self, **traits: Any) -> None:
