@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -29,6 +30,8 @@ from runbook.redaction import known_secrets, redact
 from runbook.statements import Value, statement
 
 OLDEST, NEWEST = 14, 18
+REST_S = 1.0  # so long a connection waits for the next session: a cell opens several, one after the other
+RESTING = 2  # at most
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ class Database:
     embedded: bool = False
     statements: list[Statement] = field(default_factory=list)
     waits: dict[int, dict[int, str]] = field(default_factory=dict)
+    _resting: list[tuple[psycopg.Connection[dict[str, Any]], threading.Timer]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+    _gate: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def connect(self, purpose: str = "") -> psycopg.Connection[dict[str, Any]]:
-        """A new connection in autocommit mode; raises ServerUnavailable with the server's own reason.
-
-        client_connection_check_interval: without it the backend of a killed client keeps its locks until
-        its statement ends. row_security off: an error is better than a silently filtered copy.
-        """
+        """A new connection in autocommit mode; raises ServerUnavailable with the server's own reason."""
         options = {"application_name": f"runbook {purpose}".strip(), "connect_timeout": "15"}
         try:
             with embedded.without_libpq_variables() if self.embedded else nullcontext():
@@ -91,17 +94,10 @@ class Database:
                 f"{self.name} cannot be reached: {reason}. Mend that, or correct database; then run this again."
             ) from None
         connection.add_notice_handler(_pass_on)
-        connection.execute(
-            "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
-            " SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
-            " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off"
-        )
-        if connection.info.server_version >= 170000:
-            connection.execute("SET transaction_timeout = 0")
-        if not _alone(connection):
-            connection.execute(statement("pace.one_process"))
+        _settle_in(connection)
         return connection
 
+    @cached_property
     def engine(self) -> Engine:
         """SQLAlchemy's engine over the same connections."""
         return create_engine(
@@ -120,25 +116,66 @@ class Database:
         """The rows of a named statement as a DataFrame."""
         composed = statement(query, **names) if isinstance(query, str) else query
         label = query if isinstance(query, str) else _first_line(composed.as_string(None))
-        with self.engine().connect() as connection, noted(self.statements, label) as rows:
+        with self.engine.connect() as connection, noted(self.statements, label) as rows:
             frame = pd.read_sql(composed.as_string(connection.connection.driver_connection), connection)
             rows.append(len(frame))
         return frame
 
     @contextmanager
     def session(self, purpose: str = "") -> Iterator[Session]:
-        """A connection of one's own, closed at the end; KeyboardInterrupt cancels its running statement."""
-        connection = self.connect(purpose)
+        """A connection with nothing left of whoever had it before; KeyboardInterrupt cancels its running statement.
+
+        One that ended well rests for `REST_S`: the next session takes it up, and what the server knows of the catalog with it.
+        """
+        connection = self._rested(purpose) or self.connect(purpose)
         session = Session(connection, self.statements)
         self.waits[session.pid] = session.waits
         try:
             yield session
-        except KeyboardInterrupt:
-            connection.cancel_safe(timeout=5)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                connection.cancel_safe(timeout=5)
+            connection.close()
             raise
         finally:
             self.waits.pop(session.pid, None)
-            connection.close()
+        self._rest(connection)
+
+    def _rest(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        """Keep it for the next session, without its locks, its settings and what it had of temporary things; or close it."""
+        with suppress(psycopg.Error):
+            connection.execute("RESET ALL; DISCARD TEMP; SELECT pg_advisory_unlock_all()")
+            connection.isolation_level = None
+            with self._gate:
+                if len(self._resting) < RESTING:
+                    closing = threading.Timer(REST_S, self._end_rest, [connection])
+                    closing.daemon = True
+                    closing.start()
+                    self._resting.append((connection, closing))
+                    return
+        connection.close()
+
+    def _rested(self, purpose: str) -> psycopg.Connection[dict[str, Any]] | None:
+        while True:
+            with self._gate:
+                if not self._resting:
+                    return None
+                connection, closing = self._resting.pop()
+            closing.cancel()
+            try:
+                name = sql.Literal(f"runbook {purpose}".strip())
+                connection.execute(sql.SQL("SET application_name = {}").format(name))
+                _settle_in(connection)
+                return connection
+            except psycopg.Error:  # ended meanwhile, by the server or by somebody
+                connection.close()
+
+    def _end_rest(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        with self._gate:
+            ended = [each for each in self._resting if each[0] is connection]
+            self._resting[:] = [each for each in self._resting if each[0] is not connection]
+        for each, _ in ended:
+            each.close()
 
 
 @dataclass
@@ -229,6 +266,23 @@ class Session:
             yield
         if self.connection.closed:  # psycopg leaves the block as if all were well when the connection broke after the last answer
             raise psycopg.OperationalError("The connection was lost before the commit was acknowledged.")
+
+
+def _settle_in(connection: psycopg.Connection[dict[str, Any]]) -> None:
+    """Our settings, whatever the role's are.
+
+    client_connection_check_interval: without it the backend of a killed client keeps its locks until its statement ends.
+    row_security off: an error is better than a silently filtered copy.
+    """
+    connection.execute(
+        "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
+        " SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
+        " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off"
+    )
+    if connection.info.server_version >= 170000:
+        connection.execute("SET transaction_timeout = 0")
+    if not _alone(connection):
+        connection.execute(statement("pace.one_process"))
 
 
 def _alone(connection: psycopg.Connection[dict[str, Any]]) -> bool:

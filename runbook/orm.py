@@ -37,7 +37,7 @@ def tables(run: Run, *, new: bool) -> MetaData:
     plan, metadata = run.plan, MetaData()
     live = plan.restore_from == "backup" or run.finished("cutover", "swap") is not None
     leaves = {(row["schema"], row["name"]) for row in run.frame("application.leaves").to_dict("records")}
-    with warnings.catch_warnings(), run.database.engine().connect() as connection:
+    with warnings.catch_warnings(), run.database.engine.connect() as connection:
         warnings.simplefilter("ignore", SAWarning)  # of types that it does not know, and of expressions
         inspector = inspect(connection)
         roles: dict[tuple[str, str], list[str]] = {(plan.table.schema_name, plan.table.name): []}
@@ -147,7 +147,7 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
             if reference and len(reference.columns) == 1 and len(key.columns) > 1 and relationship.source.table is key.table:
                 relationship.name = self.find_free_name(re.sub(r"_id$", "", reference.columns[0]), global_names, local_names)
 
-    return str(Models(metadata, run.database.engine(), []).generate())
+    return str(Models(metadata, run.database.engine, []).generate())
 
 
 def named(table: Table) -> list[Any]:

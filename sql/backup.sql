@@ -31,4 +31,4 @@ ALTER TABLE {backup} RENAME TO {to}
 CREATE DATABASE {scratch} TEMPLATE template0
 
 -- name: drop_scratch
-DROP DATABASE IF EXISTS {scratch}
+DROP DATABASE IF EXISTS {scratch} WITH (FORCE)

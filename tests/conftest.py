@@ -196,6 +196,9 @@ def execute(server: servers.Server, statement: LiteralString | composed.Composed
 
 
 def copy(server: servers.Server, template: str, database: str) -> None:
+    """A copy of a database with which nobody works any more; connections that rest there would hinder it."""
+    resting = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = {} AND application_name LIKE 'runbook%'"
+    execute(server, composed.SQL(resting).format(composed.Literal(template)))
     names = {"name": composed.Identifier(database), "template": composed.Identifier(template)}
     execute(server, composed.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**names))
 

@@ -1,0 +1,69 @@
+"""A connection that rests between two sessions: nothing of the one is seen in the other, and it does not stay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from runbook.database import REST_S, target
+from tests import servers
+
+Query = Callable[..., list[tuple[Any, ...]]]
+
+
+def test_a_session_inherits_nothing_from_the_one_before(database: str) -> None:
+    found = target(database)
+    with found.session("first") as first:
+        first.connection.execute("SET search_path = pg_catalog; SET runbook.correcting = 'on'; SET work_mem = '1MB'")
+        first.connection.execute(
+            "SELECT pg_advisory_lock(1); CREATE TEMP TABLE t (); CREATE FUNCTION pg_temp.f() RETURNS int RETURN 1"
+        )
+        with first.transaction("REPEATABLE READ"):
+            first.connection.execute("SELECT 1")
+        pid = first.pid
+    with found.session("second") as second:
+        assert second.pid == pid, "the connection was not taken up again"
+        asked = """SELECT current_setting('search_path') AS path, current_setting('runbook.correcting', true) AS correcting,
+                          current_setting('application_name') AS name, current_setting('row_security') AS security,
+                          current_setting('work_mem') <> '1MB' AS work_mem, current_setting('transaction_isolation') AS isolation,
+                          to_regclass('pg_temp.t') AS table, to_regproc('pg_temp.f') AS function"""
+        assert second.connection.execute(asked).fetchone() == {
+            "path": '"$user", public', "correcting": "", "name": "runbook second", "security": "off", "work_mem": True,
+            "isolation": "read committed", "table": None, "function": None,
+        }  # fmt: skip
+        held = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        assert not second.connection.execute(held).fetchall()
+
+
+def test_a_lock_is_free_as_soon_as_its_session_ended(database: str, sql: Query) -> None:
+    with target(database).session("holder") as holder:
+        holder.connection.execute("SELECT pg_advisory_lock(1)")
+        assert sql("SELECT pg_try_advisory_lock(1)") == [(False,)]
+    assert sql("SELECT pg_try_advisory_lock(1)") == [(True,)]
+
+
+def test_a_connection_that_failed_or_was_ended_is_not_taken_up_again(database: str, sql: Query) -> None:
+    found = target(database)
+    with pytest.raises(LookupError), found.session("failing") as failing:
+        failed = failing.pid
+        raise LookupError
+    with found.session("next") as after:
+        assert after.pid != failed
+        ended = after.pid
+    sql("SELECT pg_terminate_backend(%s, 5000)", [ended])
+    with found.session("last") as last:
+        assert last.pid != ended
+
+
+def test_what_rests_is_closed_after_a_while(server: servers.Server, database: str, sql: Query) -> None:
+    found = target(database)
+    with found.session("one"), found.session("two"), found.session("three"):
+        pass
+    seen = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'runbook%'"
+    deadline = time.monotonic() + 20 * REST_S
+    while sql(seen) != [(0,)] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sql(seen) == [(0,)]
