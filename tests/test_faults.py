@@ -17,8 +17,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import cutover, foreign_keys, indexes, partition, restore, rollback
+from runbook import cutover, foreign_keys, indexes, ledger, partition, restore, rollback
 from runbook.changes import Rewritten
+from runbook.database import target
 from runbook.errors import AlreadyRunning, LockNotGranted, PlanOutdated, PromiseBroken, RunbookError
 from tests import dumps, migration, servers, traffic
 
@@ -303,6 +304,7 @@ def test_a_full_disk_stops_the_step_and_not_the_application(database, sql):
     run = migration.forward(database, last="settle")
     sql(f'ALTER DATABASE "{name}" SET temp_file_limit = 0')
     sql(f"ALTER DATABASE \"{name}\" SET maintenance_work_mem = '1MB'")
+    run = ledger.of(target(database), "users")  # whose connections have that
     with pytest.raises((psycopg.errors.ConfigurationLimitExceeded, RunbookError)):
         restore.build_indexes(run)
     sql("UPDATE users SET first_name = 'goes on' WHERE email LIKE '%sample7@%'")
@@ -314,7 +316,7 @@ def test_a_full_disk_stops_the_step_and_not_the_application(database, sql):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["backup", "copy", "index", "replay"])
-def test_a_full_tablespace_stops_the_step_and_not_the_application(prepare, server, sql, name):
+def test_a_full_tablespace_stops_the_step_and_not_the_application(prepare, clinic, sql, name):
     if os.geteuid() != 0:
         pytest.skip("PostgreSQL needs root here: only root may mount a small tmpfs")
     folder = servers.temporary_folder()
@@ -333,6 +335,7 @@ def test_a_full_tablespace_stops_the_step_and_not_the_application(prepare, serve
         database = sql("SELECT quote_ident(current_database())")[0][0]
         if name in ("backup", "index"):  # what they make goes there
             sql(f"ALTER DATABASE {database} SET default_tablespace = {space}")
+            run = ledger.of(target(clinic), "users")  # whose connections have that
         else:
             for leaf in migration.PARTITIONS:
                 sql(f"ALTER TABLE {run.staging}.{leaf} SET TABLESPACE {space}")
