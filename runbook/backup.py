@@ -61,6 +61,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
         snapshot = session.value("restore.export_snapshot")
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(_sums_at, run, snapshot) if alone else None
+            session.connection.execute("SET LOCAL default_tablespace TO DEFAULT")  # a backup may well lie elsewhere
             for each in script(run):
                 session.run(each)
             there = beside.result() if beside else session.rows("backup.sums", **_names(run, "source"))
@@ -204,15 +205,20 @@ def counts(run: Run) -> pd.DataFrame:
     return pd.DataFrame(evidence.facts["sums"] if evidence else [], columns=["value", "rows", "hash"])
 
 
-@recorded("backup", "check")
-def check(action: Action) -> Evidence:
+def check(run: Run) -> Evidence:
     """Raises unless the backup was proved and is there; 06 computes its sums again."""
-    run = action.run
-    made = run.finished("backup", "make")
-    there = made and ("archive" in made.facts or action.session.value("backup.exists", backup_text=spelled(run.names["backup"])))
-    if made is None or not there:
-        raise PromiseBroken(f"There is no proved backup of {run.plan.full_name}: run 01_backup from its beginning.")
-    return action.finish(f"The backup of {run.plan.full_name} is there, and proved: {made.rows:,} rows.", made.rows)
+    with run.action("backup", "check") as action:
+        made = run.finished("backup", "make")
+        there = made and (
+            "archive" in made.facts or action.session.value("backup.exists", backup_text=spelled(run.names["backup"]))
+        )
+        if made is None or (not there and run.finished("cutover", "swap") is None):
+            for done in ("make", "check"):
+                action.session.run("ledger.withdraw", migration=run.migration, step="backup", action=done)
+            raise PromiseBroken(f"There is no proved backup of {run.plan.full_name}: run 01_backup again, and it is made anew.")
+        return action.evidence or action.finish(
+            f"The backup of {run.plan.full_name} is there, and proved: {made.rows:,} rows.", made.rows
+        )
 
 
 def still(run: Run, session: Session, made: Evidence) -> None:

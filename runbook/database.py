@@ -79,7 +79,7 @@ class Database:
 
     def connect(self, purpose: str = "") -> psycopg.Connection[dict[str, Any]]:
         """A new connection in autocommit mode; raises ServerUnavailable with the server's own reason."""
-        options = {"application_name": f"runbook {purpose}".strip(), "connect_timeout": "15"}
+        options = {"application_name": f"runbook {purpose}".strip(), "connect_timeout": "15", "client_encoding": "UTF8"}
         try:
             with embedded.without_libpq_variables() if self.embedded else nullcontext():
                 connection = psycopg.connect(
@@ -277,7 +277,8 @@ def _settle_in(connection: psycopg.Connection[dict[str, Any]]) -> None:
     connection.execute(
         "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
         " SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
-        " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off"
+        " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off; SET default_tablespace = '';"
+        " SET default_table_access_method = heap; SET default_transaction_isolation = 'read committed'"
     )
     if connection.info.server_version >= 170000:
         connection.execute("SET transaction_timeout = 0")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict
 
 import runbook
-from runbook import cli, embedded
+from runbook import cli, embedded, verify
 from runbook.database import target
 from runbook.errors import BadInput, PlanBlocked
 from tests import migration, servers
@@ -197,3 +197,44 @@ def test_no_timeout_that_the_role_inherits_ends_a_session_of_ours(clinic, sql, s
         sql(f"ALTER DATABASE {database} SET {name} = '1s'")
     with target(clinic).connect() as connection:
         assert [connection.execute(f"SHOW {name}").fetchone()[name] for name in names] == ["0"] * len(names)
+
+
+def test_a_member_of_the_owner_needs_nothing_more(owner, clinic, sql):
+    me = owner.split("//")[1].split("@")[0]
+    database = sql("SELECT current_database()")[0][0]
+    sql(f"CREATE ROLE {me}_member LOGIN IN ROLE {me}; GRANT CREATE ON DATABASE {database} TO {me}_member")
+    try:
+        migration.back(migration.forward(clinic.replace("postgres@", f"{me}_member@")))
+    finally:
+        sql(f"DROP OWNED BY {me}_member CASCADE; DROP ROLE {me}_member")
+
+
+def test_new_tables_lie_where_the_table_lies_whatever_the_role_has(clinic, sql):
+    folder = servers.temporary_folder()
+    database = sql("SELECT current_database()")[0][0]
+    sql(f"CREATE TABLESPACE {database} LOCATION '{folder}'")
+    sql(f"ALTER DATABASE {database} SET default_tablespace = {database}")
+    run = migration.forward(clinic)
+    verify.check(run)
+    assert sql("SELECT relname::text FROM pg_class WHERE reltablespace = (SELECT oid FROM pg_tablespace WHERE spcname = %s)"
+               " AND relkind = 'r' AND relname NOT LIKE 'pg_toast%%'", [database]) == [("users_backup",)]  # fmt: skip
+    sql(f"ALTER DATABASE {database} RESET default_tablespace; DROP TABLE users_backup")
+    sql(f"DROP TABLESPACE {database}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_of_another_encoding_is_read_as_any(server, encoding):
+    name = f"in_{encoding.lower()}"
+    with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
+        try:
+            url = server.url(name)
+            with psycopg.connect(url, client_encoding="UTF8") as own:
+                own.execute("CREATE TABLE things (id int PRIMARY KEY, kind text NOT NULL)")
+                own.execute("INSERT INTO things SELECT n, (ARRAY['x', 'y'])[1 + n % 2] FROM generate_series(1, 40) n")
+            run = migration.forward(url, table="things", key="kind")
+            verify.check(run)
+            migration.back(run)
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")

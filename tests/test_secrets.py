@@ -131,7 +131,7 @@ def test_of_a_blockers_query_nobodys_data_is_shown(clinic: str) -> None:
             found = third.execute(statement("locks.blockers", pid=waiting.info.backend_pid)).fetchone()
         held.rollback()
         waiter.join()
-    assert "UPDATE users SET phone = '…' WHERE email = '…'" in found
+    assert "UPDATE users SET phone = '...' WHERE email = '...'" in found
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,6 @@ def test_an_error_is_a_sentence_with_a_way_out_and_its_traceback_is_folded(tmp_p
     nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata={"kernelspec": spec}), tmp_path / "a.ipynb")
     run.add(execute(tmp_path / "a.ipynb", run.start("00_plan.ipynb"), {}))
     other = (run.folder / "00_plan.html").read_text()
-    assert "Put that right, then: run this notebook again: what is done is not done again." in other, "a way out in any case"
+    assert "Put that right, then run this notebook again: what is done is not done again." in other, "a way out in any case"
     run.seal()
     assert '<a href="03_restore.html">' not in (run.folder / "04_foreign_keys.html").read_text(), "there is no such page here"
