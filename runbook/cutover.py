@@ -16,7 +16,7 @@ from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.restore import refuse_homeless
 from runbook.sheet import Sheet
-from runbook.statements import rendered, statement, trusted
+from runbook.statements import rendered, spelled, statement, trusted
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,15 @@ def positions(run: Run, *, retire: bool) -> Statements:
     """After the names have changed: the identity sequences in use go on where the others stand."""
     schema = run.plan.table.schema_name
     for own, retired in _identity_sequences(run):
-        to = sql.Literal(sql.Identifier(schema, own).as_string(None))
-        yield statement(
-            "cutover.sequence_position",
-            to=to,
-            sequence=(schema, retired) if retire else sql.Identifier(run.staging, own),
-        )
+        to = spelled((schema, own))
+        if retire:
+            other = sql.Identifier(schema, retired)
+            yield statement("cutover.sequence_position", to=to, sequence=other, sequence_text=spelled(other))
+        else:
+            other = sql.Identifier(run.staging, own)
+            yield statement(
+                "cutover.sequence_position_back", to=to, original=(schema, own), sequence=other, sequence_text=spelled(other)
+            )
 
 
 def preview(run: Run) -> Sheet:
@@ -184,6 +187,15 @@ def require_approval(action: Action, approved_by: str = "") -> Evidence:
         f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the"
         " name of who approves.",
     )
+    made = run.finished("backup", "make")
+    if (
+        made
+        and "archive" not in made.facts
+        and not action.session.value("backup.exists", backup_text=spelled(run.names["backup"]))
+    ):
+        raise PromiseBroken(
+            f"The backup {run.plan.backup} is gone: run 01_backup again, and it is made anew, before the cut-over."
+        )
     return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
 
 
@@ -354,12 +366,14 @@ def check(action: Action) -> Evidence:
     """Raises PromiseBroken unless the name belongs to the partitioned table and every key is valid."""
     run = action.run
     rows = action.session.rows("cutover.validated", table_text=run.plan.source.as_string(None))
-    lax = {key.name for key in run.plan.outgoing if not key.validated}
-    lax |= {key.name for key in run.plan.references if key.definition.endswith("NOT VALID")}
-    planned = {key.name for key in run.plan.references} | {key.name for key in run.plan.outgoing}
-    bad = [row["key"] for row in rows if not row["validated"] and row["key"] not in lax] + sorted(
-        planned - {row["key"] for row in rows}
-    )
+    own = (run.plan.table.schema_name, run.plan.table.name)
+    lax = {(*own, key.name) for key in run.plan.outgoing if not key.validated}
+    lax |= {(key.schema_name, key.table, key.name) for key in run.plan.references if key.definition.endswith("NOT VALID")}
+    planned = {(key.schema_name, key.table, key.name) for key in run.plan.references} | {
+        (*own, key.name) for key in run.plan.outgoing
+    }
+    found = {(row["schema"], row["name"], row["key"]): row["validated"] for row in rows}
+    bad = [key[2] for key, valid in found.items() if not valid and key not in lax] + sorted(key[2] for key in planned - {*found})
     if bad:
         raise PromiseBroken(
             f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: run 05_cutover again."

@@ -118,8 +118,8 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
                 raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them")
             try:
                 last = changes.apply_last(run, session, BACK)
-            except Rewritten as rewritten:
-                raise locks.NotYet(str(rewritten)) from None
+            except (Rewritten, errors.UniqueViolation) as error:  # a double is named by the next attempt's replay
+                raise locks.NotYet(str(error)) from None
             if last:
                 locks.refuse_late_snapshots(session, patience)
             session.at_once(statements)
@@ -203,7 +203,7 @@ def refuse_losses(run: Run, session: Session) -> None:
     with session.qualified():  # as the plan has them
         now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
     before = {column.name: column.type for column in run.plan.columns}
-    before |= {each.role_column: run.plan.key_type for each in run.plan.own_roles}
+    before |= {each.role_column: each.role_type.partition(" COLLATE ")[0] for each in run.plan.own_roles}
     if differing := sorted({name for name, _ in now.items() ^ before.items()}):
         raise PromiseBroken(
             f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make "
@@ -246,10 +246,13 @@ def unlogged(run: Run, session: Session) -> list[sql.Composable]:
 
 def _validate(run: Run, session: Session, budget_s: float) -> None:
     valid = [each for each in run.plan.references if not each.definition.endswith("NOT VALID")]
-    wanted: dict[tuple[str, str], sql.Composable] = {(each.table, each.name): each.identifier for each in valid}
-    wanted |= {(run.plan.table.name, each.name): run.plan.source for each in run.plan.outgoing if each.validated}
+    wanted: dict[tuple[str, str, str], sql.Composable] = {
+        (each.schema_name, each.table, each.name): each.identifier for each in valid
+    }
+    own = run.plan.table
+    wanted |= {(own.schema_name, own.name, each.name): run.plan.source for each in run.plan.outgoing if each.validated}
     for row in session.rows("cutover.validated", table_text=run.plan.source.as_string(None)):
-        table, name = wanted.get((row["name"], row["key"])), row["key"]
+        table, name = wanted.get((row["schema"], row["name"], row["key"])), row["key"]
         if row["validated"] or table is None:
             continue
 

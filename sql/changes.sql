@@ -4,6 +4,7 @@
 -- An ordinary, logged table: an unlogged one would be emptied by a crash. No identity and no sequence, which would
 -- change the application's lastval(). REPLICA IDENTITY FULL, or deletes fail where a publication covers the schema.
 CREATE SCHEMA {staging};
+GRANT USAGE, CREATE ON SCHEMA {staging} TO {owner};
 CREATE TABLE {log} AS SELECT {key_aliases} FROM {source} WHERE false;
 CREATE TABLE {back} AS SELECT {key_aliases} FROM {source} WHERE false;
 ALTER TABLE {log} REPLICA IDENTITY FULL;
@@ -112,7 +113,7 @@ DELETE FROM {copy} d USING (SELECT DISTINCT {keys} FROM {log}) k WHERE {d_is_k}
 -- name: take_changed
 INSERT INTO {copy} ({columns}) OVERRIDING SYSTEM VALUE
 SELECT {s_columns} FROM {origin} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k}
- WHERE {s_placed} AND NOT EXISTS (SELECT FROM {copy} d WHERE {d_is_k})
+ WHERE {s_placed} AND NOT EXISTS (SELECT FROM {copy} d WHERE {d_is_k} AND {s_row}::record *= {d_row}::record)
 
 -- name: take_all_changed
 INSERT INTO {copy} ({columns}) OVERRIDING SYSTEM VALUE

@@ -36,8 +36,17 @@ ALTER TABLE {table} SET SCHEMA {to}
 DROP TABLE {unplaced}
 
 -- name: sequence_position
--- Identity sequences are two: one goes on where the other stands, or the first insert would be a duplicate key.
-SELECT setval({to}, s.last_value, s.is_called) FROM {sequence} s
+-- Identity sequences are two: one goes on where the other stands, or the first insert would be a duplicate key. Whoever asked the
+-- other for a number by its name, and waits for our lock, still gets one of its: as many are left out as there can be sessions.
+SELECT setval({to}, CASE WHEN ahead.position BETWEEN q.seqmin AND q.seqmax THEN ahead.position::bigint ELSE s.last_value END, s.is_called)
+  FROM {sequence} s JOIN pg_sequence q ON q.seqrelid = {sequence_text}::regclass
+ CROSS JOIN LATERAL (SELECT s.last_value + current_setting('max_connections')::numeric * q.seqincrement * q.seqcache AS position) ahead
+
+-- name: sequence_position_back
+-- Unless nobody has taken a number since the swap: then the original's is where it was.
+SELECT setval({to}, s.last_value, s.is_called)
+  FROM {sequence} s JOIN pg_sequence q ON q.seqrelid = {sequence_text}::regclass CROSS JOIN {original} o
+ WHERE s.last_value <> o.last_value + current_setting('max_connections')::numeric * q.seqincrement * q.seqcache OR s.is_called <> o.is_called
 
 -- name: add_constraint
 ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
@@ -49,6 +58,6 @@ ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
 SELECT count(*) FROM {unplaced}
 
 -- name: validated
-SELECT k.conname AS key, k.conrelid::regclass::text AS table, (SELECT relname FROM pg_class WHERE oid = k.conrelid) AS name, k.convalidated AS validated, pg_get_constraintdef(k.oid) AS definition
+SELECT k.conname AS key, k.conrelid::regclass::text AS table, (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = k.conrelid) AS schema, (SELECT relname FROM pg_class WHERE oid = k.conrelid) AS name, k.convalidated AS validated, pg_get_constraintdef(k.oid) AS definition
   FROM pg_constraint k WHERE k.contype = 'f' AND k.conparentid = 0 AND (k.confrelid = {table_text}::regclass OR k.conrelid = {table_text}::regclass)
  ORDER BY 2, 1
