@@ -224,7 +224,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
         key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by,
         partitions=division.partitions, columns=columns,
         takes_any_value=parameters.partition_by == "hash" or any(each.bound == "DEFAULT" for each in division.partitions),
-        primary_key=primary.columns if primary else (), indexes=indexes, checks=catalog.checks_of(session, found),
+        primary_key=primary.columns if primary else (), key_equals=tuple(r["equals"] for r in session.rows("catalog.key_equals", oid=found)), indexes=indexes, checks=catalog.checks_of(session, found),
         outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted(held - {to_itself})),
         references=tuple(each for each in references if (each.schema_name, each.table) != to_itself),
         selves=tuple(each for each in references if (each.schema_name, each.table) == to_itself),

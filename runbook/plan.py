@@ -44,6 +44,7 @@ class Plan(Fact):
     takes_any_value: bool
     columns: tuple[Column, ...]
     primary_key: tuple[str, ...]
+    key_equals: tuple[str, ...] = ()
     indexes: tuple[Index, ...]
     checks: tuple[Named, ...]
     outgoing: tuple[Named, ...]
@@ -176,9 +177,9 @@ class Plan(Fact):
                 for name, key in zip(self.primary_key, keys, strict=True)
             ),
             "marker": sql.SQL(", ").join([sql.SQL("NULL")] * len(keys)),
-            "s_is_k": equal("s", self.primary_key, "k", keys),
-            "d_is_k": equal("d", self.primary_key, "k", keys),
-            "d_is_s": equal("d", self.primary_key, "s", list(self.primary_key)),
+            "s_is_k": equal("s", self.primary_key, "k", keys, self.key_equals),
+            "d_is_k": equal("d", self.primary_key, "k", keys, self.key_equals),
+            "d_is_s": equal("d", self.primary_key, "s", list(self.primary_key), self.key_equals),
             "s_placed": sql.SQL("true")
             if not self._may_be_null
             else sql.SQL("{} IS NOT NULL").format(sql.Identifier("s", self.key)),
@@ -234,10 +235,13 @@ def identifiers(names: Iterable[str]) -> sql.Composable:
     return sql.SQL(", ").join(sql.Identifier(name) for name in names)
 
 
-def equal(left: str, left_names: Iterable[str], right: str, right_names: Iterable[str]) -> sql.Composable:
+def equal(
+    left: str, left_names: Iterable[str], right: str, right_names: Iterable[str], operators: Iterable[str] = ()
+) -> sql.Composable:
+    pairs = list(zip(left_names, right_names, strict=True))
     return sql.SQL(" AND ").join(
-        sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b))
-        for a, b in zip(left_names, right_names, strict=True)
+        sql.SQL("{} {} {}").format(sql.Identifier(left, a), trusted(equals), sql.Identifier(right, b))
+        for (a, b), equals in zip(pairs, list(operators) or ["="] * len(pairs), strict=True)
     )
 
 

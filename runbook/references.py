@@ -29,6 +29,8 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
     present: sql.Composable = sql.Identifier(columns[0])
     if len(columns) > 1:
         present = sql.SQL(" || ").join(sql.SQL("{}::text").format(sql.Identifier(column)) for column in columns)
+    # An extension's operator by its schema: under another search_path "=" would be another one. Both sides are of its type.
+    own = ["=" if each.startswith("OPERATOR(pg_catalog.") else each for each in reference.operators]
     return {
         **run.names,
         "reference": reference.identifier,
@@ -60,7 +62,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         if reference.not_null
         else sql.SQL("{} IS NULL OR {} IS NOT NULL").format(present, sql.Identifier(reference.role_column)),
         "unknown": _unknown(run, reference),
-        "s_refers_v": equal("s", columns, "v", referenced),
+        "s_refers_v": equal("v", referenced, "s", columns, own),
         "frequent": literal_key,
         "reference_key_aliases": sql.SQL(", ").join(
             sql.SQL("{} AS {}").format(sql.Identifier("r", column), sql.Identifier(key))
@@ -73,11 +75,11 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "k_columns": listed("k", keys),
         "s_referenced": listed("s", referenced),
         "referenced": identifiers(referenced),
-        "r_is_s": equal("r", columns, "s", referenced),
-        "w_is_v": equal("w", columns, "v", referenced),
-        "w_is_s": equal("w", columns, "s", referenced),
-        "w_is_k": equal("w", columns, "k", keys),
-        "s_is_rk": equal("s", referenced, "k", keys),
+        "r_is_s": equal("s", referenced, "r", columns, own),
+        "w_is_v": equal("v", referenced, "w", columns, own),
+        "w_is_s": equal("s", referenced, "w", columns, own),
+        "w_is_k": equal("w", columns, "k", keys, own),
+        "s_is_rk": equal("s", referenced, "k", keys, own),
         "new_columns": of_row("NEW"),
         "old_columns": of_row("OLD"),
         "new_present": sql.SQL("({}) IS NOT NULL").format(sql.SQL("ROW({})").format(of_row("NEW"))),

@@ -57,6 +57,9 @@ SELECT b::{type}::text AS lower, (b + {step})::{type}::text AS upper, replace(b:
 -- What would be refused at the cut-over must be refused here.
 SELECT relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname = {schema} AND relname = ANY ({names})
+UNION
+SELECT typname FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+ WHERE n.nspname = {schema} AND typname = ANY ({names}) AND typelem = 0
 
 -- name: exists
 SELECT EXISTS (SELECT FROM {table} WHERE {column} = {value}::{type})

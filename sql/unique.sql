@@ -65,6 +65,9 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger}
 -- Of a partition that was emptied no row tells which values went: whatever the whole table lacks goes.
 CREATE FUNCTION {truncate_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+  IF pg_partition_root(TG_RELID) IS NULL THEN  -- detached since: what it held is no concern of the table's
+    RETURN NULL;
+  END IF;
   EXECUTE $delete$DELETE FROM {guard} g WHERE NOT EXISTS (SELECT FROM (SELECT {values} FROM $delete$ || coalesce(pg_partition_root(TG_RELID), TG_RELID)::regclass::text
           || $delete$ r {where}) o WHERE {g_is_o})$delete$;
   RETURN NULL;

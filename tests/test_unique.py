@@ -211,3 +211,37 @@ def test_the_plan_says_what_each_choice_costs_and_which_targets_stop(clinic, sql
     assert (costs["µs a row"] > 0).all()
     assert costs["MB more"]["global"] > costs["MB more"]["per_partition"] == 0
     assert sql("SELECT count(*) FROM pg_class WHERE relname LIKE '%values'") == [(0,)]
+
+
+def test_a_partition_that_was_detached_and_emptied_takes_no_value_along(forward, sql):
+    forward(unique="global")
+    sql("DELETE FROM appointments WHERE user_role = 'doctor'")
+    held = sql("SELECT count(*) FROM users_unique.users_email_key_values")
+    sql("ALTER TABLE users DETACH PARTITION users_doctors; TRUNCATE users_doctors")
+    assert sql("SELECT count(*) FROM users_unique.users_email_key_values") == held
+    email = sql("SELECT email FROM users WHERE role = 'user' LIMIT 1")[0][0]
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql("INSERT INTO users (email, password, first_name, last_name, role) VALUES (%s, 'p', 'F', 'L', 'admin')", [email])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("unique", ["global", "per_partition"])
+def test_keys_of_an_extensions_type_are_replayed_whatever_the_search_path(server, database, sql, unique):
+    """citext's "=" is in a schema that the migrating role does not search: text's would be found, and 'n7' is not 'N7' to it."""
+    if server.version in servers.WHEEL:
+        pytest.skip(f"PostgreSQL {server.version} has no contrib in the wheel")
+    sql(
+        "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext;"
+        " CREATE TABLE things (id ext.citext PRIMARY KEY, kind text NOT NULL, body text);"
+        " INSERT INTO things SELECT 'N' || n, (ARRAY['x', 'y'])[1 + n % 2] FROM generate_series(1, 40) n;"
+        " CREATE TABLE notes (thing ext.citext NOT NULL REFERENCES things ON UPDATE CASCADE);"
+        " INSERT INTO notes SELECT 'n' || n FROM generate_series(1, 40) n"
+    )
+    run = migration.plan(database, "things", "kind", unique=unique)
+    migration.walk(run, migration.FORWARD, last="keys check")
+    sql("UPDATE things SET id = 'n7' WHERE id OPERATOR(ext.=) 'N7'; UPDATE things SET kind = 'y' WHERE id OPERATOR(ext.=) 'N8'")
+    migration.walk(run, migration.FORWARD, first="approval")
+    verify.check(run)
+    sql("UPDATE things SET id = 'N9' WHERE id OPERATOR(ext.=) 'n9'; UPDATE things SET kind = 'x' WHERE id OPERATOR(ext.=) 'N8'")
+    migration.back(run)
+    assert sql("SELECT count(*), count(*) FILTER (WHERE id::text = 'n7') FROM things") == [(40, 1)]
