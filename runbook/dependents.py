@@ -135,10 +135,11 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 name, f"{name} is inherited from: {reference.role_column} would be required of its children too, which {reference.name} does not reach.",
                 "ALTER TABLE … NO INHERIT; for the children first.",
             )  # fmt: skip
-        for trigger in row.get("update_triggers") or []:
+        for trigger in [] if reference in plan.selves else row.get("update_triggers") or []:
             yield Finding.warning(
                 name,
-                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in.",
+                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in: one that refuses or undoes updates stops 04.",
+                f"Where that would be wrong, ALTER TABLE {name} DISABLE TRIGGER {trigger}; until the cut-over, or let it return where current_setting('runbook.correcting', true) = 'on'.",
             )
 
 

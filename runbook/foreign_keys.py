@@ -132,7 +132,7 @@ def gap(run: Run, session: Session, known: dict[str, dict[str, str]]) -> str:
     """The first referencing table whose log may not know of every change: a trigger was off for a while, or a partition came."""
     for reference in added(run) if known else []:
         before, now = known[_of(reference)], session.value("foreign_keys.trigger_states", **names(run, reference)) or {}
-        if any(before.get(table) != states for table, states in now.items()):
+        if any(states is None or before.get(table) != states for table, states in now.items()):
             return reference.table
     return ""
 
@@ -242,7 +242,12 @@ def correct_last(run: Run, session: Session) -> int:
     rows = 0
     session.connection.execute("SET LOCAL runbook.correcting = 'on'")
     for reference in added(run):
-        rows += session.run("foreign_keys.correct_last", **names(run, reference)).rowcount
+        own = names(run, reference)
+        if session.value("foreign_keys.to_correct", **own, size=3 * SHORT_TAIL + 1) > 3 * SHORT_TAIL:
+            raise locks.NotYet(
+                f"rows of {reference.table} that refer to a row whose {run.plan.key} has just changed, more than can be corrected under the locks"
+            )
+        rows += session.run("foreign_keys.correct_last", **own).rowcount
         session.run("foreign_keys.clear_log", **names(run, reference))
     return rows
 
@@ -373,6 +378,13 @@ def check(action: Action) -> Evidence:
             session.run("foreign_keys.log_wrong", **own)
             drain(run, session, reference)
             wrong = session.value("foreign_keys.wrong", **own)
+        tried = session.value("foreign_keys.stuck", **own) and not drain(run, session, reference)
+        if tried and (stuck := session.value("foreign_keys.stuck", **own)):
+            raise PromiseBroken(
+                f"{stuck:,} rows of {reference.table} keep another {reference.role_column} than their row in {run.plan.full_name},"
+                f" whatever is set: a trigger or a rule of {reference.table} undoes the update. Disable it, then run 04_foreign_keys"
+                " again."
+            )
         if wrong:
             raise PromiseBroken(
                 f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}:"

@@ -307,11 +307,19 @@ SELECT pg_describe_object(d.classid, d.objid, d.objsubid) AS object
         AND NOT (d.classid = 'pg_class'::regclass AND (d.objid = {oid}  -- a generated column, on 14
                  OR d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {oid})
                  OR (SELECT relkind FROM pg_class WHERE oid = d.objid) IN ('S', 't')))
+        -- defaults, triggers and checks of other tables that name it; whatever takes numbers from its identity sequences
+        OR d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
+           AND (d.classid = 'pg_attrdef'::regclass AND (SELECT adrelid FROM pg_attrdef WHERE oid = d.objid) <> {oid}
+                OR d.classid = 'pg_trigger'::regclass AND (SELECT tgrelid <> {oid} AND NOT tgisinternal FROM pg_trigger WHERE oid = d.objid)
+                OR d.classid = 'pg_constraint'::regclass AND (SELECT contype = 'c' AND conrelid <> {oid} FROM pg_constraint WHERE oid = d.objid))
+        OR d.refclassid = 'pg_class'::regclass AND d.deptype = 'n' AND d.refobjid IN (
+           SELECT i.objid FROM pg_depend i WHERE (i.classid, i.refclassid, i.refobjid, i.deptype) = ('pg_class'::regclass, 'pg_class'::regclass, {oid}, 'i'))
         OR d.refclassid = 'pg_type'::regclass AND d.refobjid IN (SELECT t FROM pg_class c, pg_type y,
              LATERAL (VALUES (y.oid), (y.typarray)) v(t) WHERE c.oid = {oid} AND y.oid = c.reltype)
         OR d.refclassid = 'pg_constraint'::regclass AND d.refobjid IN (SELECT oid FROM pg_constraint WHERE conrelid = {oid})
         AND d.classid NOT IN ('pg_constraint'::regclass, 'pg_rewrite'::regclass))
-   AND NOT (d.classid = 'pg_constraint'::regclass AND d.refclassid = 'pg_class'::regclass)
+   AND NOT (d.classid = 'pg_constraint'::regclass AND d.refclassid = 'pg_class'::regclass
+            AND (SELECT contype <> 'c' OR conrelid = {oid} FROM pg_constraint WHERE oid = d.objid))
    AND NOT (d.classid = 'pg_rewrite'::regclass AND (SELECT ev_class FROM pg_rewrite WHERE oid = d.objid) = {oid})
  GROUP BY 1 ORDER BY 1
 
@@ -329,7 +337,7 @@ SELECT 'blocker' AS level, x.relname::text AS object, format('The index %s is no
   FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = {oid} AND NOT i.indisvalid
 UNION ALL
 SELECT 'blocker', k.conname, format('%s is NOT VALID, which a partition cannot be given so that it stays like that.', k.conname),
-       format('ALTER TABLE … VALIDATE CONSTRAINT %I; first.', k.conname)
+       format('ALTER TABLE ... VALIDATE CONSTRAINT %I; first.', k.conname)
   FROM pg_constraint k WHERE k.conrelid = {oid} AND NOT k.convalidated
    AND (k.contype = 'n' OR k.contype = 'f' AND current_setting('server_version_num')::int < 180000)
 UNION ALL
@@ -339,13 +347,13 @@ UNION ALL
 SELECT 'blocker', k.conname, format('%s is a key over time (WITHOUT OVERLAPS or PERIOD), which is not carried over.', k.conname), 'Drop it first.'
   FROM pg_constraint k WHERE {oid} IN (k.conrelid, k.confrelid) AND pg_get_constraintdef(k.oid) ~ 'WITHOUT OVERLAPS|[(, ]PERIOD "?\w'
 UNION ALL
-SELECT 'blocker', s.full_name, format('%s is made of the type %s, which its partitions could not be.', s.full_name, s.reloftype::regtype), 'ALTER TABLE … NOT OF; first.'
+SELECT 'blocker', s.full_name, format('%s is made of the type %s, which its partitions could not be.', s.full_name, s.reloftype::regtype), 'ALTER TABLE ... NOT OF; first.'
   FROM source s WHERE s.reloftype <> 0
 UNION ALL
-SELECT 'blocker', s.full_name, format('%s is stored by the access method %s.', s.full_name, a.amname), 'ALTER TABLE … SET ACCESS METHOD heap; first.'
+SELECT 'blocker', s.full_name, format('%s is stored by the access method %s.', s.full_name, a.amname), 'ALTER TABLE ... SET ACCESS METHOD heap; first.'
   FROM source s JOIN pg_am a ON a.oid = s.relam WHERE a.amname <> 'heap'
 UNION ALL
-SELECT 'blocker', s.full_name, format('%s belongs to the extension %s.', s.full_name, e.extname), format('ALTER EXTENSION %I DROP TABLE …; first.', e.extname)
+SELECT 'blocker', s.full_name, format('%s belongs to the extension %s.', s.full_name, e.extname), format('ALTER EXTENSION %I DROP TABLE ...; first.', e.extname)
   FROM source s JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = s.oid AND d.deptype = 'e' JOIN pg_extension e ON e.oid = d.refobjid
 UNION ALL
 SELECT 'blocker', s.full_name, format('Row-level security is forced on %s, so that %s may not copy it.', s.full_name, current_user), format('ALTER ROLE %I BYPASSRLS;', current_user)
@@ -356,10 +364,52 @@ SELECT DISTINCT 'blocker', v.oid::regclass::text, format('%s does not own the vi
   FROM source s JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid AND d.classid = 'pg_rewrite'::regclass
   JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class AND v.relkind = 'v' WHERE NOT pg_has_role(v.relowner, 'USAGE')
 UNION ALL
+-- What the cut-over makes anew belongs to somebody, too.
+SELECT DISTINCT 'blocker', o.what, format('%s does not own the %s, which the cut-over has to make anew.', current_user, o.what), format('GRANT %I TO %I;', pg_get_userbyid(o.owner), current_user)
+  FROM (SELECT 'statistics ' || x.stxname AS what, x.stxowner AS owner FROM pg_statistic_ext x WHERE x.stxrelid = {oid}
+        UNION ALL SELECT 'publication ' || p.pubname, p.pubowner FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = {oid}
+        UNION ALL SELECT 'function ' || p.oid::regprocedure, p.proowner FROM pg_depend d JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+                   WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND d.deptype = 'n'
+        UNION ALL SELECT format('table %s, whose policy %s reads it', p.polrelid::regclass, p.polname), c.relowner FROM pg_depend d JOIN pg_policy p ON d.classid = 'pg_policy'::regclass AND p.oid = d.objid
+                    JOIN pg_class c ON c.oid = p.polrelid WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND d.deptype = 'n' AND p.polrelid <> {oid}
+        UNION ALL SELECT format('table %s, whose rule %s names it', r.ev_class::regclass, r.rulename), c.relowner FROM pg_depend d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+                    JOIN pg_class c ON c.oid = r.ev_class WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND d.deptype = 'n' AND r.ev_class <> {oid} AND r.rulename <> '_RETURN') o
+ WHERE NOT pg_has_role(o.owner, 'USAGE')
+UNION ALL
+SELECT DISTINCT 'blocker', t.tgname::text, format('%s may not execute %s, which the trigger %s calls: it could not be made anew.', current_user, t.tgfoid::regprocedure, t.tgname),
+       format('GRANT EXECUTE ON FUNCTION %s TO %I;', t.tgfoid::regprocedure, current_user)
+  FROM pg_trigger t WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND NOT has_function_privilege(t.tgfoid, 'EXECUTE')
+UNION ALL
+SELECT DISTINCT 'blocker', k.confrelid::regclass::text, format('%s may not lock %s, which %s references, and make that foreign key anew.', current_user, k.confrelid::regclass, k.conname),
+       format('GRANT REFERENCES, UPDATE ON %s TO %I;', k.confrelid::regclass, current_user)
+  FROM pg_constraint k WHERE k.conrelid = {oid} AND k.contype = 'f' AND k.confrelid <> {oid}
+   AND NOT (has_table_privilege(k.confrelid, 'REFERENCES') AND has_table_privilege(k.confrelid, 'UPDATE, DELETE, TRUNCATE'))
+UNION ALL
+SELECT DISTINCT 'blocker', c.oid::regclass::text, format('Row-level security is forced on %s, so that %s may not fill its new column.', c.oid::regclass, current_user), format('ALTER ROLE %I BYPASSRLS;', current_user)
+  FROM source s JOIN pg_constraint k ON k.confrelid = s.oid AND k.contype = 'f' AND k.conrelid <> s.oid JOIN pg_class c ON c.oid = k.conrelid
+ WHERE c.relrowsecurity AND c.relforcerowsecurity AND NOT s.bypasses
+UNION ALL
+-- A trigger on a row is a trigger of the row's partition.
+SELECT DISTINCT 'warning', t.tgname::text, format('%s, which the trigger %s calls, asks for the name of the table (TG_TABLE_NAME, TG_RELID): for each row that will be the partition''s.', t.tgfoid::regprocedure, t.tgname),
+       'Give it the name as an argument of the trigger, or ask pg_partition_root(TG_RELID).'
+  FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 1 = 1 AND p.prosrc ~* '\mTG_(TABLE_NAME|RELNAME|RELID)\M'
+UNION ALL
 SELECT 'blocker', v.oid::regclass::text, format('The view %s groups by the primary key alone, which will no longer be one.', v.oid::regclass),
        'Name every column that it selects in its GROUP BY first.'
   FROM pg_constraint k JOIN pg_depend d ON d.refclassid = 'pg_constraint'::regclass AND d.refobjid = k.oid AND d.classid = 'pg_rewrite'::regclass
   JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class WHERE k.conrelid = {oid}
+UNION ALL
+SELECT DISTINCT 'blocker', x.object, format('%s reads ONLY %s, and a partitioned table has no rows of its own.', x.object, s.full_name), 'Make it anew without ONLY first.'
+  FROM source s JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid
+ CROSS JOIN LATERAL (SELECT pg_describe_object(d.classid, d.objid, 0) AS object, CASE d.classid
+          WHEN 'pg_rewrite'::regclass THEN pg_get_ruledef(d.objid) WHEN 'pg_proc'::regclass THEN pg_get_functiondef(d.objid)
+          WHEN 'pg_policy'::regclass THEN (SELECT concat(pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)) FROM pg_policy WHERE oid = d.objid) END AS text) x
+ WHERE strpos(x.text, format('ONLY %I.%I', s.schema_name, s.relname)) > 0
+UNION ALL
+SELECT DISTINCT 'blocker', v.oid::regclass::text, format('The temporary view %s of another session reads %s.', v.oid::regclass, s.full_name), 'End that session, or drop the view in it.'
+  FROM source s JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid AND d.classid = 'pg_rewrite'::regclass
+  JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class AND v.relpersistence = 't'
 UNION ALL
 SELECT 'blocker', p.pubname, format('The publication %s is FOR ALL TABLES and would publish the shadow.', p.pubname), 'Publish the tables by name or by schema.'
   FROM publication p WHERE p.puballtables
@@ -384,9 +434,10 @@ ORDER BY 1, 2
 -- name: base_type
 -- The column's type, of a domain what it is made of.
 WITH RECURSIVE kind AS (
-  SELECT atttypid AS oid, atttypmod AS modifier FROM pg_attribute WHERE attrelid = {oid} AND attname = {key}
-  UNION ALL SELECT t.typbasetype, t.typtypmod FROM kind k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd')
-SELECT format_type(k.oid, k.modifier) FROM kind k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype <> 'd'
+  SELECT atttypid AS oid, atttypmod AS modifier, attcollation AS collation FROM pg_attribute WHERE attrelid = {oid} AND attname = {key}
+  UNION ALL SELECT t.typbasetype, t.typtypmod, k.collation FROM kind k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype = 'd')
+SELECT format_type(k.oid, k.modifier) || CASE WHEN k.collation <> t.typcollation THEN format(' COLLATE %s', k.collation::regcollation) ELSE '' END
+  FROM kind k JOIN pg_type t ON t.oid = k.oid WHERE t.typtype <> 'd'
 
 -- name: privileges
 -- What the role that runs this may do; the plan says which GRANT is missing.
@@ -460,6 +511,15 @@ SELECT x.relname AS index, p.parts,
  WHERE i.indrelid = {oid} AND i.indisunique AND i.indisvalid
    AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attname = {key} AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
  ORDER BY i.indisprimary DESC, x.relname
+
+-- name: key_equals
+-- What compares each column of the primary key: under another search_path "=" may be another operator, or none.
+SELECT format('OPERATOR(%I.%s)', os.nspname, o.oprname) AS equals
+  FROM pg_index i CROSS JOIN unnest(i.indclass::oid[]) WITH ORDINALITY u(class, n)
+  JOIN pg_opclass c ON c.oid = u.class
+  JOIN pg_amop e ON (e.amopfamily, e.amoplefttype, e.amoprighttype, e.amopstrategy) = (c.opcfamily, c.opcintype, c.opcintype, 3)
+  JOIN pg_operator o ON o.oid = e.amopopr JOIN pg_namespace os ON os.oid = o.oprnamespace
+ WHERE i.indrelid = {oid} AND i.indisprimary ORDER BY u.n
 
 -- name: schemas
 SELECT nspname::text AS name FROM pg_namespace

@@ -143,6 +143,12 @@ INSERT INTO {reference_log}
 SELECT DISTINCT {k_columns} FROM (SELECT DISTINCT * FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])) k
   JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM {v_key}
 
+-- name: stuck
+-- Rows that the log knows of, that nobody holds, and that are wrong still.
+SELECT count(*) FROM (
+  SELECT FROM (SELECT DISTINCT * FROM {reference_log}) k JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
+   WHERE w.{role_column} IS DISTINCT FROM {v_key} FOR NO KEY UPDATE OF w SKIP LOCKED) stuck
+
 -- name: close_batch
 DELETE FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])
 
@@ -151,6 +157,10 @@ DELETE FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])
 UPDATE {reference} r SET {role_column} = {s_key}
   FROM {source} s JOIN (SELECT DISTINCT * FROM {reference_log}) k ON {s_is_rk}
  WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key}
+
+-- name: to_correct
+SELECT count(*) FROM (SELECT FROM {reference} r, {source} s JOIN (SELECT DISTINCT * FROM {reference_log}) k ON {s_is_rk}
+ WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key} LIMIT {size}) x
 
 -- name: clear_log
 DELETE FROM {reference_log}
@@ -171,7 +181,7 @@ INSERT INTO {log} SELECT {s_pk} FROM {source} s JOIN (SELECT DISTINCT {keys} FRO
                   AND d.{role_column} IS DISTINCT FROM (SELECT v.{key} FROM ONLY {source} v WHERE {s_refers_v}))
 
 -- name: add_own_column
-ALTER TABLE {shadow} ADD COLUMN {role_column} {key_type};
+ALTER TABLE {shadow} ADD COLUMN {role_column} {role_type};
 ALTER TABLE {shadow} ADD CONSTRAINT {check_name} CHECK ({required})
 
 -- name: wrong
