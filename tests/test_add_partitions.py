@@ -12,7 +12,7 @@ import pytest
 
 import runbook
 from runbook import additions, verify
-from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked
+from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
 from tests import migration
 from tests.walk import dump, walk
 
@@ -338,3 +338,19 @@ def test_guards_follow_a_partition_that_is_detached_and_attached(forward, sql):
     verify.check(run)
     with pytest.raises(psycopg.errors.UniqueViolation):
         sql(insert(email, "user"))
+
+
+def test_a_run_that_died_before_the_validation_is_made_good_by_the_next(clinic, sql):
+    run = migration.forward(clinic, partitions=REST)
+    sql(f"{insert('nurse@x', 'nurse')}; INSERT INTO appointments (user_id, doc_id, scheduled_at)"
+        " SELECT u.id, d.id, now() FROM users u, (SELECT id FROM doctors LIMIT 1) d WHERE u.role = 'nurse'")  # fmt: skip
+    additions.add(approved(run, add=NURSES), 300, 30)
+    loose = "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND conparentid = 0 AND NOT convalidated"
+    assert sql(loose) == [(1,)]
+    again = approved(run, add=NURSES)
+    with pytest.raises(PromiseBroken):
+        additions.check(again)
+    additions.validate(again)
+    additions.check(again)
+    assert sql(loose) == [(0,)]
+    verify.check(run)
