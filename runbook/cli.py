@@ -244,7 +244,8 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
     """Print the plan's whole migration as one script; on a quiet copy `runbook sql | psql` ends where the notebooks end."""
     from runbook import script
 
-    made = draft(**gather(file, pairs, database, users))
+    given = gather(file, pairs, database, users)
+    made = draft(**given)
     made.require_passable()
     if made.plan.restore_from == "backup":
         raise BadInput("A repair has no script: 00_plan shows what is missing, 03_restore and 04_foreign_keys what they do.")
@@ -256,6 +257,11 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
             taken = {row["name"] for row in session.rows("catalog.schemas")}  # by a script that ran here before
         number = next(each for each in range((last or 0) + 1, 1 << 31) if f"runbook_{each}" not in taken)
         planned = ledger.Run(made.database, number, made.plan)
+    asked = str(given.get("plan", ""))
+    if not planned.plan.hash.startswith(asked):
+        raise BadInput(
+            f"The script would be of the plan {planned.plan.hash[:12]}, not {asked[:12]}: look at it with 00_plan, or leave plan out."
+        )
     click.echo(f"-- Plan {planned.plan.hash} of {planned.plan.full_name}, by the runbook {__version__}.")
     click.echo(repr(script.whole(planned)))
 
@@ -294,6 +300,8 @@ def audit(runs: Path, database: str | None) -> None:
                 raise BadInput(f"{database} has no ledger to compare with: name the database that was migrated.")
             heads = [row["head"] for row in session.rows("ledger.heads")]
     said = archive.audit(runs, heads)
+    if not said and not any(archive.manifests(runs)):
+        said = [f"{runs} holds no run: name the folder that --out named, or what was in it was removed."]
     for sentence in said:
         click.echo(sentence)
     if said:

@@ -55,7 +55,14 @@ def divide(session: Session, given: Parameters, table: Table, key: Column) -> Di
     if not found.partitions:
         raise BadInput(f"{table.name} has no rows to take the partitions from: name them in partitions.")
     if len(found.partitions) > MOST:
-        raise BadInput(f"That makes more than {MOST:,} partitions of {table.name}, and so many serve nobody: make them larger.")
+        aside = (
+            ' Of rows that lie far off, name a partition of their own: {"name": [null, "2020-01-01"]}, or delete them.'
+            if given.every
+            else ""
+        )
+        raise BadInput(
+            f"That makes more than {MOST:,} partitions of {table.name}, and so many serve nobody: make them larger.{aside}"
+        )
     return found
 
 
@@ -72,7 +79,7 @@ def _list(session: Session, given: Parameters, table: Table, key: Column) -> Div
     """As given, or one a value that occurs, named after table and value."""
     place = _place(table, key)
     wanted: Wanted | None = given.partitions
-    if wanted is None:
+    if not wanted:
         occur = [row["value"] for row in session.rows("draft.values", **place, most=MOST + 2) if row["value"] is not None]
         if len(occur) > MOST:
             raise BadInput(
@@ -123,9 +130,17 @@ def list_bounds(session: Session, wanted: Wanted, key: Column) -> list[Partition
 def _range(session: Session, given: Parameters, table: Table, key: Column) -> Division:
     """Bounds as given ([from, to]; null is MINVALUE or MAXVALUE), or steps over the range of the rows and `ahead` more."""
     place, kind, filled = _place(table, key), session.value("draft.category", type=key.type), _filled(session, given, key)
-    finite = trusted(FINITE.get(kind, "true").format(sql.Identifier(key.name).as_string(None)))
-    extent = session.row("draft.extent", **place, finite=finite if given.every else trusted("true"))
+    finite: sql.Composable = trusted(FINITE.get(kind, "true").format(sql.Identifier(key.name).as_string(None)))
     wanted = dict(given.partitions or {})
+    for each in range_bounds(session, wanted, key):  # what is named needs no step
+        within = [
+            sql.SQL("{} {} {}::{}").format(sql.Identifier(key.name), trusted(sign), sql.Literal(bound), place["type"])
+            for sign, bound in zip((">=", "<"), each.values, strict=False)
+            if bound is not None
+        ]
+        if each.values:
+            finite = sql.SQL("{} AND NOT ({})").format(finite, sql.SQL(" AND ").join([trusted("true"), *within]))
+    extent = session.row("draft.extent", **place, finite=finite if given.every else trusted("true"))
     if given.every:
         wanted = steps(session, given, table.name, key, extent["low"], extent["high"]) | wanted
     elif given.partitions is None:
@@ -222,6 +237,11 @@ def _settled(found: list[Partition], rows: int, nulls: int, frequent: Value, lef
 
 def as_key(session: Session, key: Column, value: object) -> str:
     """The value as the key's type prints it; raises BadInput when the type does not take it."""
+    if not isinstance(value, str) and session.value("draft.category", type=key.type) == "S":
+        raise BadInput(
+            f"{value!r} is no text, and {key.name} ({key.type}) holds text: put it in quotes in partitions. YAML reads no, 007 and 12:30"
+            " as something else."
+        )
     try:
         with session.connection.transaction():
             return str(session.value("draft.literal", value=str(value), type=trusted(key.type)))

@@ -90,6 +90,8 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
 def _way_on(name: str, error_name: str) -> str:
     """What to do after this notebook was stopped, where its error does not say it; to roll back is no answer to a plan that was
     refused, nor to what a day's look has found."""
+    if error_name in ("BadInput", "OutOfOrder", "PlanOutdated", "ApprovalMissing") and name != FORWARD[0]:
+        return ""  # its sentence says what else to do: the same command would be refused again
     if name in FORWARD and (name != FORWARD[0] or error_name in EXIT_CODES):
         return "The same command goes on from there; `runbook rollback` takes everything away."
     if name == FORWARD[0]:
@@ -148,7 +150,10 @@ def under_way(where: str, table: str) -> bool:
 
 
 def _line(name: str, done: Executed, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
-    mine = after[(after["step"] == name.partition("_")[2]) & (after["state"] == "done")]
+    step = next(step for step, notebook in ledger.NOTEBOOKS.items() if notebook == name)
+    mine = after[(after["step"] == step) & (after["state"] == "done")]
+    if name in ("08_monitor", "20_add_partitions"):  # each time anew: what they did before is not of this run
+        mine = mine[mine.index >= len(before)]
     rows = 0 if mine["rows"].isna().all() else int(mine["rows"].max())
     state = "already done" if before.equals(after) else "done"  # a plan that took another's place has as many lines
     if done.error or done.failed_cell is not None:

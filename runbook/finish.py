@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runbook import changes, cutover, locks
+from runbook import changes, cutover, foreign_keys, locks
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -43,8 +43,8 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
     who = run.approver(
         approved_by, f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
     )
-    if added(run) and run.plan.legacy_inserts == "fill" and not force_strict:
-        last = action.session.row("rollback.last_filled", **names(run, added(run)[0]))
+    if (helped := foreign_keys.filled(run)) and not force_strict:
+        last = action.session.row("rollback.last_filled", **names(run, helped[0]))
         hours = min(last["hours"], last["trigger_hours"])
         if hours < unneeded_for_h:
             needed = f"Old code inserted {last['rows']:,} rows without the role column, the last {hours:.1f} h ago"

@@ -80,8 +80,8 @@ def partitions(run: Run) -> pd.DataFrame:
     return frame[shown].rename(columns=lambda name: name.replace("_", " "))
 
 
-def _moment(stored: str | None) -> str:
-    return f"{pd.Timestamp(stored).tz_convert('UTC'):%Y-%m-%d %H:%M} UTC" if stored else "never"
+def _moment(stored: object) -> str:
+    return f"{pd.Timestamp(stored).tz_convert('UTC'):%Y-%m-%d %H:%M} UTC" if isinstance(stored, str) else "never"
 
 
 def indexes(run: Run) -> pd.DataFrame:

@@ -36,8 +36,8 @@ def _explain(shell: Any, kind: type[BaseException], error: BaseException, trace:
         sentence, way_out = "Interrupted. The statement that ran was cancelled.", GO_ON
     else:
         sentence, way_out = told(error), GO_ON if isinstance(error, psycopg.Error) else ""
-    if isinstance(error, RunbookError) and not re.search(r"\d\d_", sentence):
-        way_out = f"Put that right, then: {GO_ON[0].lower()}{GO_ON[1:]}"
+    if isinstance(error, RunbookError) and not re.search("|".join(NOTEBOOKS.values()), sentence):
+        way_out = "Put that right, then run this notebook again: what is done is not done again."
     shown = f"{kind.__name__}: {sentence}" if isinstance(error, RunbookError) else sentence
     shell._showtraceback(kind, type(kind.__name__, (Exception,), {})(sentence), [shown])
     names = "|".join(NOTEBOOKS.values())

@@ -126,7 +126,7 @@ def from_file(path: Path) -> dict[str, Any]:
     """A YAML file of parameters, as Papermill's -f takes it; raises BadInput when it holds anything else."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"{path} cannot be read as a YAML file of parameters: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise BadInput(f"{path} must hold parameters, a line each, as `table: users`.")

@@ -64,7 +64,8 @@ def partitioned(run: Run) -> bool:
 def stage(run: Run, session: Session) -> Iterator[None]:
     """A transaction that is rolled back, in which nobody is waited for long; names are looked for where the table is."""
     with session.transaction(lock_timeout="300ms"):
-        session.run("queries.path", path=f"{run.names['schema'].as_string(None)}, public")
+        own = session.value("queries.own_path")  # where its functions look for others
+        session.run("queries.path", path=f"{run.names['schema'].as_string(None)}, public, {own}".rstrip(", "))
         yield
         raise psycopg.Rollback
 

@@ -101,8 +101,9 @@ def _side(run: Run, session: Session, after: bool) -> Iterator[None]:
             session.run("queries.redirect", name=run.names["name"], text=sql.SQL("SELECT * FROM {}").format(table))
         else:
             copy_table(run, session)
-        for (_, name), text in zip(run.plan.view_tables, texts, strict=True):
-            session.run("queries.redirect", name=(name,), text=rendered(unqualified(run, text.rstrip(";"))))
+        for each, text in zip(run.plan.view_tables, texts, strict=True):
+            if each in _redirected(run):
+                session.run("queries.redirect", name=(each[1],), text=rendered(unqualified(run, text.rstrip(";"))))
         yield
 
 
@@ -111,9 +112,15 @@ def _built(run: Run) -> bool:
     return run.finished("restore", "check") is not None
 
 
+def _redirected(run: Run) -> list[tuple[str, str]]:
+    """The views that a temporary one can stand for: of several of one name, or of the table's, only one can."""
+    first = {name: (schema, name) for schema, name in reversed(run.plan.view_tables) if name != run.plan.table.name}
+    return [each for each in run.plan.view_tables if each in first.values()]
+
+
 def unqualified(run: Run, text: str) -> str:
     """The text with the table, and its views, named without their schema."""
-    places = [(run.plan.table.schema_name, run.plan.table.name), *run.plan.view_tables]
+    places = [(run.plan.table.schema_name, run.plan.table.name), *_redirected(run)]
     for place in places:
         schema, name = (re.escape(each.replace('"', '""')) for each in place)
         text = re.sub(rf'(?<![\w$".])"?{schema}"?\s*\.\s*(?="?{name}(?![\w$]))', "", text)

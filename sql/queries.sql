@@ -15,6 +15,9 @@ SELECT calls, query FROM {statistics} s
 -- name: path
 SELECT set_config('search_path', {path}, true)
 
+-- name: own_path
+SELECT current_setting('search_path')
+
 -- name: view_of
 SELECT pg_get_viewdef({view}::regclass) AS text
 

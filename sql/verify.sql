@@ -452,7 +452,7 @@ BEGIN
           seen := format('%s: %s', SQLSTATE, SQLERRM);
           -- What constraints, triggers or other sessions forbid was not tried; a row without a partition is a fault, and so is the rest.
           ok := CASE WHEN SQLSTATE LIKE '23%' AND SQLSTATE IS DISTINCT FROM trial.fault AND (SQLSTATE <> '23514' OR cause <> '')
-                       OR SQLSTATE IN ('P0001', '0A000', '55P03', '40001', '40P01', '42501') THEN NULL ELSE false END;
+                       OR SQLSTATE IN ('P0001', '0A000', '55P03', '40001', '40P01', '42501') AND SQLERRM NOT LIKE 'moving row to another partition%' THEN NULL ELSE false END;
         END IF;
       END;
       EXIT WHEN ok IS NOT NULL;
