@@ -12,7 +12,7 @@ from psycopg import sql
 from runbook import advice, catalog, findings, ledger, locks, partition, repair
 from runbook.database import Database, Session, target
 from runbook.division import MOST, as_key, divide
-from runbook.errors import BadInput, PlanBlocked
+from runbook.errors import BadInput, PlanBlocked, PlanOutdated
 from runbook.facts import Finding, Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, resolve
@@ -113,9 +113,21 @@ class Draft:
             print(self.already)
             return ledger.of(self.database, self.plan.full_name)
         self.require_passable(fail_on)
-        with self.database.session("plan.freeze") as session, session.transaction():
-            source = sql.Literal(self.plan.full_name)
+        source = sql.Literal(self.plan.full_name)
+        with self.database.session("plan.freeze") as session:
             session.run("ledger.create")
+            ledger.claim(session, self.plan)  # nobody begins anything meanwhile
+            row = session.run("ledger.last_migration", source=source).fetchone()
+            since = row is not None and (row["state"] == "open" or row["source_oid"] == self.plan.table.oid)
+            if row is not None and since and row["state"] in ("open", "finished") and _under_way(session, row["id"]):
+                raise PlanOutdated(
+                    f"Since this was read, the migration of {self.plan.full_name} by the plan {row['plan_hash'][:12]} was begun:"
+                    " nothing was frozen. Run 00_plan again; it goes on with that one."
+                )
+            return self._insert(session, source)
+
+    def _insert(self, session: Session, source: sql.Literal) -> ledger.Run:
+        with session.transaction():
             session.run("ledger.replace_open", source=source)
             number = session.value(
                 "ledger.insert_migration", source=source, oid=self.plan.table.oid,
@@ -146,7 +158,8 @@ def draft(**given: Any) -> Draft:
         found, schema, name = catalog.find(session, parameters.table, database.name)
         if session.value("ledger.exists"):
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
-            if row is not None and row["state"] in ("open", "finished") and _under_way(session, row["id"]):
+            over = row is not None and row["state"] == "finished" and not session.row("catalog.table", oid=found)["partitioned"]
+            if row is not None and row["state"] in ("open", "finished") and not over and _under_way(session, row["id"]):
                 return _in_force(session, database, row, parameters)
         try:
             with session.transaction("REPEATABLE READ"), session.qualified():
@@ -224,7 +237,10 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
         key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by,
         partitions=division.partitions, columns=columns,
         takes_any_value=parameters.partition_by == "hash" or any(each.bound == "DEFAULT" for each in division.partitions),
-        primary_key=primary.columns if primary else (), key_equals=tuple(r["equals"] for r in session.rows("catalog.key_equals", oid=found)), indexes=indexes, checks=catalog.checks_of(session, found),
+        primary_key=primary.columns if primary else (),
+        key_equals=tuple(row["equals"] for row in session.rows("catalog.key_equals", oid=found)),
+        key_types=tuple(str(session.value("catalog.base_type", oid=found, key=each)) for each in (primary.columns if primary else ())),
+        indexes=indexes, checks=catalog.checks_of(session, found),
         outgoing=tuple(map(_named, outgoing)), referenced_tables=tuple(sorted(held - {to_itself})),
         references=tuple(each for each in references if (each.schema_name, each.table) != to_itself),
         selves=tuple(each for each in references if (each.schema_name, each.table) == to_itself),

@@ -139,7 +139,11 @@ class Run:
         table's definition changed since the plan.
         """
         with self.database.session(f"{step}.{action}") as session, locks.attended(self.database):
-            _claim(session, self.plan)
+            claim(session, self.plan)
+            if session.row("ledger.remembered", migration=self.migration)["state"] == "replaced":
+                raise PlanOutdated(
+                    f"{self.plan.full_name} was planned anew since this notebook was opened: run it from its beginning."
+                )
             found = _finished(session, self.migration, step, action)
             if found and (not again or (step in STEPS[:5] and _finished(session, self.migration, "cutover", "swap"))):
                 yield Action(self, session, 0, found)
@@ -244,7 +248,8 @@ def _what_changed(session: Session, plan: Plan) -> str:
     return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"
 
 
-def _claim(session: Session, plan: Plan) -> None:
+def claim(session: Session, plan: Plan) -> None:
+    """Hold the table for this session; raises AlreadyRunning, naming who does, when another run has it."""
     # The server notices within a second or so that a client is gone, and only then lets go of its lock.
     end = time.monotonic() + 3
     while True:

@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS runbook.record (
   sealed_at timestamptz NOT NULL DEFAULT clock_timestamp())
 
 -- name: last_migration
-SELECT m.id, m.source, m.plan, m.plan_hash, m.state FROM runbook.migration m
+SELECT m.id, m.source, m.source_oid, m.plan, m.plan_hash, m.state FROM runbook.migration m
  WHERE m.source = {source} ORDER BY (m.state = 'open') DESC, m.id DESC LIMIT 1
 
 -- name: replace_open

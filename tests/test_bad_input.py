@@ -10,9 +10,10 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
+import runbook
 from runbook import cli
 from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PlanOutdated, RunbookError, ServerUnavailable
-from tests import servers
+from tests import migration, servers
 from tests.conftest import fresh
 from tests.walk import CLINIC_FILE, FORWARD, client, dump, walk
 
@@ -287,3 +288,33 @@ def test_the_clinics_file_is_no_default_for_another_database(untouched: str) -> 
 def test_the_client_of_the_tests_fails_loudly(untouched: str) -> None:
     with pytest.raises(AssertionError, match="psql failed"):
         client("psql", untouched, text="\\set ON_ERROR_STOP on\nSELECT 1/0")
+
+
+def test_a_plan_that_was_read_before_another_one_was_begun_is_not_frozen(clinic: str, sql: Any) -> None:
+    """As in a notebook 00 that was left open: the migration under way would lose its way back."""
+    read = [runbook.draft(database=clinic, table="users", key="role", partitions=migration.PARTITIONS) for _ in range(2)]
+    other = read[0].freeze()
+    run = migration.plan(clinic)  # nothing was done by the first one yet: another takes its place
+    with pytest.raises(PlanOutdated, match="planned anew since this notebook was opened"):
+        migration.walk(other, migration.FORWARD, last="backup")
+    migration.walk(run, migration.FORWARD)
+    with pytest.raises((PlanOutdated, BadInput)):
+        read[1].freeze()
+    migration.back(run)
+    assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("r",)]
+    assert sql("SELECT to_regnamespace('runbook_2'), to_regclass('users_backup')") == [(None, None)]
+
+
+def test_the_script_of_another_plan_than_the_approved_one_is_refused(untouched: str) -> None:
+    words = ["sql", "-f", CLINIC_FILE, "--database", untouched]
+    assert CliRunner().invoke(cli.main, [*words, "-p", "plan", "0" * 12]).exit_code == 1
+    assert CliRunner().invoke(cli.main, words).exit_code == 0
+
+
+def test_a_value_that_yaml_reads_as_no_text_is_refused_where_the_key_is_text(database: str, sql: Any, tmp_path: Path) -> None:
+    sql("CREATE TABLE orders (id int PRIMARY KEY, region text NOT NULL); INSERT INTO orders VALUES (1, 'no')")
+    file = tmp_path / "orders.yaml"
+    file.write_text(f"database: {database}\ntable: orders\nkey: region\npartitions: {{orders_eu: [de, no], rest: default}}\n")
+    done = CliRunner().invoke(cli.main, ["sql", "-f", str(file)])
+    assert done.exit_code == 1
+    assert "False is no text, and region (text) holds text: put it in quotes" in done.output
