@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from runbook.engine import Executed
 
 STATEMENTS = ".statements.jsonl"
+BEGUN = ".begun.part"
+HALF = {BEGUN, ".HEAD.part", ".index.html.part", ".manifest.json.part"}  # what a SIGKILL leaves of a file that was being written
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -76,11 +79,13 @@ class Run:
                     manifest["broken_off"].append({"run": folder.name, "manifest": digest})
             for number in count(1):
                 folder = runs / (f"{now:%Y%m%dT%H%M%SZ}-{plain}" + (f"-{number}" if number > 1 else ""))
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir()
+                if not folder.exists():
                     break
-            run = cls(folder, manifest | {"run": folder.name}, hidden)
+            shutil.rmtree(runs / BEGUN, ignore_errors=True)  # of a run that was killed before it had a manifest
+            (runs / BEGUN).mkdir()
+            run = cls(runs / BEGUN, manifest | {"run": folder.name}, hidden)
             run._write(facts)
+            run.folder = (runs / BEGUN).rename(folder)  # a folder of a run has a manifest, whatever happens
         return run
 
     def start(self, notebook: str) -> Path:
@@ -128,7 +133,7 @@ class Run:
         state = "failed"
         if self.manifest.get("by_hand") and not {"failed", "running"} & states:
             state = "unfinished"
-        if states == {"completed"}:
+        if states == {"completed"} and (self.manifest.get("by_hand") or facts.get("result", "completed") == "completed"):
             state = "completed"
         self.manifest |= {"state": state, "sealed": True}
         unlink_missing(self.folder)
@@ -212,7 +217,7 @@ def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     known = set(manifest["files"])
     if not manifest["sealed"]:
         known |= {file.name for step in manifest["steps"] if step["state"] == "running" for file in _of(step["notebook"], folder)}
-        known |= {name for name in there if name.endswith(STATEMENTS)}
+        known |= {name for name in there if name.endswith(STATEMENTS) or name in HALF}
     for name in there.keys() - known:
         yield f"{folder.name}/{name} was added."
 
@@ -221,6 +226,8 @@ def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path,
     """Each run's folder, manifest and the manifest's sha256; what is none of these is said."""
     said = [] if said is None else said
     for entry in sorted(runs.iterdir()):
+        if entry.name in HALF:
+            continue
         try:
             manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
             if not {"run", "sealed", "steps", "files", "previous", "broken_off", "ended"} <= manifest.keys():
@@ -251,7 +258,13 @@ def _end(runs: Path) -> dict[str, str] | None:
     """The run that was sealed last, as HEAD names it: its line is what `sha256sum -c` reads."""
     head = (runs / "HEAD").read_text(encoding="utf-8") if (runs / "HEAD").is_file() else ""
     match = re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n", head)
-    return {"run": match[2], "manifest": match[1]} if match else None
+    end = {"run": match[2], "manifest": match[1]} if match else None
+    # A run that was killed after its last manifest and before HEAD: it follows the one that HEAD names.
+    known = list(manifests(runs)) if match or not (runs / "HEAD").exists() else []
+    for folder, manifest, digest in sorted(known, key=lambda each: str(each[1]["ended"])):
+        if manifest["sealed"] and manifest["run"] == folder.name and manifest["previous"] == end and (end or len(known) == 1):
+            end = {"run": folder.name, "manifest": digest}
+    return end
 
 
 @contextlib.contextmanager

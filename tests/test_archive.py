@@ -385,3 +385,50 @@ def test_the_index_lists_every_run_with_what_failed_first(tmp_path: Path) -> Non
         assert piece in text
     for link in re.findall(r'href="([^"]+)"', text):
         assert (tmp_path / "runs" / link).is_file()
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from runbook import archive
+class Done: notebook, seconds, failed_cell, error, error_name = None, 1.0, None, "", ""
+count, last = 0, int(sys.argv[2])
+def dying(real):
+    def call(*args):
+        global count
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), 9)
+        return real(*args)
+    return call
+os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+run = archive.Run.begin(Path(sys.argv[1]), "users", {"table": "users"})
+Done.notebook = run.start("00_plan.ipynb")
+Done.notebook.write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+run.add(Done, rendered=True)
+run.seal(result="completed")
+"""
+
+
+@pytest.mark.long
+def test_a_record_that_a_kill_cut_off_anywhere_is_no_alarm(tmp_path: Path) -> None:
+    def write(runs: Path, last: int) -> int:
+        return subprocess.run([sys.executable, "-c", DYING, str(runs), str(last)], cwd=Path(__file__).parent.parent).returncode
+
+    for last in range(1, 100):
+        runs = tmp_path / str(last)
+        assert write(runs, 0) == 0
+        died = write(runs, last) != 0
+        assert audit(runs) == [], f"killed at the {last}th write"
+        assert write(runs, 0) == 0
+        assert audit(runs) == [], f"killed at the {last}th write, and run again"
+        if not died:
+            break
+    assert last > 5
+
+
+def test_a_run_that_was_stopped_between_two_notebooks_is_not_completed(tmp_path: Path) -> None:
+    run = Run.begin(tmp_path / "runs", "users", {"table": "users"})
+    run.add(executed(run.start("00_plan.ipynb")))
+    run.seal(result="01_backup was stopped before its first cell.")
+    assert run.manifest["state"] == "failed"
