@@ -44,6 +44,11 @@ def divide(session: Session, given: Parameters, table: Table, key: Column) -> Di
     try:
         found = maker(session, given, table, key)
     except (psycopg.errors.UndefinedFunction, psycopg.DataError) as error:
+        if " function " in str(error.diag.context):  # of an index, which the planner looks into
+            raise BadInput(
+                f"{table.name} has an index or a default with a function that looks for others by the search_path"
+                f" ({error.diag.message_primary}): ALTER FUNCTION … SET search_path = …; first."
+            ) from None
         raise BadInput(
             f"{key.name} ({key.type}) cannot be divided by {given.partition_by} like that ({error.diag.message_primary}): choose"
             " another key, partition_by, every or partitions."

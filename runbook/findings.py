@@ -7,7 +7,7 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook import dependents
+from runbook import dependents, partition
 from runbook.database import Session
 from runbook.division import Division
 from runbook.facts import Finding
@@ -22,7 +22,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_looking(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
         *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -97,6 +97,16 @@ def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
                 row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
                 "Insert that row first, or set null_value to one that is there.",
             )  # fmt: skip
+
+
+def _looking(session: Session, plan: Plan) -> Iterator[Finding]:
+    """A function in an index that finds others only by the search_path of whoever writes."""
+    index, said = partition.refused_by_path(session, plan)
+    if index:
+        yield Finding.blocker(
+            index, f"{index} calls a function that looks for others by the search_path, which neither the trigger that keeps a key unique has nor, from 17 on, CREATE INDEX: {said}.",
+            'Give it one: ALTER FUNCTION … SET search_path = …; first.',
+        )  # fmt: skip
 
 
 def _unlisted(session: Session, plan: Plan) -> Iterator[Finding]:

@@ -109,6 +109,33 @@ def rehearse(session: Session, plan: Plan) -> str:
     return ""
 
 
+def refused_by_path(session: Session, plan: Plan) -> tuple[str, str]:
+    """The first index with a function that looks for others by the search_path, and what is said of it: neither CREATE INDEX has
+    one (from 17 on) nor the function of the trigger that keeps a key unique. Else nothing. Tried on some rows."""
+    tries = [
+        (guard.index, statement("partition.try_guard", **unique.names(plan, guard, "pg_temp"), size=SAMPLE))
+        for guard in plan.guards
+    ]
+    sample = sql.Identifier("pg_temp", "runbook_sample")
+    for index in plan.indexes if plan.server_version >= 17 and not plan.takes_null else ():
+        build = statement(
+            "restore.create_index", unique=trusted(""), index=("runbook_try",), leaf=sample, tail=trusted(index.tail)
+        )
+        tries.append(
+            (index.name, sql.SQL("; ").join([statement("partition.take_sample", **plan.names("pg_temp"), size=SAMPLE), build]))
+        )
+    for name, each in tries:
+        try:
+            with session.connection.transaction(force_rollback=True):
+                session.connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+                session.run(each)
+        except (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject) as error:
+            return name, error.diag.message_primary or str(error)
+        except psycopg.errors.InsufficientPrivilege:  # to make temporary tables
+            return "", ""
+    return "", ""
+
+
 def _try_rows(session: Session, plan: Plan) -> str:
     """Copy some rows, of those that null_value fills too; returns what refuses them, without anybody's data."""
     names = {**plan.names("pg_temp"), **plan.listed()}

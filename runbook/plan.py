@@ -44,7 +44,8 @@ class Plan(Fact):
     takes_any_value: bool
     columns: tuple[Column, ...]
     primary_key: tuple[str, ...]
-    key_equals: tuple[str, ...] = ()
+    key_equals: tuple[str, ...] = ()  # what compares each column of the primary key
+    key_types: tuple[str, ...] = ()  # what it is made of: a domain may forbid the NULLs by which the log notes a TRUNCATE
     indexes: tuple[Index, ...]
     checks: tuple[Named, ...]
     outgoing: tuple[Named, ...]
@@ -176,6 +177,10 @@ class Plan(Fact):
                 sql.SQL("{} AS {}").format(sql.Identifier(name), sql.Identifier(key))
                 for name, key in zip(self.primary_key, keys, strict=True)
             ),
+            "log_columns": sql.SQL(", ").join(
+                sql.SQL("{}::{} AS {}").format(sql.Identifier(name), trusted(kind), sql.Identifier(key))
+                for name, kind, key in zip(self.primary_key, self.key_types or self._key_types, keys, strict=True)
+            ),
             "marker": sql.SQL(", ").join([sql.SQL("NULL")] * len(keys)),
             "s_is_k": equal("s", self.primary_key, "k", keys, self.key_equals),
             "d_is_k": equal("d", self.primary_key, "k", keys, self.key_equals),
@@ -184,6 +189,11 @@ class Plan(Fact):
             if not self._may_be_null
             else sql.SQL("{} IS NOT NULL").format(sql.Identifier("s", self.key)),
         }
+
+    @property
+    def _key_types(self) -> tuple[str, ...]:
+        kinds = {column.name: column.type for column in self.columns}
+        return tuple(kinds[name] for name in self.primary_key)
 
     def listed(self, roles: Iterable[Reference] = ()) -> dict[str, sql.Composable]:
         """The columns that are copied; to the shadow with the role columns that it has more than its source."""

@@ -389,6 +389,17 @@ SELECT DISTINCT 'blocker', c.oid::regclass::text, format('Row-level security is 
   FROM source s JOIN pg_constraint k ON k.confrelid = s.oid AND k.contype = 'f' AND k.conrelid <> s.oid JOIN pg_class c ON c.oid = k.conrelid
  WHERE c.relrowsecurity AND c.relforcerowsecurity AND NOT s.bypasses
 UNION ALL
+SELECT DISTINCT 'blocker', t.tgname::text, format('The trigger %s sets %s BEFORE the row is written, when its partition is chosen already: PostgreSQL would refuse the row.', t.tgname, {key}),
+       format('Let the application, or a default of %s, give the value, and leave it out of %s.', {key}, t.tgfoid::regprocedure)
+  FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 3 = 3
+   AND p.prosrc ~* format('\m(NEW\s*\.\s*"?%1$s"?\s*:=|INTO\s+NEW\s*\.\s*"?%1$s\M)', regexp_replace({key}, '([^[:alnum:]_])', '\\\1', 'g'))
+UNION ALL
+SELECT DISTINCT 'blocker', c.oid::regclass::text, format('%s, which references it, is fed by the subscription %s, whose changes no trigger sees.', c.oid::regclass, u.subname),
+       'Migrate the publisher''s tables, or make the subscription anew after it.'
+  FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_subscription_rel r ON r.srrelid = c.oid JOIN pg_subscription u ON u.oid = r.srsubid
+ WHERE k.confrelid = {oid} AND k.contype = 'f' AND c.oid <> {oid}
+UNION ALL
 -- A trigger on a row is a trigger of the row's partition.
 SELECT DISTINCT 'warning', t.tgname::text, format('%s, which the trigger %s calls, asks for the name of the table (TG_TABLE_NAME, TG_RELID): for each row that will be the partition''s.', t.tgfoid::regprocedure, t.tgname),
        'Give it the name as an argument of the trigger, or ask pg_partition_root(TG_RELID).'

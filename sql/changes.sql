@@ -5,8 +5,8 @@
 -- change the application's lastval(). REPLICA IDENTITY FULL, or deletes fail where a publication covers the schema.
 CREATE SCHEMA {staging};
 GRANT USAGE, CREATE ON SCHEMA {staging} TO {owner};
-CREATE TABLE {log} AS SELECT {key_aliases} FROM {source} WHERE false;
-CREATE TABLE {back} AS SELECT {key_aliases} FROM {source} WHERE false;
+CREATE TABLE {log} AS SELECT {log_columns} FROM {source} WHERE false;
+CREATE TABLE {back} AS SELECT {log_columns} FROM {source} WHERE false;
 ALTER TABLE {log} REPLICA IDENTITY FULL;
 ALTER TABLE {back} REPLICA IDENTITY FULL;
 

@@ -71,3 +71,10 @@ SELECT c.relname AS partition, pg_get_expr(c.relpartbound, c.oid) AS bound
 -- name: drop
 DROP TABLE IF EXISTS {shadow};
 DROP SCHEMA IF EXISTS {staging} CASCADE
+
+-- name: try_guard
+-- What the trigger that keeps a key unique will compute of a row.
+SELECT count(tried) FROM (SELECT {values} FROM (SELECT * FROM ONLY {source} LIMIT {size}) r {where} OFFSET 0) tried
+
+-- name: take_sample
+CREATE TEMP TABLE runbook_sample AS SELECT * FROM ONLY {source} LIMIT {size}

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import runbook
 from runbook import cli, verify
+from runbook.changes import Rewritten
 from runbook.errors import BadInput, PlanBlocked
 from tests import migration
 from tests.conftest import fresh
@@ -428,3 +429,18 @@ def test_the_script_of_any_division_ends_where_the_notebooks_end(database, sql, 
         migration.forward(database, table=table, key="kind", **given)
     hidden = ("--exclude-schema=runbook*",)
     assert dump(quiet, *hidden) == dump(database, *hidden)
+
+
+def test_a_key_of_a_domain_that_forbids_null_may_be_truncated_at_any_time(database, sql):
+    """The log notes a TRUNCATE by NULLs."""
+    sql("CREATE DOMAIN number AS int NOT NULL; CREATE TABLE things (id number PRIMARY KEY, kind text NOT NULL);"
+        " INSERT INTO things SELECT n, 'x' FROM generate_series(1, 9) n")  # fmt: skip
+    run = migration.plan(database, "things", "kind")
+    migration.walk(run, migration.FORWARD, last="keys check")
+    sql("TRUNCATE things; INSERT INTO things VALUES (77, 'x')")
+    with pytest.raises(Rewritten):
+        migration.walk(run, migration.FORWARD, first="approval")
+    migration.walk(run, migration.FORWARD, first="copy")
+    sql("TRUNCATE things; INSERT INTO things VALUES (78, 'x')")
+    migration.back(run)
+    assert sql("SELECT id FROM things") == [(78,)]

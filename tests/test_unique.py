@@ -11,7 +11,7 @@ import pytest
 
 import runbook
 from runbook import verify
-from runbook.errors import PromiseBroken
+from runbook.errors import BadInput, PlanBlocked, PromiseBroken
 from tests import migration, servers
 from tests.walk import dump
 
@@ -245,3 +245,21 @@ def test_keys_of_an_extensions_type_are_replayed_whatever_the_search_path(server
     sql("UPDATE things SET id = 'N9' WHERE id OPERATOR(ext.=) 'n9'; UPDATE things SET kind = 'x' WHERE id OPERATOR(ext.=) 'N8'")
     migration.back(run)
     assert sql("SELECT count(*), count(*) FILTER (WHERE id::text = 'n7') FROM things") == [(40, 1)]
+
+
+@pytest.mark.parametrize("language", ["plpgsql", "sql"])
+def test_a_function_that_needs_the_search_path_stops_the_plan(database, sql, language):
+    """The trigger that keeps the key unique has none, and every insert would fail after the cut-over."""
+    sql("CREATE FUNCTION strip(text) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT replace($1, ''.'', '''')'")
+    body = "BEGIN RETURN lower(strip($1)); END" if language == "plpgsql" else "SELECT lower(strip($1))"
+    sql("CREATE TABLE things (id int PRIMARY KEY, kind text NOT NULL, email text)")
+    sql("INSERT INTO things SELECT n, (ARRAY['x', 'y'])[1 + n % 2], 'a.b' || n FROM generate_series(1, 40) n")
+    sql(f"CREATE FUNCTION plain(text) RETURNS text IMMUTABLE LANGUAGE {language} AS '{body}'")
+    sql("ALTER FUNCTION plain SET search_path = public; CREATE UNIQUE INDEX things_email ON things (plain(email))")
+    sql("ALTER FUNCTION plain RESET search_path")
+    with pytest.raises((PlanBlocked, BadInput), match=r"search_path.*function strip\(text\) does not exist.*ALTER FUNCTION"):
+        migration.plan(database, "things", "kind")
+    sql("ALTER FUNCTION plain SET search_path = public")
+    run = migration.forward(database, table="things", key="kind")
+    sql("INSERT INTO things VALUES (99, 'x', 'c')")
+    verify.check(run)
