@@ -369,9 +369,10 @@ def check(action: Action) -> Evidence:
     own = (run.plan.table.schema_name, run.plan.table.name)
     lax = {(*own, key.name) for key in run.plan.outgoing if not key.validated}
     lax |= {(key.schema_name, key.table, key.name) for key in run.plan.references if key.definition.endswith("NOT VALID")}
-    planned = {(key.schema_name, key.table, key.name) for key in run.plan.references} | {
-        (*own, key.name) for key in run.plan.outgoing
-    }
+    there = {each.as_string(None) for each in standing(action.session, (key.identifier for key in run.plan.references))}
+    planned = {
+        (key.schema_name, key.table, key.name) for key in run.plan.references if key.identifier.as_string(None) in there
+    } | {(*own, key.name) for key in run.plan.outgoing}
     found = {(row["schema"], row["name"], row["key"]): row["validated"] for row in rows}
     bad = [key[2] for key, valid in found.items() if not valid and key not in lax] + sorted(key[2] for key in planned - {*found})
     if bad:

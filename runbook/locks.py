@@ -222,7 +222,8 @@ def exclusive(
     shorter wait. Then ACCESS EXCLUSIVE on `ours`, which only the runbook uses: what is in the way there is waited for while
     the application goes on. synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s.
     """
-    eviction_ms = int(session.value("locks.deadlock_timeout")) + 2000
+    deadlock_ms = int(session.value("locks.deadlock_timeout"))
+    eviction_ms = deadlock_ms + 2000
     # One fixed order can starve against an application that has the other; a view's lock takes its tables' along.
     backwards = patience.attempts % 2 == 0
     # A default takes its value after the table; whoever asks for the value first has the sequence when it comes to the table.
@@ -238,8 +239,9 @@ def exclusive(
                 session.run("locks.evict_toast", table=(row["schema"], row["name"]))
             if ours:
                 session.run(lock_ours(ours))
-            # lock_timeout counts for each table; statement_timeout for all of them.
-            timeout = sql.Literal(f"{patience.lock_timeout_ms}ms")
+            # lock_timeout counts for each table; statement_timeout for all of them. Below half of deadlock_timeout: who waits for us
+            # in the other order must not be told of a deadlock, for we let go before.
+            timeout = sql.Literal(f"{max(1, min(patience.lock_timeout_ms, deadlock_ms // 2 - 1))}ms")
             session.connection.execute(sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(timeout))
             asked = time.monotonic()
             session.run(block)

@@ -180,7 +180,13 @@ def _resync(run: Run, session: Session) -> None:
     )
     with session.transaction("REPEATABLE READ"):
         session.run("changes.hold", origin=run.names["source"])
-        session.run("rollback.resync", **{**run.names, **run.plan.listed()}, either_pk=either)
+        filled = sql.SQL(", ").join(run.plan.value(column, "d") for column in run.plan.copied)
+        session.run(
+            "rollback.resync",
+            **{**run.names, **run.plan.listed()},
+            either_pk=either,
+            d_filled_row=sql.SQL("ROW({})").format(filled),
+        )
 
 
 def _unlike(run: Run, session: Session) -> str:

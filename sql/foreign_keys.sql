@@ -222,7 +222,7 @@ ALTER TABLE {reference} ALTER COLUMN {role_column} DROP DEFAULT
 -- That an update names the column only its list of columns tells: the trigger for that list fires first, and passes it on.
 CREATE FUNCTION {named_function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  PERFORM set_config('runbook.role_named', 'on', true);
+  PERFORM set_config({named_setting}, 'on', true);
   RETURN NEW;
 END $$;
 CREATE TRIGGER {named_trigger} BEFORE UPDATE OF {role_column} ON {reference} FOR EACH ROW EXECUTE FUNCTION {named_function}();
@@ -230,8 +230,8 @@ CREATE FUNCTION {fill_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFI
 DECLARE
   attempts integer := 0;
 BEGIN
-  IF TG_OP = 'UPDATE' AND current_setting('runbook.role_named', true) = 'on' THEN
-    PERFORM set_config('runbook.role_named', 'off', true);
+  IF TG_OP = 'UPDATE' AND current_setting({named_setting}, true) = 'on' THEN
+    PERFORM set_config({named_setting}, 'off', true);
   ELSE
     {itself}
     IF TG_OP = 'UPDATE' AND ROW({new_columns})::record *<> ROW({old_columns})::record THEN

@@ -4,7 +4,7 @@
 -- Every key that differs goes into the log: after a TRUNCATE, or when partitions were attached or detached since.
 DELETE FROM {back} k WHERE ({k_keys}) IS NULL;
 INSERT INTO {back} SELECT {either_pk} FROM {source} s FULL JOIN {retired} d ON {d_is_s}
- WHERE ({s_pk}) IS NULL OR ({d_pk}) IS NULL OR NOT {s_row}::record *= {d_row}::record
+ WHERE ({s_pk}) IS NULL OR ({d_pk}) IS NULL OR NOT {s_row}::record *= {d_filled_row}::record
 
 -- name: columns
 SELECT attname AS name, format_type(atttypid, atttypmod) AS type FROM pg_attribute
@@ -32,7 +32,7 @@ DROP SCHEMA IF EXISTS {staging} CASCADE
 DROP TABLE IF EXISTS {retired}
 
 -- name: set_default
-ALTER TABLE {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
+ALTER TABLE IF EXISTS {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
 
 -- name: last_filled
 -- Hours since the fill trigger came with the swap, and since it was last needed (the same when it never was).

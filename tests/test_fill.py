@@ -69,3 +69,17 @@ def test_what_was_written_while_triggers_were_off_is_found(clinic, sql, when):
         migration.walk(run, migration.FORWARD, first="keys check" if when == "fill" else "approval")
     migration.walk(run, migration.FORWARD, first="columns")
     assert sql(WRONG) == [(0,)]
+
+
+def test_two_keys_to_one_table_are_filled_each_for_itself(database, sql):
+    """What a statement names of one key says nothing of the other."""
+    sql(
+        "CREATE TABLE places (id int PRIMARY KEY, kind text NOT NULL); INSERT INTO places SELECT n, (ARRAY['a', 'b'])[1 + n % 2] FROM"
+        " generate_series(1, 40) n; CREATE TABLE trips (id int PRIMARY KEY, from_id int NOT NULL REFERENCES places, to_id int NOT NULL"
+        " REFERENCES places); INSERT INTO trips VALUES (1, 1, 2)"
+    )
+    migration.forward(database, table="places", key="kind")
+    for named, other in (("from", "to"), ("to", "from")):
+        sql(f"UPDATE trips SET {other}_id = 3, {named}_id = 4, {named}_kind = 'a'")
+        assert sql(f"SELECT {named}_kind, {other}_kind FROM trips") == [("a", "b")]
+        sql("UPDATE trips SET from_id = 1, to_id = 2")

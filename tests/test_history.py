@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from psycopg import sql as composed
 
+from runbook import verify
 from runbook.errors import RunbookError
 from tests import migration, servers
 
@@ -223,3 +224,27 @@ def test_any_sequence_of_steps_writes_and_crashes_ends_where_it_should(server):
         suppress_health_check=list(HealthCheck), phases=[Phase.generate], print_blob=True,
     )  # fmt: skip
     run_state_machine_as_test(histories(server), settings=chosen)
+
+
+def test_after_the_end_another_table_of_the_name_is_another_table(database, sql):
+    for _ in range(2):
+        sql("CREATE TABLE things (id int PRIMARY KEY, kind text NOT NULL)")
+        sql("INSERT INTO things SELECT n, (ARRAY['x', 'y'])[1 + n % 2] FROM generate_series(1, 40) n")
+        run = migration.forward(database, table="things", key="kind", unique="per_partition")
+        verify.check(run)
+        migration.walk(run, migration.END)
+        sql("DROP TABLE things, things_backup")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("last", ["swap", "cutover check"])
+def test_a_referencing_table_that_goes_after_the_cut_over_closes_nothing(clinic, sql, last):
+    run = migration.forward(clinic, last=last)
+    if last == "cutover check":
+        verify.check(run)
+    sql("DROP TABLE appointments")
+    if last == "swap":
+        migration.walk(run, migration.FORWARD, first="validate")
+        migration.back(run)
+    else:
+        migration.walk(run, migration.END)

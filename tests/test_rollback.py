@@ -7,7 +7,7 @@ import re
 import psycopg
 import pytest
 
-from runbook import finish, ledger, rollback
+from runbook import backup, finish, ledger, rollback, verify
 from runbook.database import target
 from runbook.errors import OutOfOrder, PromiseBroken
 from tests import migration
@@ -255,3 +255,29 @@ def test_a_double_that_comes_between_the_comparison_and_the_locks_is_named_and_n
     sql(f"DELETE FROM users WHERE id = '{user}' AND role = 'admin'")
     migration.back(run)
     assert sql("SELECT count(*) FROM users WHERE id = %s", [user]) == [(1,)]
+
+
+@pytest.mark.long
+def test_what_null_value_filled_is_null_again_also_after_a_partition_was_attached(database, sql):
+    sql("CREATE TABLE things (id int PRIMARY KEY, kind text); INSERT INTO things SELECT n, (ARRAY['x', 'y', NULL])[1 + n % 3]"
+        " FROM generate_series(1, 90) n")  # fmt: skip
+    run = migration.forward(database, table="things", key="kind", null_value="x", partitions={"things_x": ["x"], "things_y": ["y"]},
+                            unique="per_partition")  # fmt: skip
+    sql("CREATE TABLE things_z PARTITION OF things FOR VALUES IN ('z'); INSERT INTO things VALUES (99, 'z')")
+    migration.back(run)
+    assert sql("SELECT count(*), count(*) FILTER (WHERE kind IS NULL), max(id) FROM things") == [(91, 30, 99)]
+
+
+@pytest.mark.long
+def test_a_backup_that_was_dropped_is_missed_before_the_cut_over_and_after(clinic, sql):
+    run = migration.forward(clinic, last="keys check")
+    sql("DROP TABLE users_backup")
+    with pytest.raises(PromiseBroken, match="users_backup is gone: run 01_backup again"):
+        migration.walk(run, migration.FORWARD, first="approval")
+    with pytest.raises(PromiseBroken, match="run 01_backup again"):
+        backup.check(run)
+    migration.walk(run, migration.FORWARD, first="backup")
+    verify.check(run)
+    finish.require(run, "ann", unneeded_for_h=0, force_strict=True)
+    finish.drop(run, drop_backup=True)
+    verify.check(ledger.of(target(clinic), "users", ended=True))
