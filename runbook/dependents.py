@@ -124,6 +124,12 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"{reference.name} is ON DELETE SET NULL, and PostgreSQL 14 would empty {reference.role_column} too.",
                 "Upgrade to 15, or change the foreign key's action first.",
             )
+        if reference in plan.selves and reference.adds_column:
+            yield Finding.warning(
+                name, f"{name} references itself: an UPDATE that changes the {plan.key} of a row and of rows that refer to it in one statement can be"
+                " refused (23503), for a row that moves is checked before what it refers to has moved.",
+                "Change the row that is referred to first, the others in a statement of their own.",
+            )  # fmt: skip
         row = rows.get((reference.schema_name, reference.table, reference.name), {})
         if row.get("is_partition") and reference.adds_column:
             yield Finding.blocker(

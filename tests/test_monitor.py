@@ -155,3 +155,12 @@ def test_91_waits_until_nothing_has_needed_the_trigger_for_so_long(migrated, sql
         ("'user'::character varying",)
     ]
     assert sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE '%runbook_fill%'") == [(0,)]
+
+
+def test_it_looks_at_a_partition_that_was_just_added(migrated, clinic, sql):
+    """Of which some were vacuumed, and one never was."""
+    sql("VACUUM ANALYZE users_patients")
+    sql("CREATE TABLE users_new PARTITION OF users FOR VALUES IN ('new')")
+    monitor.look(migrated)
+    shown = monitor.partitions(migrated)
+    assert set(shown["vacuumed"].astype(str)) > {"never"}
