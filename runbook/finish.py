@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from psycopg import errors
+
 from runbook import changes, cutover, foreign_keys, locks
 from runbook.changes import Statements
-from runbook.errors import ApprovalMissing, OutOfOrder
+from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
 from runbook.rollback import unlogged
@@ -75,4 +77,10 @@ def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, 
                 f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back."
             )
 
-    return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    try:
+        return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    except errors.DependentObjectsStillExist as error:
+        raise PromiseBroken(
+            f"Objects depend on what would go now: {' '.join((error.diag.message_detail or str(error)).split())}. Drop them, or end the"
+            " migration of the table that they belong to; then run 91_finish again."
+        ) from None

@@ -281,3 +281,14 @@ def test_a_backup_that_was_dropped_is_missed_before_the_cut_over_and_after(clini
     finish.require(run, "ann", unneeded_for_h=0, force_strict=True)
     finish.drop(run, drop_backup=True)
     verify.check(ledger.of(target(clinic), "users", ended=True))
+
+
+@pytest.mark.long
+def test_what_depends_on_the_retired_table_is_named_before_the_end(clinic, sql):
+    run = migration.forward(clinic)
+    verify.check(run)
+    sql("CREATE VIEW before AS SELECT count(*) FROM users_retired")
+    with pytest.raises(PromiseBroken, match=r"view before depends on table users_retired.*run 91_finish again"):
+        migration.walk(run, migration.END)
+    sql("DROP VIEW before")
+    migration.walk(run, migration.END)
