@@ -25,6 +25,14 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
  .failed { margin: 1em; padding: 1em; border-left: 6px solid #b00020; background: #fdecee; font: 16px/1.5 sans-serif }
  .failed a { color: #00459e; text-decoration: underline }
  @media (max-width: 600px) { .jp-InputPrompt, .jp-OutputPrompt { display: none } .jp-Notebook { padding: 4px } }
+ @media print { /* paper does not scroll */
+  .jp-InputPrompt, .jp-OutputPrompt { display: none } .jp-Notebook { padding: 0 }
+  .jp-OutputArea-output, .jp-InputArea-editor { overflow: visible !important; min-width: 0; max-width: 100% }
+  .jp-Notebook pre, .jp-OutputArea-output pre.ruled { white-space: pre-wrap !important; overflow-wrap: anywhere }
+  .jp-RenderedHTMLCommon td { white-space: normal; min-width: 0; max-width: none !important }
+  .jp-RenderedHTMLCommon td.words:not(.time) { overflow-wrap: anywhere }
+  .jp-RenderedHTMLCommon th { overflow-wrap: normal; word-break: normal; hyphens: none }
+ }
 </style>{% endblock %}
 {% block data_png scoped %}{% set alt = output | get_metadata("alt", "image/png") %}{{
  super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ' if alt else "<img ", 1) }}{% endblock %}
@@ -38,7 +46,8 @@ INDEX = """<!DOCTYPE html>
 <title>Runs</title><style>
  body {{ font: 16px/1.5 sans-serif; margin: 1.5em; color: #1a1a1a }} table {{ border-collapse: collapse }}
  th, td {{ text-align: left; vertical-align: top; padding: .4em .8em; border-bottom: 1px solid #ccc; overflow-wrap: break-word }}
- @media (min-width: 701px) {{ td:first-child {{ white-space: nowrap }} }}
+ @media screen and (min-width: 701px) {{ td:first-child {{ white-space: nowrap }} }}
+ @media print {{ th, td {{ padding: .3em }} td {{ overflow-wrap: anywhere }} }}
  .failed, .broken, .unfinished {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
  @media (max-width: 700px) {{
   thead {{ display: none }} tr {{ display: block; border: 1px solid #999; margin: 0 0 1em; padding: .3em }}
@@ -85,8 +94,10 @@ def render_html(notebook: Path) -> Path:
             elif link and "://" not in target:
                 del tag[name]
     for cell in page.select(".jp-RenderedHTMLCommon :is(td, th)"):
-        number = re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?|NaN|", cell.get_text(strip=True))
-        cell["class"] = " ".join([*filter(None, cell.get_attribute_list("class")), "number" if number else "words"])
+        text = cell.get_text(strip=True)
+        kind = "number" if re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?|NaN|", text) else "words"
+        kind += " time" * bool(re.fullmatch(r"([\d-]{10} )?\d\d:\d\d:\d\d[\d.:+]*", text))
+        cell["class"] = " ".join([*filter(None, cell.get_attribute_list("class")), kind])
     for lines in page.select(".jp-RenderedText pre"):
         if "-+-" in lines.get_text():  # a table of psql's
             lines["class"] = "ruled"

@@ -107,6 +107,39 @@ def test_every_page_of_the_record_is_whole_without_network_and_scripts(
     assert faults == {}
 
 
+# Of outputs, tables and code what is wider than the paper or hidden by a box that would scroll; words of a head that are broken.
+PRINTED = """() => {
+  const faults = [], width = document.documentElement.clientWidth
+  for (const each of document.querySelectorAll('.jp-OutputArea-output, .jp-OutputArea-output *, pre, table')) {
+    if (!each.checkVisibility()) continue
+    const edge = each.getBoundingClientRect(), text = each.textContent.trim().slice(0, 40)
+    if (edge.right > width + 1) faults.push(`${Math.round(edge.right)} wide: ${each.tagName} ${text}`)
+    if (getComputedStyle(each).overflowX != 'visible' && each.scrollWidth > each.clientWidth) faults.push(`cut off: ${text}`)
+  }
+  for (const head of document.querySelectorAll('.jp-OutputArea-output th')) {
+    const text = head.firstChild, range = document.createRange()
+    for (const word of text?.nodeType == Node.TEXT_NODE && head.checkVisibility() ? text.data.matchAll(/[\\p{L}\\d]+/gu) : []) {
+      range.setStart(text, word.index)
+      range.setEnd(text, word.index + word[0].length)
+      if (range.getClientRects().length > 1) faults.push(`broken: ${word[0]}`)
+    }
+  }
+  if ([...document.querySelectorAll('.jp-InputPrompt, .jp-OutputPrompt')].some(each => each.checkVisibility())) faults.push('prompts')
+  return [...new Set(faults)].slice(0, 20)
+}"""
+
+
+def test_on_paper_nothing_is_cut_off(runs: Path, browser: Any) -> None:
+    page, faults = browser.new_page(viewport={"width": 718, "height": 1000}), {}  # A4 within the browser's margins
+    page.emulate_media(media="print")
+    for file in [runs / "index.html", *sorted(runs.glob("*/*.html"))]:
+        page.goto(file.as_uri())
+        found = page.evaluate(PRINTED)
+        faults |= {f"{file.parent.name}/{file.name}": found} if found else {}
+    page.close()
+    assert faults == {}
+
+
 def test_the_pictures_of_the_readme(runs: Path, browser: Any, pictures: Path | None) -> None:
     """Made anew where `--pictures` says so; the headings that they begin at exist in any case."""
     page = browser.new_page(viewport={"width": 1000, "height": 620})
