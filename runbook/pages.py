@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def render_html(notebook: Path) -> Path:
     from nbconvert import HTMLExporter
 
     content = nbformat.read(notebook, as_version=4)  # type: ignore[no-untyped-call]
+    content.metadata["title"] = _title(notebook)
     said = content.metadata.get("runbook", {})
     if said.get("state") == "failed":
         content.metadata["failed_banner"] = (
@@ -108,6 +110,19 @@ def render_html(notebook: Path) -> Path:
     return target_file
 
 
+def _title(notebook: Path) -> str:
+    """What a browser's tab and a print's head say: the notebook, and of its run the table and the time."""
+    try:
+        manifest = json.loads((notebook.parent / "manifest.json").read_text(encoding="utf-8"))
+        return f"{notebook.stem}: {manifest['table']}, {_begun(manifest)}"
+    except (OSError, ValueError, KeyError):
+        return notebook.stem
+
+
+def _begun(manifest: dict[str, Any]) -> str:
+    return f"{manifest.get('begun', '')[:19].replace('T', ' ')} UTC"
+
+
 def unlink_missing(folder: Path) -> None:
     """Of links to notebooks that this run did not come to only the words are left."""
     for page in folder.glob("*.html"):
@@ -144,7 +159,7 @@ def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
     failure = f"{Path(bad['notebook']).stem}: {bad.get('error', '')}" if bad and state != "running" else ""
     result = manifest.get("result", "") if state == "completed" else ""  # else the next column says it
     plain = (
-        manifest.get("begun", "")[:19].replace("T", " ") + " UTC",
+        _begun(manifest),
         manifest.get("table", ""),
         " as ".join(name for name in who if name) + f" on {manifest.get('host', '')}{by_hand}",
         f"{sum(step.get('seconds', 0) for step in steps):,.1f} s",

@@ -369,6 +369,14 @@ def test_the_page_of_a_failed_notebook_begins_with_the_sentence_and_leads_to_the
     assert f'href="#cell-id={cell.id}"' in text and f'id="cell-id={cell.id}"' in text
 
 
+def test_the_title_of_a_page_names_the_table_and_the_runs_time(tmp_path: Path) -> None:
+    alone = render_html(executed(tmp_path / "00_plan.ipynb", new_markdown_cell("# Plan")).notebook)
+    assert "<title>00_plan</title>" in alone.read_text()
+    kept = make(tmp_path / "runs", "<orders>")
+    begun = kept.manifest["begun"][:19].replace("T", " ")
+    assert f"<title>00_plan: &lt;orders&gt;, {begun} UTC</title>" in kept.folder.joinpath("00_plan.html").read_text()
+
+
 def test_the_index_lists_every_run_with_what_failed_first(tmp_path: Path) -> None:
     good, bad = make(tmp_path / "runs"), make(tmp_path / "runs", "<orders>", error="orders has 3 rows & more")
     text = index(tmp_path / "runs").read_text()
