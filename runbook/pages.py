@@ -52,7 +52,8 @@ INDEX = """<!DOCTYPE html>
  .failed, .broken, .unfinished {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
  @media (max-width: 700px) {{
   thead {{ display: none }} tr {{ display: block; border: 1px solid #999; margin: 0 0 1em; padding: .3em }}
-  td {{ display: block; border: 0; padding: .1em .4em }} td::before {{ content: attr(data-is) ": "; color: #555 }}
+  td {{ display: block; border: 0; padding: .1em .4em }} td:empty {{ display: none }}
+  td::before {{ content: attr(data-is) ": "; color: #555 }}
  }}
 </style></head><body><h1>Runs</h1>
 <table><thead><tr>{head}</tr></thead><tbody>
