@@ -117,10 +117,14 @@ def gather(file: Path | None, pairs: Any, database: str | None, users: int | Non
     return given
 
 
-@main.command()
+@main.command(short_help="Execute the notebooks in order, and keep the record.")
 @options(users=True, out=True)
-@click.option("--from", "first", callback=step, default="00_plan", show_default=True, help="Begin with this step.")
-@click.option("--to", "last", callback=step, default=FORWARD[-1], show_default=True, help="End with this step.")
+@click.option(
+    "--from", "first", callback=step, default="00_plan", show_default=True, help="Begin with this step."
+)
+@click.option(
+    "--to", "last", callback=step, default=FORWARD[-1], show_default=True, help="End with this step."
+)
 @click.option("--reset", is_flag=True, help="Begin the embedded example afresh; nothing else can be reset.")
 def run(
     file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path, first: str, last: str, reset: bool
@@ -149,14 +153,14 @@ def run(
     perform(names, given, out)
 
 
-@main.command()
+@main.command(short_help="The way back from any step, without losing a write.")
 @options(out=True)
 def rollback(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """The way back from any step, without losing a write (notebook 90)."""
     perform(("90_rollback",), gather(file, pairs, database), out)
 
 
-@main.command()
+@main.command(short_help="Every step but the cut-over, then the way back.")
 @options(users=True, out=True)
 def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path) -> None:
     """Every step but the cut-over, then the way back, on the real table; nothing of it is left.
@@ -185,7 +189,7 @@ def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | N
     watch.require_nothing()
 
 
-@main.command()
+@main.command(short_help="Add partitions for a new value, or for the next months.")
 @options(out=True)
 def add(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """Add partitions to a table that was partitioned: a new value, the next months (notebook 20).
@@ -197,14 +201,14 @@ def add(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     perform(("20_add_partitions",), gather(file, pairs, database), out)
 
 
-@main.command()
+@main.command(short_help="End the way back: drop the log and the retired table.")
 @options(out=True)
 def finish(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """End the way back: drop the log and the retired table (notebook 91)."""
     perform(("91_finish",), gather(file, pairs, database), out)
 
 
-@main.command()
+@main.command(short_help="How the partitions fare, to be run every day.")
 @options(out=True)
 def monitor(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """How the partitions fare, to be run every day (notebook 08); exit code 1 when a threshold is passed.
@@ -238,7 +242,7 @@ def status(file: Path | None, pairs: Any, database: str | None, as_json: bool) -
             click.echo(f"{row['table']}: {row['state']}, at {at}. {row['sentence'] or ''}".strip())
 
 
-@main.command("sql")
+@main.command("sql", short_help="Print the plan's whole migration as one SQL script.")
 @options(users=True)
 def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | None) -> None:
     """Print the plan's whole migration as one script; on a quiet copy `runbook sql | psql` ends where the notebooks end."""
@@ -266,7 +270,7 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
     click.echo(repr(script.whole(planned)))
 
 
-@main.command()
+@main.command(short_help="Work through the same notebooks by hand, in JupyterLab.")
 @options(users=True, out=True)
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, out: Path, no_browser: bool) -> None:
@@ -288,7 +292,7 @@ def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, 
         click.echo(f"\nRecord: {record.folder}\nHead:   {head}")
 
 
-@main.command()
+@main.command(short_help="Compute every hash of the record again; name what differs.")
 @click.argument("runs", type=click.Path(path_type=Path, exists=True, file_okay=False), default="runs")
 @click.option("--database", help="Compare with the heads in this database's ledger, too.")
 def audit(runs: Path, database: str | None) -> None:
