@@ -52,6 +52,11 @@ def step(context: click.Context, option: click.Parameter, value: str) -> str:
     return NAMES[value]
 
 
+def offered(context: click.Context, option: click.Parameter, begun: str) -> list[str]:
+    """The steps that a shell may complete `begun` to: 03_restore, and restore for who begins with the name."""
+    return [name for name in FORWARD if name.startswith(begun)] or [name[3:] for name in FORWARD if name[3:].startswith(begun)]
+
+
 @click.group(cls=Sentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main() -> None:
@@ -120,10 +125,10 @@ def gather(file: Path | None, pairs: Any, database: str | None, users: int | Non
 @main.command(short_help="Execute the notebooks in order, and keep the record.")
 @options(users=True, out=True)
 @click.option(
-    "--from", "first", callback=step, default="00_plan", show_default=True, help="Begin with this step."
+    "--from", "first", callback=step, shell_complete=offered, default="00_plan", show_default=True, help="Begin with this step."
 )
 @click.option(
-    "--to", "last", callback=step, default=FORWARD[-1], show_default=True, help="End with this step."
+    "--to", "last", callback=step, shell_complete=offered, default=FORWARD[-1], show_default=True, help="End with this step."
 )
 @click.option("--reset", is_flag=True, help="Begin the embedded example afresh; nothing else can be reset.")
 def run(

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import conninfo_to_dict
 
 from runbook import archive, cli, embedded
-from tests.walk import CLINIC_FILE, walk
+from tests.walk import CLINIC_FILE, FORWARD, walk
 
 Sql = Callable[..., list[tuple[Any, ...]]]
 COMMANDS = ("add", "audit", "finish", "lab", "monitor", "rehearse", "rollback", "run", "sql", "status", "stop")
@@ -46,6 +47,12 @@ def test_the_help_teaches_by_examples_that_parse() -> None:
         cli.main.commands[words[1]].make_context(words[1], [word for word in words[2:] if word != "\\"])
     assert "Exit codes: 0 done" in shown
     assert set(cli.main.commands) == set(COMMANDS)
+
+
+def test_the_list_of_commands_says_each_in_a_whole_line() -> None:
+    listed = command("--help").output.partition("\nCommands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)  # none goes on in a second line
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
 
 
 def test_help_does_not_wait_for_jupyter() -> None:
@@ -211,11 +218,22 @@ def test_every_shell_is_offered_commands_and_steps(shell: str) -> None:
     environment = {**os.environ, "_RUNBOOK_COMPLETE": f"{shell}_source"}
     script = subprocess.run([program], env=environment, capture_output=True, text=True, check=True).stdout
     assert "_RUNBOOK_COMPLETE" in script
-    environment |= {
-        "_RUNBOOK_COMPLETE": f"{shell}_complete",
-        "COMP_WORDS": "runbook r",
-        "COMP_CWORD": "r" if shell == "fish" else "1",
-    }
-    offered = subprocess.run([program], env=environment, capture_output=True, text=True, check=False).stdout
-    assert all(name in offered for name in ("rehearse", "rollback", "run"))
-    assert "audit" not in offered
+
+    def offered(words: str) -> str:
+        begun = words.split(" ")[1:]
+        asked = {"COMP_WORDS": words, "COMP_CWORD": begun[-1] if shell == "fish" else str(len(begun))}
+        complete = environment | asked | {"_RUNBOOK_COMPLETE": f"{shell}_complete"}
+        return subprocess.run([program], env=complete, capture_output=True, text=True, check=False).stdout
+
+    commands, steps = offered("runbook r"), offered("runbook run --to ")
+    assert all(name in commands for name in ("rehearse", "rollback", "run"))
+    assert "audit" not in commands
+    assert all(name in steps for name in FORWARD)
+
+
+@pytest.mark.parametrize(("begun", "names"), [("03", ["03_restore"]), ("re", ["restore"]), ("05_c", ["05_cutover"]), ("x", [])])
+def test_a_step_is_completed_as_it_was_begun(begun: str, names: list[str]) -> None:
+    context = click.Context(cli.run)
+    for option in cli.run.params:
+        if option.name in ("first", "last"):
+            assert [each.value for each in option.shell_complete(context, begun)] == names
