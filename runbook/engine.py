@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+from nbformat.v4 import new_output
 
 from runbook.archive import write_whole
 from runbook.redaction import known_secrets, passwords, redact, redacted_notebook
@@ -43,6 +45,7 @@ del __getattr__
 
 IPC_PATH_BYTES = 100  # a socket's path has 107; the kernel adds "-5"
 OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\r\n])")  # what a terminal would have shown only for a moment
+COLOURS = re.compile(r"\x1b\[[\d;]*m")
 LAST_WORDS_S = 3.0  # how long an interrupted kernel may still say where it stopped
 
 
@@ -253,6 +256,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         if ours in cell.get("outputs", []):  # the reason stands last
             cell.outputs.remove(ours)
             cell.outputs.append(ours)
+        cell.outputs = [each for out in cell.get("outputs", ()) for each in ([out] if out is ours else _folded(out))]
 
     def output(self, outs: list[NotebookNode], *message: Any) -> Any:
         """Keeps of a line that overwrites itself (a progress bar) only what stands in the end."""
@@ -271,6 +275,16 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         else:
             out.text = shown(out.text)
         return out
+
+
+def _folded(out: NotebookNode) -> list[NotebookNode]:
+    """An error whose traceback is IPython's own, as before `import runbook` is done: one line, and the rest folded away."""
+    if out.output_type != "error" or len(out.traceback) < 2:
+        return [out]
+    trace = COLOURS.sub("", "\n".join(out.traceback))
+    page = f"<details><summary>Traceback</summary><pre>{html.escape(trace)}</pre></details>"
+    line = NotebookNode(out, traceback=[f"{out.ename}: {out.evalue}".rstrip(": ")])  # type: ignore[no-untyped-call]
+    return [line, new_output("display_data", {"text/html": page, "text/plain": trace})]  # type: ignore[no-untyped-call]
 
 
 class _Kernel(AsyncKernelManager):

@@ -151,7 +151,12 @@ def test_a_cell_that_runs_into_its_timeout_has_failed(tmp_path: Path, capfd: pyt
     assert said.failed_cell == 2 and said.seconds < 20
     notebook = assert_failed_at_cell_2(tmp_path / "b.ipynb", "CellTimeoutError", "its limit of 1 seconds")
     assert notebook.cells[2].outputs[0].text == "before\n"
-    assert [out.get("ename") for out in notebook.cells[2].outputs[1:]] == ["KeyboardInterrupt", "CellTimeoutError"]
+    stopped, folded, reason = notebook.cells[2].outputs[1:]
+    assert (stopped.ename, stopped.traceback, reason.ename) == ("KeyboardInterrupt", ["KeyboardInterrupt"], "CellTimeoutError")
+    assert folded.data["text/html"].startswith(
+        "<details><summary>Traceback</summary>"
+    )  # IPython's own: nothing of ours was imported
+    assert "time.sleep(60)" in folded.data["text/html"] and "\x1b" not in str(folded.data)
     assert_quiet(capfd)
 
 
