@@ -112,8 +112,11 @@ def latency(frame: pd.DataFrame) -> Picture:
     return _beside(frame, "look_up", "Median latency of a look-up, in turns", unit, "{:.3g}", **sides)
 
 
-def forecast(frame: pd.DataFrame) -> Picture:
-    """Seconds of each step, as 00 foretold them and as they were; `frame` has what, unit, forecast and actual."""
+def forecast(frame: pd.DataFrame) -> Picture | None:
+    """Seconds of each step, as 00 foretold them and as they were; `frame` has what, unit, forecast and actual. Nothing where it is
+    empty, as a repair's is."""
+    if frame.empty:
+        return None
     steps = frame[frame["unit"] == "s"].dropna(subset=["actual"] if frame["actual"].notna().any() else [])
     sides = {"forecast": "forecast", "actual": "what it took"}
     return _beside(steps, "what", "What 00 foretold, and what it took", "seconds of work", "{:.2f}", **sides)

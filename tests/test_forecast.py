@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 import runbook
-from runbook import forecast
+from runbook import charts, forecast
 from runbook.ledger import Run
 from runbook.statements import trusted
 from tests import migration
@@ -140,6 +140,7 @@ def test_a_migration_under_way_and_a_repair_have_none(clinic: str, sql: Sql) -> 
     repair = migration.plan(clinic, partitions=None, backup="users_backup", **PLANNED)
     assert "A repair has no forecast" in forecast.measure(repair).sentence
     assert forecast.beside(repair).empty
+    assert charts.forecast(forecast.beside(repair)) is None  # no empty picture
 
 
 def test_the_disk_that_is_needed_is_held_against_what_is_free(clinic: str) -> None:
