@@ -237,3 +237,9 @@ def beside(run: Run) -> pd.DataFrame:
         return frame[["what", "unit", "forecast"]].round(3)
     error = frame["forecast"] / frame["actual"].where(frame["actual"] > 0) - 1
     return frame.round(3).assign(error=["" if pd.isna(each) else f"{each:+.0%}" for each in error])
+
+
+def shown(beside: pd.DataFrame) -> pd.DataFrame:
+    """The same for people: 10,000 rows and 29.9 ms, and nothing where nothing is known."""
+    numbers = beside.select_dtypes("number").map(lambda each: "" if pd.isna(each) else f"{each:,.3f}".rstrip("0").rstrip("."))
+    return beside.assign(**numbers)

@@ -68,7 +68,7 @@ class Watch:
         compared = done[(done["step"] == "restore") & (done["action"] == "compare")]
         beside = forecast.beside(run)
         lines = [
-            "\nThe forecast, and what it took:\n" + beside.to_string(index=False, na_rep="", float_format=lambda each: f"{each:,.3f}".rstrip("0").rstrip(".")) if len(beside) else "\nThere is no forecast.",
+            "\nThe forecast, and what it took:\n" + forecast.shown(beside).to_string(index=False) if len(beside) else "\nThere is no forecast.",
             f"\n{int(compared['rows'].max()):,} rows were compared, and all were equal.", *self.waits(),
             done.sort_values("at")["sentence"].iloc[-1], self._left(),
         ]  # fmt: skip

@@ -128,6 +128,9 @@ def test_the_forecast_stands_beside_what_it_took(clinic: str, sql: Sql) -> None:
     for what in ("the partitions", "their indexes"):  # the sample is the whole clinic
         assert beside.loc[what, "forecast"] == pytest.approx(beside.loc[what, "actual"], rel=0.35)
     assert beside.loc["names locked", "error"][-1] == "%"
+    shown = forecast.shown(forecast.beside(run)).set_index("what")
+    assert (shown.loc["rows", "forecast"], shown.loc["06_verify", "actual"]) == (f"{int(beside.loc['rows', 'forecast']):,}", "")
+    assert not shown.loc[:, ["forecast", "actual"]].stack().str.endswith(".000").any()
     migration.back(run)
     assert forecast.beside(run).set_index("what").loc["03_restore", "actual"] == beside.loc["03_restore", "actual"]
 
