@@ -60,7 +60,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                 bar.update()
                 with bar.external_write_mode(file=sys.stdout):
                     click.echo(
-                        "{step:<16} {state:<12} {rows:>12} {0} {seconds:>8.1f} s".format(
+                        "{step:<17} {state:<12} {rows:>12} {0} {seconds:>8.1f} s".format(
                             "rows" if lines[-1]["rows"] else "    ", **lines[-1]
                         )
                     )

@@ -189,7 +189,7 @@ def test_rollback_and_finish_are_notebooks_too(walked: Walked, clinic: str, tmp_
     waits = ["-p", "unneeded_for_h", "0"] if verb == "finish" else []
     result = command(verb, "-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", *waits, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert f"{name:<16} done" in result.stdout
+    assert f"{name:<17} done" in result.stdout
     state = "rolled back" if verb == "rollback" else "finished"
     assert query(clinic, "SELECT state FROM runbook.migration") == [(state,)]
 
