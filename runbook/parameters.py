@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +38,8 @@ def _parse(value: object) -> object:
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:
             return json.loads(value, object_pairs_hook=_once)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not valid JSON from character {error.pos + 1} on") from None
         except ValueError as error:
             raise ValueError(f"is not valid JSON ({error})") from None
     return value
@@ -101,33 +105,72 @@ def check(given: dict[str, Any]) -> Parameters:
         raise BadInput(" ".join(_sentences(error))) from None
 
 
-KINDS = {"str": "text", "NoneType": "empty", "bool": "yes/no", "int": "number", "float": "number", "dict": "mapping"}
+KINDS = {"str": "text", "bool": "yes/no", "int": "number", "float": "number", "dict": "mapping", "datetime": "time"}
+# What is meant where something else stands, by Pydantic's name for the fault.
+MEANT = {
+    "string_type": "must be text: put it in quotes",
+    "int_type": "must be a whole number: write it in digits, without quotes",
+    "bool_type": "must be true or false: write it without quotes",
+    "greater_than_equal": "must be at least {ge}: choose a larger one",
+    "less_than_equal": "must be at most {le}: choose a smaller one",
+    "literal_error": "must be {expected}: choose one of these",
+    "dict_type": 'must be a mapping: write names with their values, as {{"name": ["value"]}}',
+    "list_type": 'must be a list of values: write it in brackets, as ["value"]',
+    "string_pattern_mismatch": "must be the first 12 digits of a plan's hash, or all 64: copy them from 00_plan",
+}
 
 
 def _sentences(error: ValidationError) -> list[str]:
-    known = ", ".join(Parameters.model_fields)
     said: dict[str, str] = {}
     for problem in error.errors():
-        name = str(problem["loc"][0])
+        name, *inner = map(str, problem["loc"])
         if problem["type"] == "extra_forbidden":
-            said[name] = f"{name} is not a parameter of any notebook; there are: {known}."
-        else:
-            given = problem["input"]
-            cause = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            kind = KINDS.get(type(given).__name__, type(given).__name__)
-            if name == "plan":
-                cause = "should be the first 12 digits of a plan's hash, or all 64"
-            form = "put it in quotes" if problem["type"] == "string_type" else "write it in that form"
-            said.setdefault(name, f"{name} is {given!r} ({kind}), but {cause}: {form}.")
+            near = get_close_matches(name, Parameters.model_fields, 1)
+            also = f": did you mean {near[0]}? There are" if near else "; there are"
+            said[name] = f"{name} is not a parameter of any notebook{also}: {', '.join(Parameters.model_fields)}."
+            continue
+        given, meant = problem["input"], MEANT.get(problem["type"], "").format(**problem.get("ctx", {}))
+        meant = meant or f'{problem["msg"].removeprefix("Value error, ")}: write it as {{"name": ["value"]}}'
+        kind = KINDS.get(type(given).__name__, type(given).__name__)
+        what, shown = name, "empty" if given is None else f"{_shown(given)} ({kind})"
+        if isinstance(given, list) and problem["type"] == "string_type":
+            meant = "must be text: write it without brackets"
+        elif given is None:
+            meant = f"{meant.partition(':')[0]}: give it one, or leave it out"
+        if inner[-1:] == ["[key]"]:
+            what, meant = f"A name in {name}", "must be text: put it in quotes"
+        elif any(isinstance(each, int) for each in problem["loc"][2:]):
+            what, meant = (
+                f"A value of {inner[0]} in {name}",
+                meant.replace("text:", "text:" if name == "references" else "text or a number:"),
+            )
+        elif inner and name in ("partitions", "add", "references"):
+            what = f"{inner[0]} in {name}"
+        said.setdefault(name, f"{what} is {shown}, but {meant}.")
     return list(said.values())
+
+
+def _shown(value: object) -> str:
+    """A value as its file has it, or nearly so."""
+    match value:
+        case date():
+            return str(value)
+        case list():
+            return f"[{', '.join(map(_shown, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{_shown(name)}: {_shown(each)}' for name, each in value.items())}}}"
+    return repr(value)
 
 
 def from_file(path: Path) -> dict[str, Any]:
     """A YAML file of parameters, as Papermill's -f takes it; raises BadInput when it holds anything else."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist: name a YAML file of parameters.") from None
     except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read as a YAML file of parameters: {' '.join(str(error).split())}.") from None
+        said = error.strerror or "" if isinstance(error, OSError) else str(error)
+        raise BadInput(f"{path} cannot be read as a YAML file of parameters: {' '.join(said.split())}.") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise BadInput(f"{path} must hold parameters, a line each, as `table: users`.")
     return content
