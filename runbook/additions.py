@@ -20,6 +20,7 @@ from runbook.parameters import resolve
 from runbook.plan import fit, identifiers
 from runbook.sheet import Sheet
 from runbook.statements import rendered, spelled, statement, trusted
+from runbook.words import counted
 
 Row = dict[str, Any]
 STATES = {"O": "ENABLE", "A": "ENABLE ALWAYS", "R": "ENABLE REPLICA", "D": "DISABLE"}
@@ -205,7 +206,7 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
             rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms))
             session.run("additions.analyze", **_names(run, addition))
             moved, locked = moved + rows, max(locked, seconds)
-        said = f"{growth.table} has {len(names)} more partitions: {', '.join(names) or 'none was lacking'}. {moved:,} rows moved into them"
+        said = f"{growth.table} has {counted(len(names), 'more partition')}: {', '.join(names) or 'none was lacking'}. {counted(moved, 'row')} moved into them"
         return action.finish(
             f"{said}; locks were held for {locked * 1000:.0f} ms at most.", moved, partitions=names, locked_s=locked
         )
@@ -286,4 +287,6 @@ def check(draft: Draft) -> Evidence:
             raise PromiseBroken(
                 f"{growth.table} lacks {', '.join([*lacking, *sorted(known & set(loose))])}: run 20_add_partitions again."
             )
-        return action.finish(f"{len(growth.additions)} partitions of {growth.table} were added and stand, {len(there)} in all.")
+        return action.finish(
+            f"{counted(len(growth.additions), 'partition')} of {growth.table} {'was added and stands' if len(growth.additions) == 1 else 'were added and stand'}, {len(there)} in all."
+        )

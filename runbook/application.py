@@ -19,6 +19,7 @@ from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import identifiers
 from runbook.sheet import Listing
+from runbook.words import counted
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,8 @@ def check(action: Action) -> Evidence:
     if broken:
         said = "; ".join(f"{each['instead']} ({each['seen then']})" for each in broken)
         raise PromiseBroken(
-            f"{len(broken)} statements that should take others' places on {action.run.plan.full_name} fail: {said}"
+            f"{counted(len(broken), 'statement')} that should take others' places on {action.run.plan.full_name} {'fails' if len(broken) == 1 else 'fail'}: {said}"
         )
     needed = int(filled(action.run)["since yesterday"].sum())
-    sentence = (
-        f"{len(seen.facts['points'])} points, each with what to do; {needed:,} rows needed the fill trigger since yesterday."
-    )
+    sentence = f"{counted(len(seen.facts['points']), 'point')}, each with what to do; {counted(needed, 'row')} needed the fill trigger since yesterday."
     return action.finish(f"{sentence} {asked.facts['said'] if asked else ''}".strip(), needed, filled=needed)

@@ -23,6 +23,7 @@ from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import identifiers
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
+from runbook.words import counted
 
 Sums = list[dict[str, Any]]
 
@@ -70,7 +71,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
         rows = sum(row["rows"] for row in here)
         each_value = f", for every {run.plan.key}" if run.plan.partition_by == "list" else ""
         return action.finish(  # type: ignore[no-any-return]
-            f"{run.plan.backup} holds the same {rows:,} rows as {run.plan.full_name}, by count and hash{each_value}.",
+            f"{run.plan.backup} holds the same {counted(rows, 'row')} as {run.plan.full_name}, by count and hash{each_value}.",
             rows,
             sums=here,
             bytes=session.value("backup.bytes", backup_text=spelled(run.names["backup"])),
@@ -94,7 +95,7 @@ def _as_dump(run: Run, action: Any) -> Evidence:
     _require_equal(archive.name, there, here)
     rows = sum(row["rows"] for row in here)
     return action.finish(  # type: ignore[no-any-return]
-        f"{archive} (sha256 {digest[:16]}…) was restored into a scratch database and holds {rows:,} rows, the same as {run.plan.full_name}.",
+        f"{archive} (sha256 {digest[:16]}…) was restored into a scratch database and holds {counted(rows, 'row')}, the same as {run.plan.full_name}.",
         rows, sums=here, archive=str(archive), sha256=digest, bytes=archive.stat().st_size,
     )  # fmt: skip
 
@@ -193,7 +194,8 @@ def _require_equal(backup: str, there: Sums, here: Sums) -> None:
         ours, theirs = ({each["value"]: (each["rows"], each["hash"]) for each in sums} for sums in (here, there))
         differing = [value for value in {**theirs, **ours} if ours.get(value) != theirs.get(value)]
         said = ", ".join(
-            f"{value} ({ours.get(value, (0,))[0]:,} rows, not {theirs.get(value, (0,))[0]:,})" for value in differing[:10]
+            f"{value} ({counted(ours.get(value, (0,))[0], 'row')}, not {theirs.get(value, (0,))[0]:,})"
+            for value in differing[:10]
         )
         more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
         raise NotEqual(f"{backup} is not what the table was in {said}{more}. It was not kept; run 01_backup again.")
@@ -217,7 +219,7 @@ def check(run: Run) -> Evidence:
                 action.session.run("ledger.withdraw", migration=run.migration, step="backup", action=done)
             raise PromiseBroken(f"There is no proved backup of {run.plan.full_name}: run 01_backup again, and it is made anew.")
         return action.evidence or action.finish(
-            f"The backup of {run.plan.full_name} is there, and proved: {made.rows:,} rows.", made.rows
+            f"The backup of {run.plan.full_name} is there, and proved: {counted(made.rows or 0, 'row')}.", made.rows
         )
 
 

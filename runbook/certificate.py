@@ -15,6 +15,7 @@ from runbook.archive import Run as Record
 from runbook.archive import write_whole
 from runbook.ledger import Run
 from runbook.redaction import redact, redacted
+from runbook.words import counted
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -64,7 +65,7 @@ def write(record: Record, run: Run) -> None:
         return
     promises = [verify.Promise(**redacted(vars(each), record.secrets)) for each in verify.seen(run)]
     counts = Counter(each.verdict for each in promises)
-    verdict = f"{counts['pass']} promises hold, {counts['fail']} are broken, {counts['not tried']} could not be tried."
+    verdict = f"{counted(counts['pass'], 'promise holds', 'promises hold')}, {counted(counts['fail'], 'is', 'are')} broken, {counts['not tried']} could not be tried."
     write_whole(record.folder / "certificate.html", _page(record, run, whole, promises, verdict))
     write_whole(record.folder / "promises.xml", _junit(run, promises, counts))
     write_whole(record.folder / "promises.md", _markdown(run, promises, verdict))

@@ -16,6 +16,7 @@ from runbook.database import Session
 from runbook.errors import NotEqual
 from runbook.ledger import Run
 from runbook.statements import spelled, statement, trusted
+from runbook.words import counted
 
 Sums = dict[str, tuple[int, int]]  # rows and hash of every partition
 
@@ -57,7 +58,7 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
                 raise
         if (sum(rows for rows, _ in mine.values()), sum(hash_ for _, hash_ in mine.values())) == beside:
             return Comparison(
-                f"{beside[0]:,} rows are equal in both, to the byte, in {len(mine)} partitions; {waiting:,} changes wait in the log.",
+                f"{counted(beside[0], 'row is', 'rows are')} equal in both, to the byte, in {counted(len(mine), 'partition')}; {counted(waiting, 'change waits', 'changes wait')} in the log.",
                 beside[0],
                 {name: {"rows": rows, "hash": str(value)} for name, (rows, value) in mine.items()},
                 waiting,
@@ -66,7 +67,7 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
         theirs = _sums(session.rows("restore.sums_of_plain_by_partition", **names))
         differing = session.rows("restore.differing", **names, limit=20)
     parts = [
-        f"{name}: {mine.get(name, (0, 0))[0]:,} against {theirs.get(name, (0, 0))[0]:,} rows"
+        f"{name}: {mine.get(name, (0, 0))[0]:,} against {counted(theirs.get(name, (0, 0))[0], 'row')}"
         for name in sorted({*mine, *theirs})
         if mine.get(name) != theirs.get(name)
     ]

@@ -26,6 +26,7 @@ from psycopg.conninfo import make_conninfo
 
 from runbook.errors import BadInput, ServerUnavailable
 from runbook.statements import statement
+from runbook.words import ended
 
 DATABASE, DEFAULT_USERS = "clinic", 10_000
 SOCKET = ".s.PGSQL.5432"  # no port is opened: its number is a part of the socket's name
@@ -193,7 +194,7 @@ def _locked() -> Iterator[Server]:
     except (OSError, psycopg.Error) as error:
         reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else str(error).strip()  # copytree lists each file's
         raise ServerUnavailable(
-            f"The embedded server in {folder} cannot be used: {reason}. Mend that, set "
+            f"The embedded server in {folder} cannot be used: {ended(reason)} Mend that, set "
             "RUNBOOK_HOME to a folder of your own, or name a server with --database."
         ) from error
 

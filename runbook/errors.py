@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import psycopg
 
+from runbook.words import ended
+
 
 class RunbookError(Exception):
     """A refusal or a failure that the reader can act on; its text is the whole message."""
@@ -64,4 +66,4 @@ def told(error: BaseException) -> str:
     if diag.sqlstate == "42501" and "runbook" in diag.message_primary:
         hint = "Schema runbook is the ledger, and belongs to whoever planned first: work as that role, or as a member of it"
     parts = [diag.message_primary, "" if detail.startswith("Failing row contains") else detail, hint]
-    return f"The server refused it ({diag.sqlstate}): {'. '.join(part.strip().rstrip('.') for part in parts if part)}."
+    return f"The server refused it ({diag.sqlstate}): {' '.join(ended(part) for part in parts if part)}"

@@ -61,7 +61,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                 with bar.external_write_mode(file=sys.stdout):
                     click.echo(
                         "{step:<17} {state:<12} {rows:>12} {0} {seconds:>8.1f} s".format(
-                            "rows" if lines[-1]["rows"] else "    ", **lines[-1]
+                            {"": "    ", "1": "row "}.get(lines[-1]["rows"], "rows"), **lines[-1]
                         )
                     )
                 if done.error or done.failed_cell is not None:

@@ -12,6 +12,7 @@ from runbook.references import added, names
 from runbook.rollback import unlogged
 from runbook.sheet import Sheet
 from runbook.statements import statement
+from runbook.words import counted
 
 
 def statements(run: Run, drop_backup: bool = False) -> Statements:
@@ -49,7 +50,7 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
         last = action.session.row("rollback.last_filled", **names(run, helped[0]))
         hours = min(last["hours"], last["trigger_hours"])
         if hours < unneeded_for_h:
-            needed = f"Old code inserted {last['rows']:,} rows without the role column, the last {hours:.1f} h ago"
+            needed = f"Old code inserted {counted(last['rows'], 'row')} without the role column, the last {hours:.1f} h ago"
             never = f"Nothing has needed the fill trigger yet, but it came only {hours:.1f} h ago"
             raise OutOfOrder(
                 f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, or set"

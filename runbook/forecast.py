@@ -20,6 +20,7 @@ from runbook.errors import told
 from runbook.ledger import NOTEBOOKS, STEPS, Action, Evidence, Run, recorded
 from runbook.plan import Plan, identifiers, with_key
 from runbook.statements import spelled, statement, trusted
+from runbook.words import counted
 
 COPY_S = 0.25  # for so long rows are copied; all that is measured takes some four times that
 BLOCKS = 32  # a piece of the sample; the pieces are from all over the table
@@ -200,9 +201,9 @@ def sentence(facts: dict[str, Any]) -> str:
     if free_bytes is not None:
         room = f"{free_bytes / MB:,.0f} MB are free" + (", which is NOT ENOUGH" if free_bytes < needed else "")
     return (
-        f"{facts['rows']:,} rows will take about {sum(facts['seconds'].values()):,.1f} s of work, {facts['disk_bytes'] / MB:,.1f} MB of disk"
+        f"{counted(facts['rows'], 'row')} will take about {sum(facts['seconds'].values()):,.1f} s of work, {facts['disk_bytes'] / MB:,.1f} MB of disk"
         f" and {facts['wal_bytes'] / MB:,.1f} MB of WAL ({room}); names will be locked for about {facts['locked_s'] * 1000:,.0f} ms."
-        f" Measured on {facts['copied']:,} rows, which were copied and rolled back."
+        f" Measured on {counted(facts['copied'], 'row, which was', 'rows, which were')} copied and rolled back."
     )
 
 

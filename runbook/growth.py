@@ -19,6 +19,7 @@ from runbook.findings import worst_first
 from runbook.ledger import Run
 from runbook.parameters import Parameters
 from runbook.statements import spelled, trusted
+from runbook.words import counted
 
 Row = dict[str, Any]
 
@@ -136,7 +137,7 @@ def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Ro
         return
     yield Finding.warning(
         name,
-        f"{rows:,} rows of {default[1]} go over to {name} while they are locked; no trigger fires, nothing is lost.",
+        f"{counted(rows, 'row')} of {default[1]} {'goes' if rows == 1 else 'go'} over to {name} while they are locked; no trigger fires, nothing is lost.",
         "Correct the rows first if they were not meant for it.",
     )
     for row in keys:

@@ -13,6 +13,7 @@ import pandas as pd
 from runbook import changes, ledger
 from runbook.plan import Plan
 from runbook.statements import spelled
+from runbook.words import counted
 
 if TYPE_CHECKING:
     from runbook.ledger import Run
@@ -64,9 +65,7 @@ def ahead(run: Run) -> Words:
     if order is ledger.REPAIR:
         cost = "the columns and keys that the repair made go; the rows that it put back stay"
     elif now["swapped"]:
-        cost = (
-            f"{waiting:,} rows that changed since the cut-over are replayed into the original, and one short swap locks the names"
-        )
+        cost = f"{counted(waiting, 'row')} that changed since the cut-over {'is' if waiting == 1 else 'are'} replayed into the original, and one short swap locks the names"
         cost += f" for some milliseconds ({now['locked_s'] * 1000:,.0f} ms the last time)" if now["locked_s"] else ""
         cost += "; no write is lost"
     elif now["staging"]:

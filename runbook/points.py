@@ -17,6 +17,7 @@ from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import identifiers
 from runbook.statements import statement, trusted
+from runbook.words import counted
 
 # A statement of sql/application.sql: what changes, and what to do; `…_instead` beside it is the replacement.
 POINTS = {
@@ -195,7 +196,9 @@ def show(run: Run) -> Any:
         rows.append(_moving(run, session))
         rows.append(dict(zip(("what changes", "what to do", "statement", "seen"), WAITED, strict=True)))
         where = "itself" if there else "on a temporary copy of some rows"
-        action.finish(f"{len(rows)} points were shown on {run.plan.full_name} {where}.", len(rows), points=rows)
+        action.finish(
+            f"{counted(len(rows), 'point was', 'points were')} shown on {run.plan.full_name} {where}.", len(rows), points=rows
+        )
     return shown(rows, ["what changes", "statement", "seen", "what to do", "instead", "seen then"])
 
 
@@ -229,7 +232,7 @@ def _try(session: Session, asked: sql.Composed) -> str:
             row = cursor.fetchone() if cursor.description else None
             if row is not None:
                 return ", ".join("NULL" if each is None else str(each) for each in row.values())
-            return "it works" if cursor.rowcount < 0 else f"{cursor.rowcount} row" + "s" * (cursor.rowcount != 1)
+            return "it works" if cursor.rowcount < 0 else counted(cursor.rowcount, "row")
     except psycopg.Error as error:
         return _refusal(error)
 

@@ -17,6 +17,7 @@ from runbook.ledger import Run
 from runbook.plan import Plan
 from runbook.points import copy_table, partitioned, shown, stage
 from runbook.statements import rendered, trusted
+from runbook.words import counted
 
 ANALYZED = 16  # the first version with EXPLAIN (GENERIC_PLAN)
 
@@ -152,7 +153,7 @@ def compare(run: Run, file: str = "") -> Any:
                         row |= {"prunes": plan["prunes"], "reads": ", ".join(plan["reads"])}
         whole = [row for row in rows if row.get("prunes") is False]
         dearer = [row for row in rows if (row.get("cost after") or 0) > 1.2 * (row.get("cost before") or float("inf"))]
-        sentence = f"{len(rows)} statements from {where}: {len(whole)} read every partition, {len(dearer)} cost more than before."
+        sentence = f"{counted(len(rows), 'statement')} from {where}: {counted(len(whole), 'reads', 'read')} every partition, {counted(len(dearer), 'costs', 'cost')} more than before."
         if not where:
             sentence = "There is no pg_stat_statements: name a file of statements in queries to see what becomes of them."
         action.finish(sentence, len(rows), said=sentence, statements=rows)

@@ -13,6 +13,7 @@ from runbook import catalog, forecast, ledger
 from runbook.database import Database
 from runbook.errors import PromiseBroken
 from runbook.statements import statement, trusted
+from runbook.words import counted
 
 EVERY_S = 0.05  # between two looks at who waits
 
@@ -69,7 +70,7 @@ class Watch:
         beside = forecast.beside(run)
         lines = [
             "\nThe forecast, and what it took:\n" + forecast.shown(beside).to_string(index=False) if len(beside) else "\nThere is no forecast.",
-            f"\n{int(compared['rows'].max()):,} rows were compared, and all were equal.", *self.waits(),
+            f"\n{counted(int(compared['rows'].max()), 'row was', 'rows were')} compared, and all were equal.", *self.waits(),
             done.sort_values("at")["sentence"].iloc[-1], self._left(),
         ]  # fmt: skip
         return "\n".join(lines)

@@ -20,6 +20,7 @@ from runbook.plan import Plan, fit, with_key
 from runbook.references import names
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
+from runbook.words import counted
 
 ROUNDS = 20
 VALUE = re.compile(r"'((?:[^']|'')*)'|(NULL)|([^\s,()':]+)")
@@ -116,7 +117,9 @@ def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
     run = Run(None, 0, plan)  # type: ignore[arg-type]  # for its names only
     backup = f"{plan.table.schema_name}.{plan.backup}"
     missing = session.value("repair.missing", **run.names)
-    yield Finding.note(plan.full_name, f"{missing:,} rows of {backup} are missing in {plan.full_name}.")
+    yield Finding.note(
+        plan.full_name, f"{counted(missing, 'row')} of {backup} {'is' if missing == 1 else 'are'} missing in {plan.full_name}."
+    )
     homeless = session.rows("repair.homeless", **run.names, partition_of=partition_of(session, plan.source))
     left = [each for each in homeless if each["value"] is not None or plan.null_value is None]
     if left and not plan.takes_any_value:
@@ -128,7 +131,7 @@ def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
         seen = session.row("repair.dangling", **own)
         if seen["rows"]:
             who = f"{', '.join(seen['keys'])}{' and others' if seen['more'] else ''}"
-            said = f"{seen['rows']:,} rows of {name} refer to rows that neither {plan.full_name} nor {backup} has: {who}."
+            said = f"{counted(seen['rows'], 'row')} of {name} {'refers' if seen['rows'] == 1 else 'refer'} to rows that neither {plan.full_name} nor {backup} has: {who}."
             yield Finding.blocker(name, said, "Correct or delete them first.")
 
 
@@ -152,7 +155,10 @@ def put_back(action: Action) -> Evidence:
         with session.transaction(lock_timeout="5s"):
             rows = session.run("repair.put_back", **run.names).rowcount
             session.run("repair.analyze", **run.names)
-            return action.finish(f"{rows:,} rows of {run.plan.backup} were missing in {run.plan.full_name} and are back.", rows)
+            return action.finish(
+                f"{counted(rows, 'row')} of {run.plan.backup} {'was' if rows == 1 else 'were'} missing in {run.plan.full_name} and {'is' if rows == 1 else 'are'} back.",
+                rows,
+            )
     except errors.UniqueViolation as error:
         raise PromiseBroken(
             f"A row of {run.plan.backup} clashes with one that {run.plan.full_name} got since, in {error.diag.constraint_name}:"
@@ -170,10 +176,12 @@ def compare(action: Action) -> Evidence:
     run, session = action.run, action.session
     missing = session.value("repair.missing", **run.names)
     if missing:
-        raise NotEqual(f"{missing:,} rows of {run.plan.backup} are not in {run.plan.full_name}: run 03_restore again.")
-    counted = session.rows("repair.rows", **run.names, table=run.plan.source)
-    sums = {each["name"]: {"rows": each["rows"]} for each in counted}
-    total = sum(each["rows"] for each in counted)
+        raise NotEqual(
+            f"{counted(missing, 'row')} of {run.plan.backup} {'is' if missing == 1 else 'are'} not in {run.plan.full_name}: run 03_restore again."
+        )
+    there = session.rows("repair.rows", **run.names, table=run.plan.source)
+    sums = {each["name"]: {"rows": each["rows"]} for each in there}
+    total = sum(each["rows"] for each in there)
     return action.finish(f"Every row of {run.plan.backup} is among the {total:,} of {run.plan.full_name}.", total, sums=sums)
 
 
@@ -218,7 +226,9 @@ def add_columns(action: Action, lock_timeout_ms: int, budget_s: float) -> Eviden
                     session.run(each)
 
         locks.persist(run.database, session, patience, reference.table, attempt)
-    return action.finish(f"{len(lost(run))} lost foreign keys of {run.plan.full_name} are there again, not validated yet.")
+    return action.finish(
+        f"{counted(len(lost(run)), 'lost foreign key')} of {run.plan.full_name} {'is' if len(lost(run)) == 1 else 'are'} there again, not validated yet."
+    )
 
 
 def fill(action: Action, batch_rows: int) -> Evidence:
@@ -233,7 +243,7 @@ def fill(action: Action, batch_rows: int) -> Evidence:
             rounds += 1
             if rounds > ROUNDS:
                 raise PromiseBroken(
-                    f"{wrong:,} rows of {reference.table} stay held by others: end these sessions, then run 04 again."
+                    f"{counted(wrong, 'row')} of {reference.table} {'stays' if wrong == 1 else 'stay'} held by others: end these sessions, then run 04 again."
                 )
             total += _fill_round(session, reference, own, wrong, max(1, batch_rows // 50))
         try:
@@ -245,7 +255,7 @@ def fill(action: Action, batch_rows: int) -> Evidence:
                 f"{reference.schema_name}.{reference.table} has rows that refer to none of {run.plan.full_name}: correct or"
                 " delete them, then run 04_foreign_keys again."
             ) from None
-    sentence = f"{total:,} rows of referencing tables were given their {run.plan.key}; {len(lost(run))} lost keys are valid."
+    sentence = f"{counted(total, 'row')} of referencing tables {'was' if total == 1 else 'were'} given their {run.plan.key}; {counted(len(lost(run)), 'lost key is', 'lost keys are')} valid."
     return action.finish(sentence, total)
 
 
@@ -270,7 +280,9 @@ def check_keys(action: Action) -> Evidence:
     bad = [reference.name for reference in run.plan.references if not rows.get(reference.name)]
     if bad:
         raise PromiseBroken(f"The foreign keys {', '.join(bad)} are missing or not valid: run 04_foreign_keys again.")
-    return action.finish(f"{len(run.plan.references)} foreign keys point at {run.plan.full_name}, and all are valid.")
+    return action.finish(
+        f"{counted(len(run.plan.references), 'foreign key points', 'foreign keys point')} at {run.plan.full_name}, and {'is' if len(run.plan.references) == 1 else 'all are'} valid."
+    )
 
 
 def take_away(run: Run) -> Iterator[sql.Composed]:

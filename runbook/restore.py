@@ -18,6 +18,7 @@ from runbook.errors import NotEqual, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
+from runbook.words import counted
 from runbook.workers import Range, gaps, most, parallel, refuse_orphan
 
 
@@ -84,7 +85,7 @@ def copy(
             progress.close()
     rows = sum(row["rows"] for row in session.rows("restore.copied", **run.names))
     return action.finish(
-        f"{rows:,} rows were copied; ranges: {len(done) + len(pending)}.",
+        f"{counted(rows, 'row was', 'rows were')} copied; ranges: {len(done) + len(pending)}.",
         rows,
         ranges=len(done) + len(pending),
     )
@@ -145,7 +146,7 @@ def settle(action: Action) -> Evidence:
     run = action.run
     with from_the_copy(run):
         keys = changes.settle(run, action.session)
-    return action.finish(f"{keys:,} changes made during the copy were settled.", keys)
+    return action.finish(f"{counted(keys, 'change')} made during the copy {'was' if keys == 1 else 'were'} settled.", keys)
 
 
 @recorded("restore", "index")
@@ -174,7 +175,7 @@ def build_indexes(action: Action, workers: int = 0) -> Evidence:
     for together in indexes.storage(run):
         parallel(run, workers, together, _one_by_one)
     sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
-    sentence = f"{len(pending)} indexes were built on {len(run.plan.partitions)} partitions, and the tables analysed."
+    sentence = f"{counted(len(pending), 'index was', 'indexes were')} built on {counted(len(run.plan.partitions), 'partition')}, and the tables analysed."
     return action.finish(sentence, **sizes)
 
 
@@ -204,7 +205,7 @@ def replay(action: Action, rounds: int = 20) -> Evidence:
         if keys <= SHORT_TAIL:
             break
     return action.finish(
-        f"{total:,} changes were replayed; {changes.length(run, session):,} wait in the log.",
+        f"{counted(total, 'change was', 'changes were')} replayed; {counted(changes.length(run, session), 'waits', 'wait')} in the log.",
         total,
     )
 
@@ -238,7 +239,7 @@ def check(action: Action) -> Evidence:
     if run.plan.restore_from == "backup":
         return action.finish(seen.sentence, seen.rows)
     refuse_homeless(run, action.session)
-    return action.finish(f"The shadow equals {run.plan.full_name}: {seen.rows:,} rows.", seen.rows)
+    return action.finish(f"The shadow equals {run.plan.full_name}: {counted(seen.rows or 0, 'row')}.", seen.rows)
 
 
 def refuse_homeless(run: Run, session: Session) -> None:

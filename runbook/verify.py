@@ -19,6 +19,7 @@ from runbook.database import Session
 from runbook.errors import BadInput, NotEqual, PromiseBroken
 from runbook.ledger import Evidence, Run
 from runbook.statements import Value, spelled, statement, trusted
+from runbook.words import counted
 
 PASS, FAIL, NOT_TRIED = "pass", "fail", "not tried"
 COLOURS = {PASS: "#007a55", FAIL: "#c2410c", NOT_TRIED: "#56606a"}
@@ -81,7 +82,7 @@ def _look(run: Run, part: str) -> Iterator[Look]:
         look = Look(action.session, {**names, "unique_keys": statement("verify.unique_keys", **run.names)})
         yield look
         broken = sum(each.verdict == FAIL for each in look.promises)
-        count = f"{len(look.promises)} promise{'s' * (len(look.promises) != 1)}"
+        count = counted(len(look.promises), "promise")
         sentence = f"{count} of {part} looked at, {broken} broken." if look.promises else f"The {part} was measured."
         action.finish(sentence, len(look.promises), promises=[asdict(each) for each in look.promises])
 
@@ -105,7 +106,7 @@ def commands(run: Run) -> Transcript:
         environment = (embedded.environment() if run.database.embedded else dict(os.environ)) | {"PGCLIENTENCODING": "UTF8"}
         options = ["-X", "--echo-all", "--set=ON_ERROR_STOP=1", "--pset=pager=off", f"--dbname={run.database.conninfo}"]
         done = subprocess.run([path, *options], input=text, env=environment, capture_output=True, encoding="utf-8", check=False)
-        said = " ".join(done.stderr.split()) or f"they ran, and printed {len(done.stdout.splitlines())} lines"
+        said = " ".join(done.stderr.split()) or f"they ran, and printed {counted(len(done.stdout.splitlines()), 'line')}"
         look.judge(promise, text, said, done.returncode == 0)
     return Transcript(done.stdout + done.stderr)
 
@@ -200,7 +201,7 @@ def _against_backup(run: Run, look: Look, seen: list[comparing.Comparison]) -> s
     else:
         same = look.ask("verify.same_as_backup")[0]["same"]
     since = "no row differs from the result" if same else look.ask("verify.writes_since")[0]["since"]
-    return f"{made.rows:,} rows, as its evidence says; {since}"
+    return f"{counted(made.rows or 0, 'row')}, as its evidence says; {since}"
 
 
 def _total(sums: Collection[dict[str, Any]]) -> tuple[int, int]:
@@ -257,4 +258,7 @@ def check(run: Run) -> Evidence:
             action.session.run("ledger.withdraw", migration=run.migration, step="verify", action="check")
             raise PromiseBroken(f"{run.plan.full_name} breaks {len(broken)} of {len(found)} promises: {'; '.join(broken)}")
         held = sum(each.verdict == PASS for each in found)
-        return action.finish(f"{held} promises were put to the test and hold; {len(found) - held} could not be tried.", held)
+        return action.finish(
+            f"{counted(held, 'promise was', 'promises were')} put to the test and {'holds' if held == 1 else 'hold'}; {len(found) - held} could not be tried.",
+            held,
+        )

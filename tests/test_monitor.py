@@ -146,7 +146,7 @@ def test_91_waits_until_nothing_has_needed_the_trigger_for_so_long(migrated, sql
         "INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT (SELECT id FROM users LIMIT 1), (SELECT id FROM doctors LIMIT 1), now()"
     )
     assert application.filled(migrated)["rows"].sum() == 1
-    with pytest.raises(OutOfOrder, match="Old code inserted 1 rows without the role column"):
+    with pytest.raises(OutOfOrder, match="Old code inserted 1 row without the role column"):
         finish.require(migrated, "ann")
     sql(f"UPDATE runbook_{migrated.migration}.filled SET at = at - interval '25 hours'")
     finish.require(migrated, "ann")
