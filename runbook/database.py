@@ -28,6 +28,7 @@ from runbook import embedded
 from runbook.errors import BadInput, ServerUnavailable
 from runbook.redaction import known_secrets, redact
 from runbook.statements import Value, statement
+from runbook.words import ended
 
 OLDEST, NEWEST = 14, 18
 REST_S = 1.0  # so long a connection waits for the next session: a cell opens several, one after the other
@@ -89,9 +90,9 @@ class Database:
                     prepare_threshold=sys.maxsize,  # only what asks for it
                 )
         except psycopg.OperationalError as error:
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = " ".join(str(error).split())
             raise ServerUnavailable(
-                f"{self.name} cannot be reached: {reason}. Mend that, or correct database; then run this again."
+                f"{self.name} cannot be reached: {ended(reason)} Mend that, or correct database; then run this again."
             ) from None
         connection.add_notice_handler(_pass_on)
         _settle_in(connection)
