@@ -42,7 +42,7 @@ def test_a_row_that_slipped_past_the_log_is_named(forward, sql):
     sql("SET session_replication_role = replica; ALTER TABLE users DISABLE TRIGGER USER; UPDATE users SET phone = 'slipped' "
         "WHERE role = 'admin';"
         " ALTER TABLE users ENABLE TRIGGER USER")  # fmt: skip
-    with pytest.raises(NotEqual, match=r"users_admins: 1 against 1 rows.*different"):
+    with pytest.raises(NotEqual, match=r"users_admins: 1 against 1 row.*different"):
         migration.walk(run, {"": migration.FORWARD["compare"]})
 
 

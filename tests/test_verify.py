@@ -106,7 +106,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "a byte was changed": (
         unlogged("users_admins", "UPDATE users_admins SET password = overlay(password PLACING '-' FROM 20)"),
-        [ROWS, "users_admins: 1 against 1 rows"],
+        [ROWS, "users_admins: 1 against 1 row"],
     ),
     "the retired table is gone": (("DROP TABLE users_retired",), [ROWS]),
     "the log was switched off": (
