@@ -13,6 +13,7 @@ from runbook.division import Division
 from runbook.facts import Finding
 from runbook.plan import Plan
 from runbook.statements import trusted
+from runbook.words import counted
 
 LEVELS = ("blocker", "warning", "note")
 
@@ -60,7 +61,7 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
     if division.nulls:
         such_as = f" (such as {plan.frequent_value!r})" if plan.frequent_value is not None else ""
         yield Finding.blocker(
-            name, f"{plan.full_name} has {division.nulls:,} rows whose {plan.key} is NULL, which no partition takes:"
+            name, f"{plan.full_name} has {counted(division.nulls, 'row')} whose {plan.key} is NULL, which no partition takes:"
             f" {plan.key} becomes a part of the primary key, which NULL cannot be in.",
             f"Fill them, or set null_value to what NULL shall become{such_as}, or by list give NULL a partition.",
         )  # fmt: skip
@@ -80,7 +81,7 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
         if division.homeless:
             listed = ", ".join(f"{value!r} ({rows:,})" for value, rows in division.homeless[:10])
             yield Finding.blocker(
-                name, f"{plan.full_name} has {sum(rows for _, rows in division.homeless):,} rows whose {plan.key} fits no partition: {listed}.",
+                name, f"{plan.full_name} has {counted(sum(rows for _, rows in division.homeless), 'row')} whose {plan.key} fits no partition: {listed}.",
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
         yield Finding.note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")

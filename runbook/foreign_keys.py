@@ -18,6 +18,7 @@ from runbook.plan import with_key
 from runbook.references import added, names, tables
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
+from runbook.words import counted
 from runbook.workers import gaps, parallel
 
 # (what, statement, the tables that it needs SHARE ROW EXCLUSIVE on for an instant)
@@ -170,7 +171,7 @@ def fill(action: Action, batch_rows: int = 2000) -> Evidence:
         "" if run.plan.frequent_value is None else f": it is not {run.plan.frequent_value!r}, which the others have by default"
     )
     return action.finish(
-        f"{total:,} rows of referencing tables were given the {run.plan.key} of the row they refer to{other}.", total
+        f"{counted(total, 'row')} of referencing tables got the {run.plan.key} of the row referred to{other}.", total
     )
 
 

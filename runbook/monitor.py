@@ -14,6 +14,7 @@ from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.points import partitioned, stage
 from runbook.statements import spelled
+from runbook.words import counted
 
 MIB = 1024 * 1024
 FEW_DEAD = 1000  # below it a share says nothing: of a small partition the trials of 06 and 07 leave more than half
@@ -43,7 +44,7 @@ def look(action: Action, file: str = "") -> Evidence:
         "log_bytes": session.value("monitor.log", back=spelled(run.names["back"])),
     }  # fmt: skip
     size, rows = sum(leaf["bytes"] for leaf in leaves), sum(leaf["rows"] for leaf in leaves)
-    told = f"{len(leaves)} partitions of {run.plan.full_name} hold {rows:,} rows in {size / 1e6:,.1f} MB; {_told(facts)}."
+    told = f"{counted(len(leaves), 'partition')} of {run.plan.full_name} hold {counted(rows, 'row')} in {size / 1e6:,.1f} MB; {_told(facts)}."
     return action.finish(told, rows, **facts)
 
 
@@ -52,7 +53,7 @@ def _told(facts: dict[str, Any]) -> str:
     return (
         f"{facts['default_rows']:,} in a DEFAULT one, {len(facts['new_values'])} new values; "
         + (f"{share:.0f} % of {facts['statements']:,} calls prune" if share is not None else "what prunes is not known")
-        + f"; {facts['filled_rows']:,} rows needed the fill trigger since yesterday; "
+        + f"; {counted(facts['filled_rows'], 'row')} needed the fill trigger since yesterday; "
         + (f"the log of the way back has {log / MIB:,.1f} MiB" if log is not None else "there is no way back any more")
     )
 
@@ -122,7 +123,7 @@ def check(
         : share is not None and share < min_pruning_percent,
         f"What prunes is not known (min_pruning_percent is {min_pruning_percent}): name a file of statements in queries, or CREATE"
         " EXTENSION pg_stat_statements.": share is None and min_pruning_percent > 0,
-        f"{seen['filled_rows']:,} rows needed the fill trigger since yesterday (max_filled_rows is {max_filled_rows}): 07_application"
+        f"{counted(seen['filled_rows'], 'row')} needed the fill trigger since yesterday (max_filled_rows is {max_filled_rows}): 07_application"
         " says what to change.": max_filled_rows is not None and seen["filled_rows"] > max_filled_rows,
         f"The log of the way back has {log:,.0f} MiB (max_log_mib is {max_log_mib:,}): end it with 91_finish, or take it with"
         " 90_rollback.": log > max_log_mib,

@@ -19,6 +19,7 @@ from runbook.references import added
 from runbook.references import names as reference_names
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement, trusted
+from runbook.words import counted
 
 
 def preview(run: Run) -> Sheet:
@@ -126,7 +127,9 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             # The forward steps are undone with the same commit: the ledger never says that the table is still swapped.
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             changed = total + last
-            sentence = f"{run.plan.full_name} is the original table again; {changed:,} changes since the cut-over went with it."
+            sentence = (
+                f"{run.plan.full_name} is the original table again; {counted(changed, 'change')} since the cut-over went with it."
+            )
             evidence = action.finish(sentence, changed, swapped=True, compared=seen.rows)
             if last:  # again: one may have begun since the first look
                 locks.refuse_late_snapshots(session, patience)

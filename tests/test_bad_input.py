@@ -49,7 +49,7 @@ PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
 ]
 # A wish for the table, and what must stand in the sentence.
 TABLES: list[tuple[str, list[str]]] = [
-    ("UPDATE users SET role = NULL WHERE role = 'admin'", ["1 rows whose role is NULL", "null_value"]),
+    ("UPDATE users SET role = NULL WHERE role = 'admin'", ["1 row whose role is NULL", "null_value"]),
     ("INSERT INTO users SELECT gen_random_uuid(), 'n@x', '', '', '', '', 'nurse'", ["'nurse' (1)", "Add a partition"]),
     ("ALTER TABLE users DROP CONSTRAINT users_pkey CASCADE", ["public.users has no primary key", "Give it one"]),
     ("CREATE TABLE users_admins ()", ["The name public.users_admins is taken"]),
