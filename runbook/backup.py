@@ -211,16 +211,20 @@ def check(run: Run) -> Evidence:
     """Raises unless the backup was proved and is there; 06 computes its sums again."""
     with run.action("backup", "check") as action:
         made = run.finished("backup", "make")
-        there = made and (
-            "archive" in made.facts or action.session.value("backup.exists", backup_text=spelled(run.names["backup"]))
-        )
-        if made is None or (not there and run.finished("cutover", "swap") is None):
+        if made is None or (gone(run, action.session) and run.finished("cutover", "swap") is None):
             for done in ("make", "check"):
                 action.session.run("ledger.withdraw", migration=run.migration, step="backup", action=done)
             raise PromiseBroken(f"There is no proved backup of {run.plan.full_name}: run 01_backup again, and it is made anew.")
         return action.evidence or action.finish(
             f"The backup of {run.plan.full_name} is there, and proved: {counted(made.rows or 0, 'row')}.", made.rows
         )
+
+
+def gone(run: Run, session: Session) -> bool:
+    """Whether the backup's table was made, and is there no more; whether an archive is, only the machine that has it can tell."""
+    made = run.finished("backup", "make")
+    there = session.value("backup.exists", backup_text=spelled(run.names["backup"]))
+    return made is not None and "archive" not in made.facts and not there
 
 
 def still(run: Run, session: Session, made: Evidence) -> None:

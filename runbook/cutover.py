@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from runbook import catalog, changes, foreign_keys, locks, references, restore
+from runbook import backup, catalog, changes, foreign_keys, locks, references, restore
 from runbook.changes import Statements
 from runbook.database import Session
 from runbook.errors import ApprovalMissing, PromiseBroken
@@ -187,15 +187,6 @@ def require_approval(action: Action, approved_by: str = "") -> Evidence:
         f"The cut-over of {run.plan.full_name} needs an approval: look at what 03 compared, then set approved_by to the"
         " name of who approves.",
     )
-    made = run.finished("backup", "make")
-    if (
-        made
-        and "archive" not in made.facts
-        and not action.session.value("backup.exists", backup_text=spelled(run.names["backup"]))
-    ):
-        raise PromiseBroken(
-            f"The backup {run.plan.backup} is gone: run 01_backup again, and it is made anew, before the cut-over."
-        )
     return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
 
 
@@ -214,6 +205,8 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
                 f"The cut-over of {run.plan.full_name} has not been approved: run 05_cutover from its beginning."
             )
         session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
+        if backup.gone(run, session):
+            raise PromiseBroken(f"The backup {run.plan.backup} is gone: run 01_backup again, and it is made anew, then this.")
         waits: list[tuple[float, float]] = []
         references_logged = foreign_keys.remembered(run)
 

@@ -119,8 +119,10 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
                 raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them")
             try:
                 last = changes.apply_last(run, session, BACK)
-            except (Rewritten, errors.UniqueViolation) as error:  # a double is named by the next attempt's replay
-                raise locks.NotYet(str(error)) from None
+            except Rewritten as rewritten:
+                raise locks.NotYet(str(rewritten)) from None
+            except errors.UniqueViolation:  # the next attempt's replay names it
+                raise locks.NotYet("a row that the original's unique keys cannot take") from None
             if last:
                 locks.refuse_late_snapshots(session, patience)
             session.at_once(statements)

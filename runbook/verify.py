@@ -186,13 +186,10 @@ def _against_backup(run: Run, look: Look, seen: list[comparing.Comparison]) -> s
     made = run.finished("backup", "make")
     if made is None:
         raise NotEqual(f"There is no backup of {run.plan.full_name}.")
-    if "archive" not in made.facts and not look.session.value("backup.exists", backup_text=spelled(run.names["backup"])):
-        gone = f"{run.plan.backup} is gone: somebody dropped it"
-        raise (
-            FileNotFoundError(f"{run.plan.backup} was dropped, by 91_finish or after it")
-            if run.state == "finished"
-            else NotEqual(gone)
-        )
+    if backup.gone(run, look.session):
+        if run.state == "finished":
+            raise FileNotFoundError(f"{run.plan.backup} was dropped, by 91_finish or after it")
+        raise NotEqual(f"{run.plan.backup} is gone: somebody dropped it")
     backup.still(run, look.session, made)
     if "archive" in made.facts:
         return f"{made.facts['archive']} has the sha256 {made.facts['sha256']}; an archive is not compared with the result"
