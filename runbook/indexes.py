@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from psycopg import sql
 
@@ -14,14 +15,35 @@ from runbook.ledger import Run
 from runbook.statements import statement, trusted
 
 
-def builds(run: Run) -> Iterator[tuple[str, str, list[sql.Composed]]]:
-    """(partition, index name, statements) for every index of every partition; the largest partitions first."""
-    plan = run.plan
+@dataclass
+class Build:
+    """An index of a partition to be built. `after` is the unique one that PostgreSQL asks about a row before this one: its
+    order is that of their OIDs, and an application may know the constraint that refuses a row by name."""
+
+    statements: list[sql.Composed]
+    leaf: str = ""
+    name: str = ""
+    adopt: tuple[sql.Composed, ...] = ()  # once it is built
+    after: Build | None = None
+    pid: int = 0  # of the session that builds it
+    ended: bool = False
+
+
+def builds(run: Run) -> list[Build]:
+    """Every index of every partition, the largest partitions first. Of their indexes first those that refuse rows, in the
+    source's order; then those that sort texts, which takes twice as long: a long one that begins last keeps the others waiting."""
+    plan, found = run.plan, list[Build]()
+    texts = {column.name for column in plan.columns if column.compared.endswith("text")}
+    refusing = [index for index in plan.indexes if index.unique or index.constraint]
+    others = sorted((index for index in plan.indexes if index not in refusing), key=lambda each: texts.isdisjoint(each.columns))
     for partition in sorted(plan.partitions, key=lambda partition: -partition.rows):
-        leaf = sql.Identifier(run.staging, partition.name)
-        for index in plan.indexes:
+        leaf, last = sql.Identifier(run.staging, partition.name), None
+        for index in (*refusing, *others):
             name = index.leaf_names[partition.name]
-            yield partition.name, name, list(_leaf_index(run, index, leaf, name))
+            first, *adopt = _leaf_index(run, index, leaf, name)
+            last = Build([first], partition.name, name, tuple(adopt), last if index in refusing else None)
+            found.append(last)
+    return found
 
 
 def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: str) -> Statements:

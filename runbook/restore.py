@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,8 +30,8 @@ def script(run: Run) -> Statements:
 
 
 def _after_the_copy(run: Run) -> Statements:
-    for _, _, each in indexes.builds(run):
-        yield from each
+    for build in indexes.builds(run):
+        yield from (*build.statements, *build.adopt)
     for each in unique_keys.builds(run):
         yield from each
     yield from indexes.adopt(run)
@@ -162,16 +163,18 @@ def build_indexes(action: Action, workers: int = 0) -> Evidence:
         for row in session.rows("restore.built", leaf_text=spelled((run.staging, partition.name))):
             built[partition.name, row["name"]] = row["adopted"]
     builds = list(indexes.builds(run))
-    pending = [each[:1] for leaf, name, each in builds if (leaf, name) not in built] + unique_keys.pending(run, session)
-    holder = session.pid
+    for each in builds:
+        each.ended = (each.leaf, each.name) in built
+    guards = [indexes.Build(statements) for statements in unique_keys.pending(run, session)]
+    pending, holder = [*(each for each in builds if not each.ended), *guards], session.pid
     parallel(run, workers, pending, lambda worker, each: _build(run, worker, each, holder))
     with session.transaction(lock_timeout="5s"):
-        for leaf, name, each in builds:
-            for later in each[1:] if not built.get((leaf, name)) else []:
+        for each in builds:
+            for later in each.adopt if not built.get((each.leaf, each.name)) else []:
                 session.run(later)
         if not session.rows("restore.built", leaf_text=spelled(run.names["shadow"])):
-            for each_ in indexes.adopt(run):
-                session.run(each_)
+            for statement_ in indexes.adopt(run):
+                session.run(statement_)
     for together in indexes.storage(run):
         parallel(run, workers, together, _one_by_one)
     sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
@@ -179,11 +182,18 @@ def build_indexes(action: Action, workers: int = 0) -> Evidence:
     return action.finish(sentence, **sizes)
 
 
-def _build(run: Run, session: Session, statements: list[sql.Composed], holder: int) -> None:
-    with session.transaction(lock_timeout="30s", synchronous_commit="off"):
-        for each in statements:
-            session.run(each)
-        refuse_orphan(run, session, holder)
+def _build(run: Run, session: Session, build: indexes.Build, holder: int) -> None:
+    before = build.after
+    while before and not before.ended and not (before.pid and session.value("restore.building", pid=before.pid)):
+        time.sleep(0.002)
+    build.pid = session.pid
+    try:
+        with session.transaction(lock_timeout="30s", synchronous_commit="off"):
+            for each in build.statements:
+                session.run(each)
+            refuse_orphan(run, session, holder)
+    finally:
+        build.ended = True
 
 
 def _one_by_one(session: Session, statements: list[sql.Composed]) -> None:

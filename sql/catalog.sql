@@ -69,7 +69,8 @@ SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnot
  ORDER BY a.attnum
 
 -- name: indexes
--- `tail` is the definition from its method on: the same for any table and any name.
+-- `tail` is the definition from its method on: the same for any table and any name. In the order of their making, in which
+-- PostgreSQL asks them about a new row: the first that refuses it gives the error its name.
 SELECT x.relname AS name, i.indisunique AS unique, i.indisprimary AS primary, i.indisvalid AS valid,
        i.indisclustered AS clustered,
        (SELECT array_agg(a.attname ORDER BY k.ord) FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
@@ -96,7 +97,7 @@ SELECT x.relname AS name, i.indisunique AS unique, i.indisprimary AS primary, i.
              || quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ' USING ')) AS tail,
            coalesce(' WHERE ' || pg_get_expr(i.indpred, i.indrelid), '') AS predicate) rest
  WHERE i.indrelid = {oid}
- ORDER BY i.indisprimary DESC, x.relname
+ ORDER BY i.indexrelid
 
 -- name: checks
 SELECT conname AS name, pg_get_constraintdef(oid) AS definition, convalidated AS validated, connoinherit AS no_inherit,

@@ -43,6 +43,10 @@ SELECT x.relname AS name, EXISTS (SELECT FROM pg_constraint k WHERE k.conindid =
   FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
  WHERE i.indrelid = {leaf_text}::regclass AND i.indisvalid
 
+-- name: building
+-- A session's CREATE INDEX has given the index its OID and is at work on it.
+SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE pid = {pid} AND phase LIKE 'building%')
+
 -- name: drop_constraint
 ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {constraint}
 

@@ -528,3 +528,22 @@ def test_a_trigger_is_on_each_partition_what_it_was_on_the_table(roles: None, da
             " WHERE tgname IN ('quiet', 'loud', 'late') ORDER BY 1"
         ).fetchall()
     assert states == [("late", "R"), ("loud", "A"), ("quiet", "D")]
+
+
+@pytest.mark.parametrize("rows", (0, 20_000))
+def test_a_row_that_breaks_two_keys_is_refused_in_the_name_of_the_same_one(roles: None, database: str, rows: int) -> None:
+    """PostgreSQL asks unique indexes in the order of their OIDs; several sessions build ours at the same time."""
+    execute(database, BASE, "ALTER TABLE thing DROP CONSTRAINT thing_pkey")
+    keys = {"z": "name", "y": "amount", "x": "at", "a": "other"}
+    for name, column in keys.items():
+        execute(database, f"ALTER TABLE thing ADD CONSTRAINT {name} UNIQUE ({column})")
+    execute(database, "ALTER TABLE thing ADD PRIMARY KEY (id)", "CREATE INDEX ON thing (kind, name)")
+    execute(database, "INSERT INTO thing SELECT n, 'b', 'n' || n, n, '2030-01-01'::timestamptz + n * interval '1 hour', n"
+            f" FROM generate_series(41, {rows}) n")  # fmt: skip
+    walk(plan(database, "thing", "kind", unique="per_partition"), FORWARD)
+    with psycopg.connect(database, autocommit=True) as connection:
+        for name in keys:
+            with pytest.raises(psycopg.errors.UniqueViolation) as refused:
+                connection.execute("INSERT INTO thing SELECT * FROM thing WHERE id = 1")
+            assert refused.value.diag.constraint_name == f"thing_b_{name}"
+            connection.execute(sql.SQL("ALTER TABLE thing_b DROP CONSTRAINT {}").format(sql.Identifier(f"thing_b_{name}")))
