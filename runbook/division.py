@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
@@ -35,6 +35,7 @@ class Division:
     nulls: int = 0
     frequent: Value = None
     homeless: tuple[tuple[str, int], ...] = field(default_factory=tuple)
+    counted: tuple[dict[str, Any], ...] = ()  # by list: each value that occurs, the given one that it equals, and its rows
 
 
 def divide(session: Session, given: Parameters, table: Table, key: Column) -> Division:
@@ -114,7 +115,8 @@ def _list(session: Session, given: Parameters, table: Table, key: Column) -> Div
     frequent = next(
         (row["value"] for row in counted if row["value"] is not None), next((v for v in values if v is not None), None)
     )
-    return _settled(sized, sum(row["rows"] for row in counted), 0 if None in values else nulls, frequent, left)
+    settled = _settled(sized, sum(row["rows"] for row in counted), 0 if None in values else nulls, frequent, left)
+    return replace(settled, counted=tuple(counted))
 
 
 def list_bounds(session: Session, wanted: Wanted, key: Column) -> list[Partition]:

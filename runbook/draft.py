@@ -27,6 +27,7 @@ class Draft:
     database: Database
     plan: Plan
     already: str = ""
+    counted: tuple[dict[str, Any], ...] = ()  # the values of the key, as they were counted for the plan
 
     def overview(self) -> Any:
         """The strip of the steps, before the first of them or where the migration in force stands."""
@@ -70,8 +71,10 @@ class Draft:
         homes = {value: partition.name for partition in plan.partitions for value in partition.values}
         default = next((partition.name for partition in plan.partitions if partition.bound == "DEFAULT"), "none")
         names, values = plan.names(""), [value for value in homes if value is not None]
-        frame = self.database.frame("draft.placed", key=names["key"], table=names["source"], type=trusted(plan.key_type),
-                                    values=values, filled=plan.null_value, most=MOST)  # fmt: skip
+        frame = pd.DataFrame(self.counted, columns=["value", "given", "rows"])
+        if self.already:
+            frame = self.database.frame("draft.placed", key=names["key"], table=names["source"], type=trusted(plan.key_type),
+                                        values=values, filled=plan.null_value, most=MOST)  # fmt: skip
         frame["partition"] = [homes.get(None if pd.isna(value) else given, default)
                               for value, given in zip(frame["value"], frame.pop("given"), strict=True)]  # fmt: skip
         return frame
@@ -163,7 +166,7 @@ def draft(**given: Any) -> Draft:
                 return _in_force(session, database, row, parameters)
         try:
             with session.transaction("REPEATABLE READ"), session.qualified():
-                return Draft(database, _decide(session, found, parameters, database.name))
+                return _decide(session, found, parameters, database)
         except psycopg.errors.InsufficientPrivilege as error:
             me = session.connection.info.user
             raise PlanBlocked(
@@ -208,7 +211,7 @@ def _in_force(session: Session, database: Database, row: dict[str, Any], paramet
     )
 
 
-def _decide(session: Session, found: int, parameters: Parameters, database: str) -> Plan:
+def _decide(session: Session, found: int, parameters: Parameters, database: Database) -> Draft:
     row = session.row("catalog.table", oid=found)
     table = catalog.table_of(row)
     columns = catalog.columns_of(session, found)
@@ -217,7 +220,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
         raise BadInput(f"{parameters.key} is not a column of {table.schema_name}.{table.name}: it has {', '.join(by_name)}.")
     key = by_name[parameters.key]
     if parameters.restore_from == "backup":
-        return repair.decide(session, found, parameters, row, table, key, database)
+        return Draft(database, repair.decide(session, found, parameters, row, table, key, database.name))
     if parameters.references:
         raise BadInput('references is for a repair, where keys are lost: leave it out, or set restore_from = "backup".')
     division = divide(session, parameters, table, key)
@@ -253,12 +256,12 @@ def _decide(session: Session, found: int, parameters: Parameters, database: str)
         legacy_inserts=parameters.legacy_inserts, backup=backup, backup_method=parameters.backup_method,
         restore_from=parameters.restore_from, findings=(),
     )  # fmt: skip
-    judged = findings.worst_first([*findings.judge(session, plan, row, division, database), *advice.given(session, plan)])
+    judged = findings.worst_first([*findings.judge(session, plan, row, division, database.name), *advice.given(session, plan)])
     where = f"{plan.full_name}.{plan.key}"  # a value without a partition may come of bounds that cannot be
     if all(each.level != "blocker" or each.object == where for each in judged) and (refused := partition.rehearse(session, plan)):
         way_out = "Correct key, partition_by, partitions or null_value; or what it names."
         judged = (Finding(level="blocker", object=plan.full_name, sentence=refused, way_out=way_out), *judged)
-    return plan.model_copy(update={"findings": judged})
+    return Draft(database, plan.model_copy(update={"findings": judged}), counted=division.counted)
 
 
 def _named(row: dict[str, Any]) -> Named:

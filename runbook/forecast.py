@@ -22,7 +22,8 @@ from runbook.plan import Plan, identifiers, with_key
 from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
 
-COPY_S = 0.25  # for so long rows are copied; all that is measured takes some four times that
+COPY_S = 0.12  # for so long rows are copied; all that is measured takes some four times that
+ANALYZED = 3000  # rows that ANALYZE reads of each table here: 300 for each unit of its target, which is a tenth of the default
 BLOCKS = 32  # a piece of the sample; the pieces are from all over the table
 REFERENCING = 128  # blocks of all the tables that reference it
 PARTITIONS = 8  # tried; those with the most rows
@@ -95,7 +96,7 @@ class _Sample:
 
     def look(self) -> None:
         run, session = self.run, self.session
-        builds = [*(each for _, _, each in indexes.builds(run)), *unique.builds(run)]
+        builds = [*([*each.statements, *each.adopt] for each in indexes.builds(run)), *unique.builds(run)]
         built = [each for build in builds for each in build]
         self.time("create", partition.create(run))
         self.time("empty", built)
@@ -106,6 +107,7 @@ class _Sample:
         self.sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
         self.sizes["backup_bytes"] = session.row("forecast.sizes", schemas=[run.staging])["table_bytes"]
         self.time("hash", compare.queries(run, session, changes.FORWARD)[:1])
+        session.run("forecast.analyze_few")
         self.time("analyze", [statement("restore.analyze_root", **run.names, only=trusted(""))])
         for reference in run.plan.references:
             self.reference(reference)
@@ -158,7 +160,8 @@ def _project(run: Run, sample: _Sample) -> dict[str, Any]:
     copy, hashing, empty = times * took["copy"], times * took["hash"], wider * took["empty"]
     indexed = rows / max(1, sample.placed)  # the others went where there is no index
     index = empty + indexed * max(0.0, took["index"] - took["empty"])
-    analyze = took["analyze"] * min(times, wider * max(1, 30_000 * len(sample.leaves) / max(1, sample.copied)))
+    read = max(1, min(sample.copied, ANALYZED * len(sample.leaves)))
+    analyze = took["analyze"] * min(rows, 10 * ANALYZED * len(plan.partitions)) / read
     frequent = max((each.rows for each in plan.partitions if plan.frequent_value in each.values), default=0)
     minority = 1 - frequent / max(1, rows)
     filled = [each for each in sample.references if each["adds"]]

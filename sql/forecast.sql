@@ -12,6 +12,9 @@ SELECT coalesce(sum(pg_relation_size(c.oid) + CASE WHEN c.reltoastrelid <> 0 THE
        coalesce(sum(pg_indexes_size(c.oid)), 0)::bigint AS index_bytes
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ANY ({schemas}) AND c.relkind = 'r'
 
+-- name: analyze_few
+SET LOCAL default_statistics_target = 10
+
 -- name: create_referencing
 CREATE TABLE {sample} (LIKE {reference} INCLUDING INDEXES);
 INSERT INTO {sample} SELECT * FROM ONLY {reference} r WHERE r.ctid < {last}::tid;
