@@ -99,23 +99,28 @@ def replay(run: Run, session: Session, way: Way = FORWARD) -> tuple[int, str]:
     """Bring the copy to the origin's state for every key in the log that one snapshot sees.
 
     Returns how many log entries that were, and the transaction's id. Idempotent; all keys at once, because an
-    email that went from one user to another is unique in the whole snapshot but not in a part of it.
+    email that went from one user to another is unique in the whole snapshot but not in a part of it. The log is vacuumed
+    first: planned for as long as it once was, each replay would read the whole tables, and never come to an end under writers.
     """
+    session.run("changes.vacuum", **_names(run, way))
     with session.transaction("REPEATABLE READ"):
         hold(run, session, way)
         return apply(run, session, way), str(session.value("locks.horizon"))
 
 
 def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD) -> tuple[int, str]:
-    """Replay until the log's tail is short, or the patience at its end; returns how many entries that were, and the last
-    replay's transaction id. The log is vacuumed then: what is replayed under locks must not read what it held before."""
+    """Replay until the log's tail is short; returns how many entries that were, and the last replay's transaction id. Raises
+    NotYet when it is not at the patience's end. The log is vacuumed then, too: what is replayed under locks must not read what
+    it held before."""
     total = 0
     while True:
         keys, horizon = replay(run, session, way)
         total += keys
-        if keys <= SHORT_TAIL or patience.spent():
+        if keys <= SHORT_TAIL:
             session.run("changes.vacuum", **_names(run, way))
             return total, horizon
+        if patience.spent():
+            raise NotYet(f"{keys:,} changes that came while those before them were replayed: they come faster than that")
 
 
 def apply_last(run: Run, session: Session, way: Way = FORWARD) -> int:

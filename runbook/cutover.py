@@ -257,7 +257,7 @@ def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     for reference in references.added(run):
         foreign_keys.drain(run, session, reference)
         session.run("changes.vacuum", log=references.names(run, reference)["reference_log"])
-    for _ in range(3):  # what came meanwhile; no vacuum follows, during which more would come
+    for _ in range(3):  # what came meanwhile
         keys, horizon = changes.replay(run, session)
         if keys <= changes.SHORT_TAIL // 10:
             break

@@ -529,6 +529,45 @@ def test_many_active_sessions_pause_the_copy_and_it_says_so(clinic, sql, capsys)
     assert "goes on" in out
 
 
+def test_a_log_that_was_long_makes_no_later_replay_read_the_whole_table(forward, clinic, sql):
+    """It did, and under writers so many changes came meanwhile that no replay was the last one."""
+    run = forward("keys check")
+    reads = "SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname IN ('users', 'users_patients')"
+    with run.database.session() as session, transaction(clinic, "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM doctors"):
+        # What is replayed cannot be cleaned away: somebody has an old snapshot.
+        sql("INSERT INTO users (email, password, first_name, last_name) SELECT n, '', '', '' FROM generate_series(1, 30000) n")
+        assert changes.replay(run, session)[0] == 30_000
+        sql("UPDATE users SET phone = '2' WHERE id IN (SELECT id FROM users LIMIT 20)")
+        session.connection.execute("SELECT pg_stat_force_next_flush()")
+        before = sql(reads)
+        assert changes.replay(run, session)[0] == 20
+        session.connection.execute("SELECT pg_stat_force_next_flush()")
+    assert sql(reads) == before
+
+
+def test_changes_that_come_faster_than_they_are_replayed_are_the_reason_that_is_given(forward, clinic, sql, monkeypatch):
+    run = forward("approval")
+    monkeypatch.setattr(changes, "SHORT_TAIL", 0)
+    stop = threading.Event()
+
+    def write() -> None:
+        with psycopg.connect(clinic, autocommit=True) as connection:
+            while not stop.is_set():
+                connection.execute("UPDATE users SET phone = '1' WHERE id IN (SELECT id FROM users LIMIT 1)")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with pytest.raises(
+            LockNotGranted, match=r"because of [\d,]+ changes that came while .* faster than that\. Nothing was changed"
+        ):
+            cutover.swap(run, budget_s=1)
+    finally:
+        stop.set()
+        writer.join(30)
+    assert_as_before(sql)
+
+
 @pytest.mark.long
 def test_many_rows_that_refer_to_one_are_not_corrected_under_the_locks(forward, clinic, sql, monkeypatch):
     run = forward("approval")
