@@ -12,10 +12,12 @@ from runbook.database import Session
 from runbook.errors import PlanOutdated, RunbookError
 from runbook.ledger import Run
 from runbook.locks import NotYet, Patience
-from runbook.statements import statement
+from runbook.statements import spelled, statement, trusted
 
 Statements = Iterator[sql.Composed]
 SHORT_TAIL = 1000  # log entries
+UNDER_LOCKS = 3 * SHORT_TAIL  # so many are replayed there, at most
+LONG_FILE = 1000  # blocks of a log, which are read in some milliseconds though nothing is in them
 
 
 class Rewritten(RunbookError):
@@ -102,10 +104,15 @@ def replay(run: Run, session: Session, way: Way = FORWARD) -> tuple[int, str]:
     email that went from one user to another is unique in the whole snapshot but not in a part of it. The log is vacuumed
     first: planned for as long as it once was, each replay would read the whole tables, and never come to an end under writers.
     """
-    session.run("changes.vacuum", **_names(run, way))
+    vacuum(session, run.names[way.log])
     with session.transaction("REPEATABLE READ"):
         hold(run, session, way)
         return apply(run, session, way), str(session.value("locks.horizon"))
+
+
+def vacuum(session: Session, log: sql.Composable, shorten: bool = False) -> None:
+    """Clear a log of what is dead in it and count the rest, without waiting for its writers; `shorten` its file, too."""
+    session.run("changes.vacuum", log=log, shorten=trusted("on" if shorten else "off"))
 
 
 def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD) -> tuple[int, str]:
@@ -116,8 +123,9 @@ def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD)
     while True:
         keys, horizon = replay(run, session, way)
         total += keys
-        if keys <= SHORT_TAIL:
-            session.run("changes.vacuum", **_names(run, way))
+        if keys <= SHORT_TAIL or patience.spent() and keys <= UNDER_LOCKS:
+            log = run.names[way.log]
+            vacuum(session, log, shorten=session.value("foreign_keys.blocks", reference_text=spelled(log)) > LONG_FILE)
             return total, horizon
         if patience.spent():
             raise NotYet(f"{keys:,} changes that came while those before them were replayed: they come faster than that")
@@ -126,7 +134,7 @@ def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD)
 def apply_last(run: Run, session: Session, way: Way = FORWARD) -> int:
     """The last replay, under locks that keep everybody else out; raises NotYet when its tail is too long for that."""
     hold(run, session, way)
-    if (waiting := length(run, session, way)) > 3 * SHORT_TAIL:
+    if (waiting := length(run, session, way)) > UNDER_LOCKS:
         raise NotYet(f"{waiting:,} changes that came since the last replay, more than can be replayed under the locks")
     return apply(run, session, way)
 

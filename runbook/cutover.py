@@ -254,12 +254,13 @@ def _record(action: Action, patience: locks.Patience, replayed: int, locked: flo
 def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     """Outside of the locks: replay until the tail is short, correct the references, wait for old snapshots."""
     changes.catch_up(run, session, patience)
-    for reference in references.added(run):
-        foreign_keys.drain(run, session, reference)
-        session.run("changes.vacuum", log=references.names(run, reference)["reference_log"])
-    for _ in range(3):  # what came meanwhile
+    for _ in range(3):  # and what came meanwhile: each row that is left is replayed and corrected while everybody waits
+        corrected = 0
+        for reference in references.added(run):
+            corrected += foreign_keys.drain(run, session, reference)
+            changes.vacuum(session, references.names(run, reference)["reference_log"])
         keys, horizon = changes.replay(run, session)
-        if keys <= changes.SHORT_TAIL // 10:
+        if max(keys, corrected) <= changes.SHORT_TAIL // 10:
             break
     refuse_homeless(run, session)
     locks.wait_for_snapshots(session, horizon, patience)

@@ -9,7 +9,7 @@ from psycopg import sql
 from psycopg.errors import LockNotAvailable
 
 from runbook import locks, pace, repair
-from runbook.changes import SHORT_TAIL, Statements
+from runbook.changes import SHORT_TAIL, UNDER_LOCKS, Statements
 from runbook.database import Session
 from runbook.errors import PromiseBroken
 from runbook.facts import Reference
@@ -244,7 +244,7 @@ def correct_last(run: Run, session: Session) -> int:
     session.connection.execute("SET LOCAL runbook.correcting = 'on'")
     for reference in added(run):
         own = names(run, reference)
-        if session.value("foreign_keys.to_correct", **own, size=3 * SHORT_TAIL + 1) > 3 * SHORT_TAIL:
+        if session.value("foreign_keys.to_correct", **own, size=UNDER_LOCKS + 1) > UNDER_LOCKS:
             raise locks.NotYet(
                 f"rows of {reference.table} that refer to a row whose {run.plan.key} has just changed, more than can be corrected under the locks"
             )

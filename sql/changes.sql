@@ -2,11 +2,12 @@
 
 -- name: create
 -- An ordinary, logged table: an unlogged one would be emptied by a crash. No identity and no sequence, which would
--- change the application's lastval(). REPLICA IDENTITY FULL, or deletes fail where a publication covers the schema.
+-- change the application's lastval(). REPLICA IDENTITY FULL, or deletes fail where a publication covers the schema. No
+-- autovacuum: to shorten its file it waits for the writers for five seconds, and as long the replays' own VACUUM cannot run.
 CREATE SCHEMA {staging};
 GRANT USAGE, CREATE ON SCHEMA {staging} TO {owner};
-CREATE TABLE {log} AS SELECT {log_columns} FROM {source} WHERE false;
-CREATE TABLE {back} AS SELECT {log_columns} FROM {source} WHERE false;
+CREATE TABLE {log} WITH (autovacuum_enabled = off) AS SELECT {log_columns} FROM {source} WHERE false;
+CREATE TABLE {back} WITH (autovacuum_enabled = off) AS SELECT {log_columns} FROM {source} WHERE false;
 ALTER TABLE {log} REPLICA IDENTITY FULL;
 ALTER TABLE {back} REPLICA IDENTITY FULL;
 
@@ -125,7 +126,8 @@ DELETE FROM {log} k WHERE NOT EXISTS (SELECT FROM {origin} s WHERE {s_is_k} AND 
 
 -- name: vacuum
 -- A log that was long would still be read to its end, and be planned for as if it were long: 4,000 keys with a scan of all rows.
-VACUUM (ANALYZE, SKIP_LOCKED) {log}
+-- Its file is shortened only between two statements of its writers: under steady writes that was waited for, up to five seconds.
+VACUUM (ANALYZE, SKIP_LOCKED, TRUNCATE {shorten}) {log}
 
 -- name: note_unplaced
 INSERT INTO {log} SELECT {s_pk} FROM {origin} s WHERE NOT ({s_placed})

@@ -2,7 +2,7 @@
 
 -- name: create_log
 -- Holds the referenced key of every row whose reference may have to be corrected.
-CREATE TABLE {reference_log} AS SELECT {reference_key_aliases} FROM {reference} r WHERE false;
+CREATE TABLE {reference_log} WITH (autovacuum_enabled = off) AS SELECT {reference_key_aliases} FROM {reference} r WHERE false;
 ALTER TABLE {reference_log} REPLICA IDENTITY FULL
 
 -- name: create_log_function

@@ -287,9 +287,8 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(pre
 @pytest.mark.long
 def test_a_crash_between_building_an_index_and_adopting_it_is_made_good(prepare, sql):
     run = prepare("index")
-    _, _, statements = next(iter(indexes.builds(run)))
     with run.database.session("a run that died") as session:
-        session.run(statements[0])
+        session.run(indexes.builds(run)[0].statements[0])
     rest(run, "index")
     assert_nothing_left(sql)
 

@@ -547,7 +547,8 @@ def test_a_log_that_was_long_makes_no_later_replay_read_the_whole_table(forward,
 
 def test_changes_that_come_faster_than_they_are_replayed_are_the_reason_that_is_given(forward, clinic, sql, monkeypatch):
     run = forward("approval")
-    monkeypatch.setattr(changes, "SHORT_TAIL", 0)
+    for name in ("SHORT_TAIL", "UNDER_LOCKS"):
+        monkeypatch.setattr(changes, name, 0)
     stop = threading.Event()
 
     def write() -> None:
