@@ -123,7 +123,7 @@ def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD)
     while True:
         keys, horizon = replay(run, session, way)
         total += keys
-        if keys <= SHORT_TAIL or patience.spent() and keys <= UNDER_LOCKS:
+        if keys <= SHORT_TAIL or (patience.spent() and keys <= UNDER_LOCKS):
             log = run.names[way.log]
             vacuum(session, log, shorten=session.value("foreign_keys.blocks", reference_text=spelled(log)) > LONG_FILE)
             return total, horizon
