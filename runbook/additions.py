@@ -246,8 +246,8 @@ def validate(draft: Draft, budget_s: float = 120) -> Evidence:
     with run.action("add", f"validate {draft.growth.hash[:12]}", again=True) as action:
         session, done = action.session, []
         for row in session.rows("cutover.validated", table_text=spelled(run.plan.source)):
-            key = next((each for each in draft.growth.keys if (each.name, each.table) == (row["key"], row["name"])), None)
-            if row["validated"] or key is None or key.name in _lax(run):
+            key = next((each for each in draft.growth.keys if each.place == (row["schema"], row["name"], row["key"])), None)
+            if row["validated"] or key is None or key.place in _lax(run):
                 continue
             patience = locks.Patience(budget_s, 3000)
 
@@ -260,9 +260,9 @@ def validate(draft: Draft, budget_s: float = 120) -> Evidence:
         return action.finish(f"Foreign keys that were validated again: {', '.join(done) or 'none had to step aside'}.")
 
 
-def _lax(run: Run) -> set[str]:
+def _lax(run: Run) -> set[tuple[str, str, str]]:
     """Keys that were NOT VALID before anything was done, and stay that. What the catalog says now may be what a run that died left."""
-    return {each.name for each in run.plan.references if each.definition.endswith("NOT VALID")}
+    return {each.place for each in run.plan.references if each.definition.endswith("NOT VALID")}
 
 
 def tree(run: Run) -> pd.DataFrame:
@@ -277,16 +277,11 @@ def check(draft: Draft) -> Evidence:
         with action.session.qualified():
             there = action.session.rows("additions.tree", oid=growth.oid)
         lacking = [each.name for each in growth.additions if not stands(Partition(name=each.name, bound=each.bound), there)]
-        loose = [
-            row["key"]
-            for row in action.session.rows("cutover.validated", table_text=spelled(run.plan.source))
-            if not row["validated"]
-        ]
-        known = {each.name for each in growth.keys} - _lax(run)
-        if lacking or known & set(loose):
-            raise PromiseBroken(
-                f"{growth.table} lacks {', '.join([*lacking, *sorted(known & set(loose))])}: run 20_add_partitions again."
-            )
+        keys = action.session.rows("cutover.validated", table_text=spelled(run.plan.source))
+        loose = {(row["schema"], row["name"], row["key"]) for row in keys if not row["validated"]} - _lax(run)
+        lacking += sorted(each.name for each in growth.keys if each.place in loose)
+        if lacking:
+            raise PromiseBroken(f"{growth.table} lacks {', '.join(lacking)}: run 20_add_partitions again.")
         return action.finish(
             f"{counted(len(growth.additions), 'partition')} of {growth.table} {'was added and stands' if len(growth.additions) == 1 else 'were added and stand'}, {len(there)} in all."
         )

@@ -334,7 +334,8 @@ def validations(run: Run, session: Session | None = None) -> foreign_keys.Valida
         if plan.server_version >= 18:
             yield key.name, statement("cutover.validate", table=plan.source, constraint=(key.name,)), []
             continue
-        if (plan.table.name, key.name) in {(row["name"], row["key"]) for row in there}:
+        own = (plan.table.schema_name, plan.table.name, key.name)
+        if own in {(row["schema"], row["name"], row["key"]) for row in there}:
             continue
         for leaf in changes.leaves(run):
             yield key.name, statement("cutover.validate", table=leaf, constraint=(key.name,)), []
@@ -362,11 +363,10 @@ def check(action: Action) -> Evidence:
     rows = action.session.rows("cutover.validated", table_text=run.plan.source.as_string(None))
     own = (run.plan.table.schema_name, run.plan.table.name)
     lax = {(*own, key.name) for key in run.plan.outgoing if not key.validated}
-    lax |= {(key.schema_name, key.table, key.name) for key in run.plan.references if key.definition.endswith("NOT VALID")}
+    lax |= {key.place for key in run.plan.references if key.definition.endswith("NOT VALID")}
     there = {each.as_string(None) for each in standing(action.session, (key.identifier for key in run.plan.references))}
-    planned = {
-        (key.schema_name, key.table, key.name) for key in run.plan.references if key.identifier.as_string(None) in there
-    } | {(*own, key.name) for key in run.plan.outgoing}
+    planned = {key.place for key in run.plan.references if key.identifier.as_string(None) in there}
+    planned |= {(*own, key.name) for key in run.plan.outgoing}
     found = {(row["schema"], row["name"], row["key"]): row["validated"] for row in rows}
     bad = [key[2] for key, valid in found.items() if not valid and key not in lax] + sorted(key[2] for key in planned - {*found})
     if bad:

@@ -130,7 +130,7 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 " refused (23503), for a row that moves is checked before what it refers to has moved.",
                 "Change the row that is referred to first, the others in a statement of their own.",
             )  # fmt: skip
-        row = rows.get((reference.schema_name, reference.table, reference.name), {})
+        row = rows.get(reference.place, {})
         if row.get("is_partition") and reference.adds_column:
             yield Finding.blocker(
                 name, f"{name} is a partition with a foreign key {reference.name} of its own, and cannot gain the column {reference.role_column} alone.",

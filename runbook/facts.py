@@ -112,6 +112,11 @@ class Reference(Fact):
         return [sql.Identifier(*leaf) for leaf in self.leaves] or [self.identifier]
 
     @property
+    def place(self) -> tuple[str, str, str]:
+        """Schema, table and name: no two keys have all three."""
+        return self.schema_name, self.table, self.name
+
+    @property
     def identifier(self) -> sql.Identifier:
         return sql.Identifier(self.schema_name, self.table)
 

@@ -384,13 +384,15 @@ def check(action: Action) -> Evidence:
         tried = session.value("foreign_keys.stuck", **own) and not drain(run, session, reference)
         if tried and (stuck := session.value("foreign_keys.stuck", **own)):
             raise PromiseBroken(
-                f"{stuck:,} rows of {reference.table} keep another {reference.role_column} than their row in {run.plan.full_name},"
+                f"{counted(stuck, 'row')} of {reference.table} {'keeps' if stuck == 1 else 'keep'} another {reference.role_column} than the"
+                f" row in {run.plan.full_name},"
                 f" whatever is set: a trigger or a rule of {reference.table} undoes the update. Disable it, then run 04_foreign_keys"
                 " again."
             )
         if wrong:
             raise PromiseBroken(
-                f"{wrong:,} rows of {reference.table} have another {reference.role_column} than their row in {run.plan.full_name}:"
+                f"{counted(wrong, 'row')} of {reference.table} {'has' if wrong == 1 else 'have'} another {reference.role_column} than the"
+                f" row in {run.plan.full_name}:"
                 " somebody writes that column, or switches triggers off. End that, then run 04_foreign_keys again."
             )
     return action.finish(f"Every row that references {run.plan.full_name} has its {run.plan.key}.")

@@ -43,6 +43,11 @@ class Key(Fact):
     comment: str | None
 
     @property
+    def place(self) -> tuple[str, str, str]:
+        """Schema, table and name."""
+        return self.schema_name, self.table, self.name
+
+    @property
     def identifier(self) -> sql.Identifier:
         return sql.Identifier(self.schema_name, self.table)
 

@@ -242,7 +242,7 @@ def _what_changed(session: Session, plan: Plan) -> str:
     changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]
     changes += [f"index {name} dropped" for name in {index.name for index in plan.indexes} - indexes]
     keys = {(row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=plan.table.oid)}
-    planned = {(reference.schema_name, reference.table, reference.name) for reference in (*plan.references, *plan.selves)}
+    planned = {reference.place for reference in (*plan.references, *plan.selves)}
     changes += [f"{schema}.{table} references it now by {name}" for schema, table, name in keys - planned]
     changes += [f"the foreign key {name} of {schema}.{table} is gone" for schema, table, name in planned - keys]
     return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"

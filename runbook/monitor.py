@@ -113,7 +113,7 @@ def check(
             if leaf["dead"] > FEW_DEAD and 100 * leaf["dead"] > max_dead_percent * (leaf["dead"] + leaf["rows"])]  # fmt: skip
     share, log, new = seen["pruning_percent"], (seen["log_bytes"] or 0) / MIB, seen["new_values"]
     passed = {
-        f"{seen['default_rows']:,} rows lie in the DEFAULT partition (max_default_rows is {max_default_rows:,}): give their values"
+        f"{counted(seen['default_rows'], 'row lies', 'rows lie')} in the DEFAULT partition (max_default_rows is {max_default_rows:,}): give their values"
         " a partition.": seen["default_rows"] > max_default_rows,
         f"New values of {run.plan.key} came that have no partition: {', '.join(new[:10])} (max_new_values is {max_new_values})."
         : len(new) > max_new_values,

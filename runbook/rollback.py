@@ -257,9 +257,7 @@ def unlogged(run: Run, session: Session) -> list[sql.Composable]:
 
 def _validate(run: Run, session: Session, budget_s: float) -> None:
     valid = [each for each in run.plan.references if not each.definition.endswith("NOT VALID")]
-    wanted: dict[tuple[str, str, str], sql.Composable] = {
-        (each.schema_name, each.table, each.name): each.identifier for each in valid
-    }
+    wanted: dict[tuple[str, str, str], sql.Composable] = {each.place: each.identifier for each in valid}
     own = run.plan.table
     wanted |= {(own.schema_name, own.name, each.name): run.plan.source for each in run.plan.outgoing if each.validated}
     for row in session.rows("cutover.validated", table_text=run.plan.source.as_string(None)):

@@ -214,7 +214,8 @@ SELECT c.relname AS name, coalesce(pg_get_partition_constraintdef(c.oid), 'true'
 -- Whether each row is one that the partition's bound takes.
 SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, now.rows, (p.part ->> 'rows')::bigint AS before,
        format('%s holds its own rows only', p.part ->> 'name') AS promise,
-       format('%s rows, %s that belong elsewhere', to_char(now.rows, 'FM999,999,999,990'), to_char(now.elsewhere, 'FM999,999,999,990')) AS seen,
+       format('%s, %s elsewhere', CASE now.rows WHEN 1 THEN '1 row' ELSE to_char(now.rows, 'FM999,999,999,990 "rows"') END,
+              CASE now.elsewhere WHEN 1 THEN '1 that belongs' ELSE to_char(now.elsewhere, 'FM999,999,999,990 "that belong"') END) AS seen,
        now.elsewhere = 0 AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') p(part)
  CROSS JOIN (SELECT count(*) AS rows, count(*) FILTER (WHERE ({condition}) IS NOT TRUE) AS elsewhere FROM ONLY {leaf}) now

@@ -102,6 +102,28 @@ def test_rows_of_the_default_partition_go_over_with_all_that_refers_to_them(clin
 
 
 @pytest.mark.long
+def test_a_key_of_the_same_name_in_another_schema_is_another(clinic, sql):
+    """One of the two was NOT VALID before anything was done, and stays that."""
+    sql("CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.appointments (id int PRIMARY KEY, user_id uuid,"
+        " CONSTRAINT appointments_user_id_fkey FOREIGN KEY (user_id) REFERENCES users)")  # fmt: skip
+    sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey, ADD CONSTRAINT appointments_user_id_fkey"
+        " FOREIGN KEY (user_id) REFERENCES users NOT VALID")  # fmt: skip
+    run = migration.forward(clinic, partitions=REST)
+    draft = add(run, add={"users_doctors": ["doctor"]})
+    assert draft.growth.additions[0].waiting > 0
+    keys = (
+        "SELECT conrelid::regclass::text, convalidated FROM pg_constraint WHERE conname = 'appointments_user_id_fkey' ORDER BY 1"
+    )
+    assert sql(keys) == [("appointments", False), ("elsewhere.appointments", True)]
+    sql("ALTER TABLE elsewhere.appointments DROP CONSTRAINT appointments_user_id_fkey")
+    sql(
+        "ALTER TABLE elsewhere.appointments ADD CONSTRAINT appointments_user_id_fkey FOREIGN KEY (user_id, user_role) REFERENCES users (id, role) NOT VALID"
+    )
+    with pytest.raises(PromiseBroken, match="lacks appointments_user_id_fkey"):
+        additions.check(draft)
+
+
+@pytest.mark.long
 def test_no_write_to_the_default_partition_is_lost_meanwhile(forward, clinic, sql):
     run = forward(unique="global", partitions=REST)
     acknowledged, stop = [], threading.Event()

@@ -72,7 +72,7 @@ def test_new_values_and_rows_without_a_partition_of_their_own_fail_it(forward, s
     for _ in range(2):  # it stays new until it has a partition
         assert seen(run)["new_values"] == ["nurse"]
         with pytest.raises(
-            PromiseBroken, match=r"public\.users: 1 rows lie in the DEFAULT partition .*New values of role .*: nurse"
+            PromiseBroken, match=r"public\.users: 1 row lies in the DEFAULT partition .*New values of role .*: nurse"
         ):
             monitor.check(run)
     monitor.check(run, max_default_rows=1, max_new_values=1)
@@ -133,7 +133,7 @@ def test_a_threshold_that_is_passed_is_exit_code_1(forward, clinic, sql, tmp_pat
     given = ["monitor", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path)]
     failed = CliRunner().invoke(main, given)
     assert failed.exit_code == 1
-    assert "rows lie in the DEFAULT partition" in failed.stderr
+    assert "1 row lies in the DEFAULT partition" in failed.stderr
 
 
 @pytest.mark.long

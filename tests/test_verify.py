@@ -153,7 +153,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
                 "INSERT INTO users_admins (email, password, first_name, last_name, role) VALUES ('x', '', '', '', 'user')",
             ),
         ),
-        ["users_admins holds its own rows only (2 rows, 1 that belong elsewhere)"],
+        ["users_admins holds its own rows only (2 rows, 1 that belongs elsewhere)"],
     ),
     "partitions are not pruned": (
         ("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET enable_partition_pruning = off', current_database()); END $$",),
@@ -186,7 +186,7 @@ def test_a_row_that_no_bound_would_take_is_found(database: str, division: dict[s
     condition = execute(database, f"SELECT pg_get_partition_constraintdef('{leaf}'::regclass)")[0][0]
     execute(database, *misplaced("plain", leaf, bound, condition, f"INSERT INTO {leaf} VALUES ({elsewhere})"))
     verify.distribution(run)
-    with pytest.raises(PromiseBroken, match=f"{leaf} holds its own rows only .[0-9]+ rows, 1 that belong elsewhere"):
+    with pytest.raises(PromiseBroken, match=f"{leaf} holds its own rows only .[0-9]+ rows, 1 that belongs elsewhere"):
         verify.check(run)
 
 
