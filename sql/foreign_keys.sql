@@ -144,10 +144,19 @@ SELECT DISTINCT {k_columns} FROM (SELECT DISTINCT * FROM {reference_log} WHERE c
   JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM {v_key}
 
 -- name: stuck
--- Rows that the log knows of, that nobody holds, and that are wrong still.
-SELECT count(*) FROM (
-  SELECT FROM (SELECT DISTINCT * FROM {reference_log}) k JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
-   WHERE w.{role_column} IS DISTINCT FROM {v_key} FOR NO KEY UPDATE OF w SKIP LOCKED) stuck
+-- Rows that the log knows of, that nobody holds, and that are wrong still: they are ours now.
+SELECT coalesce(array_agg(ctid), '{{}}')::text AS rows FROM (
+  SELECT w.ctid FROM (SELECT DISTINCT * FROM {reference_log}) k JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
+   WHERE w.{role_column} IS DISTINCT FROM {v_key} LIMIT 1000 FOR NO KEY UPDATE OF w SKIP LOCKED) stuck
+
+-- name: correct_stuck
+UPDATE {reference} r SET {role_column} = {s_key} FROM {source} s
+ WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key} AND r.ctid = ANY ({rows}::tid[])
+
+-- name: still_stuck
+-- In the same transaction: those that the update did not touch, and those that it gave another value than it was told.
+SELECT count(*) FROM (SELECT DISTINCT * FROM {reference_log}) k JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
+ WHERE w.{role_column} IS DISTINCT FROM {v_key} AND (w.ctid = ANY ({rows}::tid[]) OR w.xmin = pg_current_xact_id()::xid)
 
 -- name: close_batch
 DELETE FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])

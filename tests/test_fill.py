@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psycopg
 import pytest
 
 from runbook import foreign_keys
@@ -83,3 +84,39 @@ def test_two_keys_to_one_table_are_filled_each_for_itself(database, sql):
         sql(f"UPDATE trips SET {other}_id = 3, {named}_id = 4, {named}_kind = 'a'")
         assert sql(f"SELECT {named}_kind, {other}_kind FROM trips") == [("a", "b")]
         sql("UPDATE trips SET from_id = 1, to_id = 2")
+
+
+UNDONE = {
+    "a trigger that gives another value": "CREATE TRIGGER keep BEFORE UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION old()",
+    "a trigger that leaves the row out": "CREATE TRIGGER keep BEFORE UPDATE ON appointments FOR EACH ROW"
+    " WHEN (NEW.user_role <> OLD.user_role) EXECUTE FUNCTION left_out()",
+    "a rule": "CREATE RULE keep AS ON UPDATE TO appointments WHERE NEW.user_role <> OLD.user_role DO INSTEAD NOTHING",
+}
+
+
+@pytest.mark.parametrize("what", UNDONE)
+def test_what_undoes_every_correction_is_found_before_the_cut_over(forward, clinic, sql, what):
+    run = forward("columns")
+    sql("CREATE FUNCTION old() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.user_role := OLD.user_role; RETURN NEW; END';"
+        " CREATE FUNCTION left_out() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")  # fmt: skip
+    sql(UNDONE[what])
+    with pytest.raises(PromiseBroken, match=r"rows of appointments keep another user_role .* undoes the update\. Disable it"):
+        migration.walk(run, migration.FORWARD, first="fill", last="keys check")
+
+
+def test_a_row_that_somebody_is_writing_is_not_one_that_an_update_cannot_correct(forward, clinic, sql, monkeypatch):
+    """It is held at one moment and free at the next; that it is wrong at both does not mean that anybody tried."""
+    run = forward("fill")
+    one = sql("SELECT id FROM appointments WHERE user_role = 'doctor' LIMIT 1")[0]
+    with psycopg.connect(clinic) as writer:
+        drain = foreign_keys.drain
+
+        def drained(*given: Any) -> int:
+            writer.execute("UPDATE appointments SET user_role = 'user' WHERE id = %s", one)
+            corrected = drain(*given)
+            writer.commit()
+            return corrected
+
+        sql("UPDATE appointments SET user_role = 'admin' WHERE id = %s", one)
+        monkeypatch.setattr(foreign_keys, "drain", drained)
+        migration.walk(run, migration.FORWARD, first="keys check", last="keys check")
