@@ -11,13 +11,13 @@ from psycopg import sql
 
 from runbook import catalog, locks, partition, unique
 from runbook.changes import Statements
-from runbook.database import Session
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
 from runbook.facts import Finding, Partition
 from runbook.growth import Addition, Growth, Key, decide, in_the_way, left_behind, mark, stands
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import resolve
 from runbook.plan import fit, identifiers
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import rendered, spelled, statement, trusted
 from runbook.words import counted

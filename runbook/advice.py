@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 
 from runbook import queries
-from runbook.database import Session
 from runbook.facts import Finding
 from runbook.forecast import MB, free
 from runbook.plan import Plan
+from runbook.session import Session
 
 CALLS, SCANS = 100, 1000  # fewer say nothing
 MOST, NEARLY = 0.9, 0.98  # of the rows, in one partition

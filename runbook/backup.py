@@ -17,10 +17,11 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from runbook import changes, embedded, partition
-from runbook.database import Database, Session
+from runbook.database import Database
 from runbook.errors import BadInput, NotEqual, PromiseBroken, ServerUnavailable
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import identifiers
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
 from runbook.words import counted

@@ -8,10 +8,10 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook.database import Session
 from runbook.errors import BadInput
 from runbook.facts import Carried, Column, Guard, Index, Named, Reference, Table
 from runbook.plan import fit, with_key
+from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 
 Row = dict[str, Any]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from runbook import references
-from runbook.database import Session
 from runbook.errors import PlanOutdated, RunbookError
 from runbook.ledger import Run
 from runbook.locks import NotYet, Patience
+from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 
 Statements = Iterator[sql.Composed]

@@ -12,9 +12,9 @@ from psycopg import sql
 
 from runbook import changes
 from runbook.changes import Way
-from runbook.database import Session
 from runbook.errors import NotEqual
 from runbook.ledger import Run
+from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from runbook import backup, catalog, changes, foreign_keys, locks, references, restore
+from runbook import backup, catalog, changes, composite, correction, foreign_keys, locks, references, restore
 from runbook.changes import Statements
-from runbook.database import Session
 from runbook.errors import ApprovalMissing, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.restore import refuse_homeless
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import rendered, spelled, statement, trusted
 
@@ -74,7 +74,7 @@ def swap_statements(run: Run) -> Statements:
     """The swap: the source retires, the shadow takes its name, schema and everything that hung on it."""
     plan, names = run.plan, run.names
     yield from changes.switch_off(run)
-    yield from foreign_keys.drop_old(run)
+    yield from composite.drop_old(run)
     for key in plan.outgoing:
         yield statement("cutover.drop_key", table=plan.source, constraint=(key.name,))
     for check in plan.checks:
@@ -91,7 +91,7 @@ def swap_statements(run: Run) -> Statements:
     yield from positions(run, retire=True)
     yield from _carry(run)
     yield from foreign_keys.legacy(run)
-    yield from foreign_keys.add_composite(run)
+    yield from composite.add_composite(run)
     if refuses_moves(run):
         yield statement("cutover.refuse_moves", **names)
     yield from changes.turn_round(run)
@@ -257,7 +257,7 @@ def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     for _ in range(3):  # and what came meanwhile: each row that is left is replayed and corrected while everybody waits
         corrected = 0
         for reference in references.added(run):
-            corrected += foreign_keys.drain(run, session, reference)
+            corrected += correction.drain(run, session, reference)
             changes.vacuum(session, references.names(run, reference)["reference_log"])
         keys, horizon = changes.replay(run, session)
         if max(keys, corrected) <= changes.SHORT_TAIL // 10:
@@ -273,7 +273,7 @@ def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:
     replayed = changes.apply_last(run, session)
     if replayed:
         locks.refuse_late_snapshots(session, patience)
-    foreign_keys.correct_last(run, session)
+    correction.correct_last(run, session)
     refuse_homeless(run, session)
     if left := changes.length(run, session):
         raise PromiseBroken(
@@ -323,9 +323,9 @@ def validate(
     locks.persist(run.database, session, patience, what, attempt)
 
 
-def validations(run: Run, session: Session | None = None) -> foreign_keys.Validations:
+def validations(run: Run, session: Session | None = None) -> composite.Validations:
     """For every key that is still NOT VALID and was valid before; with a session: what is left of that."""
-    yield from foreign_keys.validations(run, session)
+    yield from composite.validations(run, session)
     plan = run.plan
     there = session.rows("cutover.validated", table_text=plan.source.as_string(None)) if session else []
     for key in plan.outgoing:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from psycopg import sql
 
 from runbook import catalog
-from runbook.database import Session
 from runbook.facts import Finding
 from runbook.plan import Plan
+from runbook.session import Session
 
 
 def objects(session: Session, plan: Plan) -> Iterator[Finding]:

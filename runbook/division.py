@@ -9,11 +9,11 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook.database import Session
 from runbook.errors import BadInput
 from runbook.facts import Column, Partition, Table
 from runbook.parameters import Parameters, PartitionValue
 from runbook.plan import fit
+from runbook.session import Session
 from runbook.statements import trusted
 
 Value = str | None

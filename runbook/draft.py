@@ -10,13 +10,14 @@ import psycopg
 from psycopg import sql
 
 from runbook import advice, catalog, findings, ledger, locks, partition, repair
-from runbook.database import Database, Session, target
+from runbook.database import Database, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
 from runbook.facts import Finding, Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, resolve
 from runbook.plan import Plan, fit
+from runbook.session import Session
 from runbook.statements import trusted
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from psycopg import sql
 
 from runbook import dependents, partition
-from runbook.database import Session
 from runbook.division import Division
 from runbook.facts import Finding
 from runbook.plan import Plan
+from runbook.session import Session
 from runbook.statements import trusted
 from runbook.words import counted
 

@@ -15,10 +15,10 @@ import psycopg
 from psycopg import sql
 
 from runbook import changes, compare, cutover, indexes, partition, references, unique
-from runbook.database import Session
 from runbook.errors import told
 from runbook.ledger import NOTEBOOKS, STEPS, Action, Evidence, Run, recorded
 from runbook.plan import Plan, identifiers, with_key
+from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
 

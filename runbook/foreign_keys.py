@@ -6,23 +6,19 @@ from collections.abc import Iterator
 
 import pandas as pd
 from psycopg import sql
-from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
 
-from runbook import locks, pace, repair
-from runbook.changes import SHORT_TAIL, UNDER_LOCKS, Statements
-from runbook.database import Session
+from runbook import locks, repair
+from runbook.changes import Statements
+from runbook.correction import drain, fill_in, stuck
 from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import with_key
 from runbook.references import added, names, tables
+from runbook.session import Session
 from runbook.sheet import Sheet
-from runbook.statements import spelled, statement, trusted
+from runbook.statements import statement
 from runbook.words import counted
-from runbook.workers import gaps, parallel
-
-# (what, statement, the tables that it needs SHARE ROW EXCLUSIVE on for an instant)
-Validations = Iterator[tuple[str, sql.Composed, list[sql.Identifier]]]
 
 
 def log_table(run: Run, reference: Reference) -> Statements:
@@ -158,7 +154,7 @@ def fill(action: Action, batch_rows: int = 2000) -> Evidence:
     for reference in added(run):
         own, missed = names(run, reference), 0
         for table, _ in tables(run, reference, session):
-            needed, filled = _fill(run, session, reference, table, batch_rows)
+            needed, filled = fill_in(run, session, reference, table, batch_rows)
             total, missed = total + filled, missed + needed - filled
         total += drain(run, session, reference, batch_rows)
         if missed and session.value("foreign_keys.wrong", **own):
@@ -173,138 +169,6 @@ def fill(action: Action, batch_rows: int = 2000) -> Evidence:
     return action.finish(
         f"{counted(total, 'row')} of referencing tables got the {run.plan.key} of the row referred to{other}.", total
     )
-
-
-def _fill(run: Run, session: Session, reference: Reference, table: sql.Identifier, batch_rows: int) -> tuple[int, int]:
-    """How many rows of the table needed another value than the default, and how many of them were given it here: some changed
-    or moved meanwhile, and some may have been held by somebody."""
-    own = names(run, reference) | {"reference": table}
-    session.run("foreign_keys.drop_places", **own)  # of a run that died
-    rows = session.run("foreign_keys.collect_places", **own).rowcount
-    blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
-    indexed = sorted({row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))})
-    own["assignments"] = sql.SQL(", ").join(
-        [
-            sql.SQL("{} = k.value").format(own["role_column"]),
-            *(sql.SQL("{0} = w.{0}").format(sql.Identifier(each)) for each in indexed),
-        ]
-    )
-    progress = pace.Progress(reference.table, rows)
-    filled: list[int] = []
-
-    def one(worker: Session, each: tuple[int, int]) -> None:
-        place = {"first": sql.Literal(f"({each[0]},0)"), "last": sql.Literal(f"({each[1]},0)")}
-        settings = {"runbook__correcting": "on", "synchronous_commit": "off"}
-        try:
-            with worker.transaction(lock_timeout="10ms", **settings):
-                filled.append(worker.run("foreign_keys.fill_places", **(own | place)).rowcount)
-        except LockNotAvailable:
-            with worker.transaction(lock_timeout="1s", **settings):
-                filled.append(worker.run("foreign_keys.fill_free_places", **(own | place)).rowcount)
-        progress.add(filled[-1], lambda: int(worker.value("changes.length", **run.names)))
-
-    try:
-        parallel(run, 0, list(gaps([], blocks, max(1, batch_rows * blocks // max(1, rows)))), one)
-    finally:
-        progress.close()
-    session.run("foreign_keys.drop_places", **own)
-    return rows, sum(filled)
-
-
-def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 2000) -> int:
-    """Work the reference's log off until its tail is short; returns how many rows were corrected."""
-    own, corrected, idle = names(run, reference), 0, 0
-    backlog = waiting = int(session.value("foreign_keys.log_length", **own))
-    if not backlog:
-        return 0
-    done = 0
-    progress = pace.Progress(f"{reference.table}, log", waiting, unit="keys")
-    try:
-        # What comes meanwhile is another round's: under steady writes it would never end.
-        while waiting > 0 and idle < 5 and (done < backlog or waiting > SHORT_TAIL):
-            with session.transaction(lock_timeout="5s", runbook__correcting="on"):
-                batch = sql.Literal(session.value("foreign_keys.batch", **own, size=batch_rows))
-                rows = session.run("foreign_keys.correct_batch", **own, batch=batch).rowcount
-                session.run("foreign_keys.return_skipped", **own, batch=batch)
-                taken = session.run("foreign_keys.close_batch", **own, batch=batch).rowcount
-            corrected += rows
-            done += taken
-            left = int(session.value("foreign_keys.log_length", **own))
-            idle = idle + 1 if left >= waiting or (left <= SHORT_TAIL and rows == 0) else 0
-            progress.add(taken)
-            waiting = left
-    finally:
-        progress.close()
-    return corrected
-
-
-def correct_last(run: Run, session: Session) -> int:
-    """Under the cut-over's locks: what is left in the logs, at once."""
-    rows = 0
-    session.connection.execute("SET LOCAL runbook.correcting = 'on'")
-    for reference in added(run):
-        own = names(run, reference)
-        if session.value("foreign_keys.to_correct", **own, size=UNDER_LOCKS + 1) > UNDER_LOCKS:
-            raise locks.NotYet(
-                f"rows of {reference.table} that refer to a row whose {run.plan.key} has just changed, more than can be corrected under the locks"
-            )
-        rows += session.run("foreign_keys.correct_last", **own).rowcount
-        session.run("foreign_keys.clear_log", **names(run, reference))
-    return rows
-
-
-def drop_old(run: Run) -> Statements:
-    """The keys to the source, which the composite ones replace."""
-    for reference in run.plan.references:
-        yield statement("foreign_keys.drop_key", **names(run, reference))
-
-
-def add_composite(run: Run) -> Statements:
-    """The composite keys, NOT VALID: checked for every new row from now on, for the old ones later under a light lock."""
-    for reference in run.plan.references:
-        yield from _not_valid(run, reference, reference.composite)
-
-
-def add_old(run: Run) -> Statements:
-    """The inverse of drop_old, NOT VALID."""
-    for reference in run.plan.references:
-        yield from _not_valid(run, reference, reference.definition.removesuffix(" NOT VALID"))
-
-
-def by_leaf(run: Run, reference: Reference) -> bool:
-    """Whether the key is to be checked on each leaf and then adopted: before 18 a partitioned table takes no NOT VALID key."""
-    return bool(reference.leaves) and run.plan.server_version < 18
-
-
-def _not_valid(run: Run, reference: Reference, definition: str) -> Statements:
-    own = {**names(run, reference), "definition": trusted(definition)}
-    if not by_leaf(run, reference):
-        yield statement("foreign_keys.add_key", **own)
-        yield from _comment(reference)
-        return
-    for leaf, _ in tables(run, reference):
-        yield statement("foreign_keys.add_key", **(own | {"reference": leaf}))
-
-
-def validate(run: Run, reference: Reference, definition: str, session: Session | None = None) -> Validations:
-    """Check the old rows of a key that is NOT VALID, under SHARE UPDATE EXCLUSIVE; before 18 a partitioned table adopts its
-    partitions' keys then, without a scan of them. With a session: what is left of it."""
-    what, own = f"{reference.name} of {reference.table}", {**names(run, reference), "definition": trusted(definition)}
-    if not by_leaf(run, reference):
-        yield what, statement("foreign_keys.validate", table=reference.identifier, constraint=(reference.name,)), []
-        return
-    for leaf, validated in tables(run, reference, session):
-        if session is None or validated is False:
-            yield what, statement("foreign_keys.validate", table=leaf, constraint=(reference.name,)), []
-    if session is None or not session.value("foreign_keys.keyed", **own):
-        adopt = [statement("foreign_keys.add_key_validated", **own), *_comment(reference)]
-        yield what, sql.SQL("; ").join(adopt), [reference.identifier, run.plan.source]
-
-
-def _comment(reference: Reference) -> Statements:
-    if reference.comment:
-        constraint, comment = sql.Identifier(reference.name), sql.Literal(reference.comment)
-        yield statement("partition.comment_constraint", table=reference.identifier, constraint=constraint, comment=comment)
 
 
 def legacy(run: Run) -> Statements:
@@ -328,15 +192,6 @@ def without_legacy(run: Run) -> Statements:
     """The inverse: no fill trigger."""
     for reference in [*added(run), *run.plan.own_roles]:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
-
-
-def validations(run: Run, session: Session | None = None) -> Validations:
-    """What checks the old rows of each composite key."""
-    for reference in run.plan.references:
-        if session is not None and session.value("cutover.gone", name=reference.identifier.as_string(None)):
-            continue  # the table was dropped since
-        if not reference.definition.endswith("NOT VALID"):  # and stays that
-            yield from validate(run, reference, reference.composite, session)
 
 
 def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, bool]]:
@@ -369,22 +224,6 @@ def keys(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["table", "key", "columns", "definition"])
 
 
-def _stuck(session: Session, own: dict[str, sql.Composable]) -> int:
-    """How many rows of which the log knows an update leaves as they are: a trigger or a rule undoes it. In one snapshot and under
-    their locks: a row that somebody has just written is none of them."""
-    for _ in range(10):
-        try:
-            with session.transaction("REPEATABLE READ", lock_timeout="1s", runbook__correcting="on"):
-                rows = sql.Literal(session.value("foreign_keys.stuck", **own))
-                if rows == sql.Literal("{}"):
-                    return 0
-                session.run("foreign_keys.correct_stuck", **own, rows=rows)
-                return int(session.value("foreign_keys.still_stuck", **own, rows=rows))
-        except (LockNotAvailable, SerializationFailure, DeadlockDetected):
-            continue
-    return 0
-
-
 @recorded("foreign_keys", "check")
 def check(action: Action) -> Evidence:
     """Raises unless every row of every referencing table has its user's role, those still logged excepted."""
@@ -397,9 +236,9 @@ def check(action: Action) -> Evidence:
             session.run("foreign_keys.log_wrong", **own)
             drain(run, session, reference)
             wrong = session.value("foreign_keys.wrong", **own)
-        if stuck := _stuck(session, own):
+        if rows := stuck(session, own):
             raise PromiseBroken(
-                f"{counted(stuck, 'row')} of {reference.table} {'keeps' if stuck == 1 else 'keep'} another {reference.role_column} than the"
+                f"{counted(rows, 'row')} of {reference.table} {'keeps' if rows == 1 else 'keep'} another {reference.role_column} than the"
                 f" row in {run.plan.full_name},"
                 f" whatever is set: a trigger or a rule of {reference.table} undoes the update. Disable it, then run 04_foreign_keys"
                 " again."

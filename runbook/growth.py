@@ -12,12 +12,12 @@ import psycopg
 from psycopg import sql
 
 from runbook import catalog, division
-from runbook.database import Session
 from runbook.errors import BadInput
 from runbook.facts import Fact, Finding, Partition
 from runbook.findings import worst_first
 from runbook.ledger import Run
 from runbook.parameters import Parameters
+from runbook.session import Session
 from runbook.statements import spelled, trusted
 from runbook.words import counted
 

@@ -18,11 +18,12 @@ import psycopg
 from psycopg import sql
 
 from runbook import catalog, locks
-from runbook.database import Database, Session, target
+from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, OutOfOrder, PlanOutdated, told
 from runbook.parameters import resolve
 from runbook.plan import Plan, from_json
 from runbook.redaction import known_secrets, redact
+from runbook.session import Session
 from runbook.statements import Value
 
 P = ParamSpec("P")

@@ -15,8 +15,9 @@ import psycopg
 from psycopg import sql
 from tqdm import tqdm
 
-from runbook.database import Database, Session
+from runbook.database import Database
 from runbook.errors import LockNotGranted, ServerUnavailable
+from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 
 Result = TypeVar("Result")

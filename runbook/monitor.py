@@ -9,10 +9,10 @@ import psycopg
 
 from runbook import queries
 from runbook.application import filled
-from runbook.database import Session
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.points import partitioned, stage
+from runbook.session import Session
 from runbook.statements import spelled
 from runbook.words import counted
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from runbook.database import Session
 from runbook.errors import RunbookError
 from runbook.locks import tell
+from runbook.session import Session
 
 
 @dataclass

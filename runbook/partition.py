@@ -10,10 +10,10 @@ import psycopg
 from psycopg import sql
 
 from runbook import changes, locks, references, unique
-from runbook.database import Session
 from runbook.errors import PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Plan
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
 

@@ -11,11 +11,11 @@ import psycopg
 from psycopg import sql
 
 from runbook import cutover, partition, references
-from runbook.database import Session, noted
 from runbook.errors import RunbookError
 from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import identifiers
+from runbook.session import Session, noted
 from runbook.statements import statement, trusted
 from runbook.words import counted
 

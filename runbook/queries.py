@@ -11,11 +11,11 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook.database import Session
 from runbook.errors import BadInput
 from runbook.ledger import Run
 from runbook.plan import Plan
 from runbook.points import copy_table, partitioned, shown, stage
+from runbook.session import Session
 from runbook.statements import rendered, trusted
 from runbook.words import counted
 

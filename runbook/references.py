@@ -6,10 +6,10 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook.database import Session
 from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import equal, fit, identifiers
+from runbook.session import Session
 from runbook.statements import trusted
 
 

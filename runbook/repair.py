@@ -10,7 +10,6 @@ from psycopg import errors, sql
 
 from runbook import catalog, findings, locks
 from runbook.compare import partition_of
-from runbook.database import Session
 from runbook.errors import BadInput, NotEqual, PlanBlocked, PromiseBroken
 from runbook.facts import Column, Finding, Partition, Reference, Table
 from runbook.ledger import Action, Evidence, Run
@@ -18,6 +17,7 @@ from runbook.pace import Progress
 from runbook.parameters import Parameters
 from runbook.plan import Plan, fit, with_key
 from runbook.references import names
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
 from runbook.words import counted

@@ -14,9 +14,9 @@ from psycopg import sql
 from runbook import changes, compare, indexes, pace, repair
 from runbook import unique as unique_keys
 from runbook.changes import SHORT_TAIL, Rewritten, Statements
-from runbook.database import Session
 from runbook.errors import NotEqual, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
 from runbook.words import counted

@@ -8,15 +8,15 @@ from datetime import UTC, datetime
 
 from psycopg import errors, sql
 
-from runbook import catalog, changes, compare, cutover, foreign_keys, locks, partition, repair, unique
+from runbook import catalog, changes, compare, composite, cutover, foreign_keys, locks, partition, repair, unique
 from runbook.changes import BACK, Rewritten, Statements
-from runbook.database import Session
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.references import added
 from runbook.references import names as reference_names
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement, trusted
 from runbook.words import counted
@@ -52,7 +52,7 @@ def unswap_statements(run: Run) -> Statements:
     """The inverse of cutover.swap_statements: the original takes its name and everything that hung on it back."""
     plan, names = run.plan, run.names
     yield statement("changes.switch_off_back", **names)
-    yield from foreign_keys.drop_old(run)
+    yield from composite.drop_old(run)
     yield from foreign_keys.without_legacy(run)
     for reference in added(run):
         yield from foreign_keys.remove_column(run, reference)
@@ -77,7 +77,7 @@ def unswap_statements(run: Run) -> Statements:
             yield cutover.add(plan.source, check.name, check.definition, check.comment)
     for key in plan.outgoing:
         yield cutover.add(plan.source, key.name, key.definition.removesuffix(" NOT VALID") + " NOT VALID", key.comment)
-    yield from foreign_keys.add_old(run)
+    yield from composite.add_old(run)
 
 
 @recorded("rollback", "swap", again=True)
@@ -267,8 +267,8 @@ def _validate(run: Run, session: Session, budget_s: float) -> None:
 
         cutover.validate(run, session, budget_s, name, statement("cutover.validate", table=table, constraint=(name,)))
     for reference in valid:
-        if foreign_keys.by_leaf(run, reference):
-            for what, each, tables in foreign_keys.validate(run, reference, reference.definition, session):
+        if composite.by_leaf(run, reference):
+            for what, each, tables in composite.validate(run, reference, reference.definition, session):
                 cutover.validate(run, session, budget_s, what, each, tables)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from psycopg import sql
 
 from runbook.changes import Statements
-from runbook.database import Session
 from runbook.facts import Guard
 from runbook.ledger import Run
 from runbook.plan import Plan, fit
+from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 
 

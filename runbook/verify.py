@@ -15,9 +15,9 @@ import psycopg
 
 from runbook import backup, changes, embedded, unique
 from runbook import compare as comparing
-from runbook.database import Session
 from runbook.errors import BadInput, NotEqual, PromiseBroken
 from runbook.ledger import Evidence, Run
+from runbook.session import Session
 from runbook.statements import Value, spelled, statement, trusted
 from runbook.words import counted
 

@@ -13,9 +13,9 @@ import psycopg
 from psycopg.errors import QueryCanceled
 
 from runbook.changes import Rewritten
-from runbook.database import Session
 from runbook.errors import AlreadyRunning
 from runbook.ledger import Run
+from runbook.session import Session
 
 Range = tuple[int, int]
 

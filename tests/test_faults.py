@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import cutover, foreign_keys, indexes, ledger, partition, restore, rollback
+from runbook import correction, cutover, foreign_keys, indexes, ledger, partition, restore, rollback
 from runbook.changes import Rewritten
 from runbook.database import target
 from runbook.errors import AlreadyRunning, LockNotGranted, PlanOutdated, PromiseBroken, RunbookError
@@ -468,7 +468,7 @@ def test_a_role_that_changed_and_changed_back_is_followed_by_its_appointments(pr
     sql("UPDATE appointments SET notes = 'touched' WHERE user_id = (SELECT id FROM users WHERE email LIKE '%sample7@%')")
     with run.database.session("a correction") as session:
         for reference in foreign_keys.added(run):
-            foreign_keys.drain(run, session, reference)
+            correction.drain(run, session, reference)
     sql("UPDATE users SET role = 'user' WHERE email LIKE '%sample7@%'")
     migration.walk(run, migration.FORWARD, first="swap")
     assert sql("SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role") == [(0,)]

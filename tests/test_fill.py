@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import foreign_keys
+from runbook import correction, foreign_keys
 from runbook.errors import PromiseBroken
 from tests import migration
 
@@ -17,14 +17,14 @@ FILLED = "SELECT count(*) > 0 FROM appointments WHERE user_role <> 'user'"
 
 def test_rows_that_moved_since_they_were_listed_are_filled_all_the_same(clinic, sql, monkeypatch):
     """A VACUUM FULL in between gives every row another address."""
-    run, parallel = migration.forward(clinic, last="columns"), foreign_keys.parallel
+    run, parallel = migration.forward(clinic, last="columns"), correction.parallel
 
     def moved_before(*given: Any) -> None:
         sql("DELETE FROM appointments WHERE ctid < '(3,0)'")
         sql("VACUUM FULL appointments")
         parallel(*given)
 
-    monkeypatch.setattr(foreign_keys, "parallel", moved_before)
+    monkeypatch.setattr(correction, "parallel", moved_before)
     migration.walk(run, {"fill": migration.FORWARD["fill"]})
     assert (sql(WRONG), sql(FILLED)) == ([(0,)], [(True,)])
 

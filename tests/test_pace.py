@@ -15,7 +15,8 @@ from psycopg.sql import SQL
 from tqdm import tqdm
 
 from runbook import execution, pace, restore, workers
-from runbook.database import Database, Session
+from runbook.database import Database
+from runbook.session import Session
 from tests.migration import forward, plan
 
 Sql = Callable[..., list[tuple[Any, ...]]]

@@ -1,0 +1,109 @@
+"""The role of rows that need another than the default: filled in by their addresses, then by a log, at last under the locks."""
+
+from __future__ import annotations
+
+from psycopg import sql
+from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
+
+from runbook import locks, pace
+from runbook.changes import SHORT_TAIL, UNDER_LOCKS
+from runbook.facts import Reference
+from runbook.ledger import Run
+from runbook.references import added, names
+from runbook.session import Session
+from runbook.statements import spelled
+from runbook.workers import gaps, parallel
+
+
+def fill_in(run: Run, session: Session, reference: Reference, table: sql.Identifier, batch_rows: int) -> tuple[int, int]:
+    """How many rows of the table needed another value than the default, and how many of them were given it here: some changed
+    or moved meanwhile, and some may have been held by somebody."""
+    own = names(run, reference) | {"reference": table}
+    session.run("foreign_keys.drop_places", **own)  # of a run that died
+    rows = session.run("foreign_keys.collect_places", **own).rowcount
+    blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
+    indexed = sorted({row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))})
+    own["assignments"] = sql.SQL(", ").join(
+        [
+            sql.SQL("{} = k.value").format(own["role_column"]),
+            *(sql.SQL("{0} = w.{0}").format(sql.Identifier(each)) for each in indexed),
+        ]
+    )
+    progress = pace.Progress(reference.table, rows)
+    filled: list[int] = []
+
+    def one(worker: Session, each: tuple[int, int]) -> None:
+        place = {"first": sql.Literal(f"({each[0]},0)"), "last": sql.Literal(f"({each[1]},0)")}
+        settings = {"runbook__correcting": "on", "synchronous_commit": "off"}
+        try:
+            with worker.transaction(lock_timeout="10ms", **settings):
+                filled.append(worker.run("foreign_keys.fill_places", **(own | place)).rowcount)
+        except LockNotAvailable:
+            with worker.transaction(lock_timeout="1s", **settings):
+                filled.append(worker.run("foreign_keys.fill_free_places", **(own | place)).rowcount)
+        progress.add(filled[-1], lambda: int(worker.value("changes.length", **run.names)))
+
+    try:
+        parallel(run, 0, list(gaps([], blocks, max(1, batch_rows * blocks // max(1, rows)))), one)
+    finally:
+        progress.close()
+    session.run("foreign_keys.drop_places", **own)
+    return rows, sum(filled)
+
+
+def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 2000) -> int:
+    """Work the reference's log off until its tail is short; returns how many rows were corrected."""
+    own, corrected, idle = names(run, reference), 0, 0
+    backlog = waiting = int(session.value("foreign_keys.log_length", **own))
+    if not backlog:
+        return 0
+    done = 0
+    progress = pace.Progress(f"{reference.table}, log", waiting, unit="keys")
+    try:
+        # What comes meanwhile is another round's: under steady writes it would never end.
+        while waiting > 0 and idle < 5 and (done < backlog or waiting > SHORT_TAIL):
+            with session.transaction(lock_timeout="5s", runbook__correcting="on"):
+                batch = sql.Literal(session.value("foreign_keys.batch", **own, size=batch_rows))
+                rows = session.run("foreign_keys.correct_batch", **own, batch=batch).rowcount
+                session.run("foreign_keys.return_skipped", **own, batch=batch)
+                taken = session.run("foreign_keys.close_batch", **own, batch=batch).rowcount
+            corrected += rows
+            done += taken
+            left = int(session.value("foreign_keys.log_length", **own))
+            idle = idle + 1 if left >= waiting or (left <= SHORT_TAIL and rows == 0) else 0
+            progress.add(taken)
+            waiting = left
+    finally:
+        progress.close()
+    return corrected
+
+
+def correct_last(run: Run, session: Session) -> int:
+    """Under the cut-over's locks: what is left in the logs, at once."""
+    rows = 0
+    session.connection.execute("SET LOCAL runbook.correcting = 'on'")
+    for reference in added(run):
+        own = names(run, reference)
+        if session.value("foreign_keys.to_correct", **own, size=UNDER_LOCKS + 1) > UNDER_LOCKS:
+            raise locks.NotYet(
+                f"rows of {reference.table} that refer to a row whose {run.plan.key} has just changed, more than can be corrected under the locks"
+            )
+        rows += session.run("foreign_keys.correct_last", **own).rowcount
+        session.run("foreign_keys.clear_log", **names(run, reference))
+    return rows
+
+
+def stuck(session: Session, own: dict[str, sql.Composable]) -> int:
+    """How many rows of which the log knows an update leaves as they are: a trigger or a rule undoes it. In one snapshot and under
+    their locks: a row that somebody has just written is none of them."""
+    for _ in range(10):
+        try:
+            with session.transaction("REPEATABLE READ", lock_timeout="1s", runbook__correcting="on"):
+                rows = sql.Literal(session.value("foreign_keys.stuck", **own))
+                if rows == sql.Literal("{}"):
+                    return 0
+                session.run("foreign_keys.correct_stuck", **own, rows=rows)
+                return int(session.value("foreign_keys.still_stuck", **own, rows=rows))
+        except (LockNotAvailable, SerializationFailure, DeadlockDetected):
+            continue
+    return 0

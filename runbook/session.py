@@ -1,0 +1,178 @@
+"""A session: named statements run on one connection, and each is in the record, with its time and who kept it waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook.redaction import known_secrets, redact
+from runbook.statements import Value, statement
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement as it ran; part of the record. `error` is its SQLSTATE where it failed, else empty; `waited_for` has the
+    locks that it was seen to wait for, with those who held them."""
+
+    at: datetime
+    name: str
+    seconds: float
+    rows: int
+    error: str = ""
+    waited_for: tuple[str, ...] = ()
+
+
+def write_down(statements: Sequence[Statement]) -> None:
+    """Adds them to the record of the notebook that this kernel runs, if it runs one: what failed later is there, too."""
+    folder, notebook = os.environ.get("RUNBOOK_RECORD"), os.environ.get("JPY_SESSION_NAME")
+    if folder and notebook:
+        facts = [{**vars(each), "at": each.at.isoformat(), "seconds": round(each.seconds, 6)} for each in statements]
+        lines = "".join(redact(json.dumps(each, ensure_ascii=False), _secrets()) + "\n" for each in facts)
+        with suppress(OSError), Path(folder, f"{Path(notebook).stem}.statements.jsonl").open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+
+@cache
+def _secrets() -> frozenset[str]:
+    return frozenset(known_secrets())
+
+
+@dataclass
+class Session:
+    """One connection that runs named statements and keeps a record of each."""
+
+    connection: psycopg.Connection[dict[str, Any]]
+    statements: list[Statement]
+    locked_s: float = 0.0  # for how long, in all, it kept everybody else from what it locked
+    waits: dict[int, str] = field(default_factory=dict)  # the locks that the present statement waits for, by who holds them
+
+    @cached_property
+    def pid(self) -> int:
+        """The server's process; asked for, because whatever stands in between may give the connection a number of its own."""
+        return pid_of(self.connection)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody but the runbook is at work on the server. If somebody is, one process of ours is enough: with a second
+        one on two processors the slowest hundredth of the application's writes took twice as long."""
+        return is_alone(self.connection)
+
+    def run(self, query: str | sql.Composed, prepare: bool = False, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
+        """Run `group.name`, or a composed statement; the cursor has its rows. `prepare` keeps its plan for the next time."""
+        composed = statement(query, **names) if isinstance(query, str) else query
+        label = query if isinstance(query, str) else first_line(composed.as_string(None))
+        with noted(self.statements, label, self.waits) as rows:
+            cursor = self.connection.execute(composed, prepare=prepare)
+            rows.append(cursor.rowcount)
+        return cursor
+
+    def at_once(self, statements: Iterable[sql.Composable]) -> None:
+        """Run them in one round trip: under locks everybody would wait for each one's way. Each is in the record, with its time by
+        the server's clock; when one fails, all of them as one."""
+        texts, began = [each.as_string(None) for each in statements], datetime.now(UTC)
+        clock = "SELECT clock_timestamp() AS runbook_clock"
+        label = f"{len(texts)} statements in one round trip, the first: {first_line(texts[0])}"
+        with noted(self.statements, label, self.waits, parts := list[Statement]()):
+            cursor = self.connection.execute(sql.SQL("\n;\n".join([clock, *(f"{each}\n;\n{clock}" for each in texts)])))
+            times, rows = [], list[int]()
+            while True:
+                if cursor.description and cursor.description[0].name == "runbook_clock":
+                    times.append((cursor.fetchone() or {})["runbook_clock"])
+                    rows.append(-1)
+                else:
+                    rows[-1] = cursor.rowcount
+                if not cursor.nextset():
+                    break
+            for text, number, start, end in zip(texts, rows, times, times[1:], strict=False):
+                parts.append(Statement(began + (start - times[0]), first_line(text), (end - start).total_seconds(), number))
+
+    def rows(self, query: str | sql.Composed, /, **names: Value) -> list[dict[str, Any]]:
+        """All rows."""
+        return self.run(query, **names).fetchall()
+
+    def row(self, query: str | sql.Composed, /, **names: Value) -> dict[str, Any]:
+        """The only row; KeyError-free code may rely on its being there."""
+        found = self.run(query, **names).fetchone()
+        if found is None:
+            raise LookupError(f"{query!r} found no row")
+        return found
+
+    def value(self, query: str | sql.Composed, prepare: bool = False, /, **names: Value) -> Any:
+        """The first column of the first row, None where there is none."""
+        found = self.run(query, prepare, **names).fetchone()
+        return next(iter(found.values())) if found else None
+
+    @contextmanager
+    def qualified(self) -> Iterator[None]:
+        """While it lasts, every name that the server renders is qualified, and every time is in UTC, wherever the operator
+        sits. An error leaves that to the rollback."""
+        setting = "SELECT set_config('search_path', %s, false), set_config('TimeZone', %s, false)"
+        asked = "SELECT current_setting('search_path') AS path, current_setting('TimeZone') AS zone"
+        before = self.connection.execute(asked).fetchone() or {}
+        self.connection.execute(setting, ["pg_catalog", "UTC"])
+        yield
+        self.connection.execute(setting, [before["path"], before["zone"]])
+
+    @contextmanager
+    def transaction(self, isolation: str = "READ COMMITTED", **settings: str | int) -> Iterator[None]:
+        """A transaction whose isolation never depends on an inherited default; settings are SET LOCAL."""
+        self.connection.isolation_level = psycopg.IsolationLevel[isolation.replace(" ", "_")]
+        with self.connection.transaction():
+            for name, setting in settings.items():
+                self.connection.execute(
+                    sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(*name.split("__")), sql.Literal(str(setting)))
+                )
+            yield
+        if self.connection.closed:  # psycopg leaves the block as if all were well when the connection broke after the last answer
+            raise psycopg.OperationalError("The connection was lost before the commit was acknowledged.")
+
+
+@contextmanager
+def noted(
+    statements: list[Statement], name: str, waits: dict[int, str] | None = None, parts: Sequence[Statement] = ()
+) -> Iterator[list[int]]:
+    """Notes the statement that runs inside, also when it fails; whoever runs it appends its number of rows. When it was several
+    that went well, its `parts`."""
+    at, started, rows, error = datetime.now(UTC), time.perf_counter(), list[int](), ""
+    try:
+        yield rows
+    except BaseException as failed:
+        error = getattr(failed, "sqlstate", None) or type(failed).__name__
+        raise
+    finally:
+        seconds, waited = time.perf_counter() - started, tuple((waits or {}).values())
+        whole = Statement(at, name, seconds, rows[0] if rows else -1, error, waited)
+        new = list(parts) if parts and not error else [whole]
+        statements.extend(new)
+        if waits:
+            waits.clear()
+        write_down(new)
+
+
+def is_alone(connection: psycopg.Connection[dict[str, Any]]) -> bool:
+    """Whether nobody but the runbook is at work on the server, or was a second ago."""
+    found = connection.execute(statement("pace.alone")).fetchone()  # not for the record: it is asked all the time
+    return bool(found and found["alone"])
+
+
+def pid_of(connection: psycopg.Connection[dict[str, Any]]) -> int:
+    """The server's process behind a connection."""
+    row = connection.execute("SELECT pg_backendpid_of() AS pid").fetchone() or {}
+    return int(row["pid"])
+
+
+def first_line(text: str) -> str:
+    """A statement as the record names it: without the comments over it, in one line."""
+    line = " ".join(" ".join(line for line in text.splitlines() if not line.startswith("--")).split())
+    return line if len(line) <= 120 else f"{line[:119]}…"
