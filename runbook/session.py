@@ -168,7 +168,7 @@ def is_alone(connection: psycopg.Connection[dict[str, Any]]) -> bool:
 
 def pid_of(connection: psycopg.Connection[dict[str, Any]]) -> int:
     """The server's process behind a connection."""
-    row = connection.execute("SELECT pg_backendpid_of() AS pid").fetchone() or {}
+    row = connection.execute("SELECT pg_backend_pid() AS pid").fetchone() or {}
     return int(row["pid"])
 
 
