@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psycopg import errors
 
-from runbook import changes, cutover, foreign_keys, locks
+from runbook import changes, foreign_keys, locks, swapping
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -69,7 +69,7 @@ def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, 
 
     def attempt() -> Evidence:
         going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", drop_backup)) if goes]
-        ours, logs = cutover.standing(session, (run.names[name] for name in going)), cutover.logs(run, session)
+        ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
         with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
             for each in statements(run, drop_backup):
                 session.run(each)

@@ -14,7 +14,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import changes, compare, cutover, indexes, partition, references, unique
+from runbook import changes, compare, indexes, partition, references, swapping, unique
 from runbook.errors import told
 from runbook.ledger import NOTEBOOKS, STEPS, Action, Evidence, Run, recorded
 from runbook.plan import Plan, identifiers, with_key
@@ -169,7 +169,7 @@ def _project(run: Run, sample: _Sample) -> dict[str, Any]:
         each["look up"] *= each["rows"] + rows
     fill = sum(each["rows"] * minority * each["fill"] + each["look up"] for each in filled)
     guarded = 2 * index * len(plan.guards) / max(1, len(plan.indexes))  # 06 compares each guard with all rows
-    catalog = sum(1 for _ in cutover.swap_statements(run)) + UNDER_LOCKS + 4 * len(plan.references)
+    catalog = sum(1 for _ in swapping.swap_statements(run)) + UNDER_LOCKS + 4 * len(plan.references)
     locked = catalog * took["move"] / max(1, len(sample.leaves)) + wider * took["keys"]
     seconds = {
         "backup": copy / 2 + 2 * hashing, "partition": wider * took["create"],

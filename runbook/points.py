@@ -10,7 +10,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import cutover, partition, references
+from runbook import partition, references, swapping
 from runbook.errors import RunbookError
 from runbook.facts import Reference
 from runbook.ledger import Run
@@ -86,7 +86,7 @@ def copy_table(run: Run, session: Session) -> None:
     for some in wanted or [sql.SQL("true").format()]:
         with suppress(psycopg.errors.CheckViolation), session.connection.transaction():  # a row that no partition takes
             session.run("application.copy_rows", **names, some=some)
-    if cutover.refuses_moves(run):
+    if swapping.refuses_moves(run):
         here = {"source": names["shadow"], "keep_function": sql.Identifier("pg_temp", "keep_partition")}
         session.run("cutover.refuse_moves", **names | here)
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from psycopg import errors, sql
 
-from runbook import catalog, changes, compare, composite, cutover, foreign_keys, locks, partition, repair, unique
+from runbook import catalog, changes, compare, composite, cutover, foreign_keys, locks, partition, repair, swapping, unique
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.facts import Reference
@@ -49,7 +49,7 @@ def take_away(run: Run, references: list[Reference] | None = None) -> Statements
 
 
 def unswap_statements(run: Run) -> Statements:
-    """The inverse of cutover.swap_statements: the original takes its name and everything that hung on it back."""
+    """The inverse of swapping.swap_statements: the original takes its name and everything that hung on it back."""
     plan, names = run.plan, run.names
     yield statement("changes.switch_off_back", **names)
     yield from composite.drop_old(run)
@@ -61,22 +61,22 @@ def unswap_statements(run: Run) -> Statements:
             yield statement("rollback.free_sequence", sequence=trusted(each.name))
     # With its partitions, wherever they are and whoever attached them; one that was detached since is nobody's but its owner's.
     yield statement("cutover.set_schema", table=names["source"], to=names["staging"])
-    yield from cutover.rename(run, retire=False)
+    yield from swapping.rename(run, retire=False)
     for each in plan.carried:
         if each.restore:
             yield rendered(each.restore)
     for view in plan.views:
         yield rendered(view.definition)
-    yield from cutover.positions(run, retire=False)
+    yield from swapping.positions(run, retire=False)
     yield statement("rollback.drop_partitioned", **names)
     yield from unique.remove(run)
-    if cutover.refuses_moves(run):
+    if swapping.refuses_moves(run):
         yield statement("cutover.allow_moves", **names)
     for check in plan.checks:
         if not check.validated:
-            yield cutover.add(plan.source, check.name, check.definition, check.comment)
+            yield swapping.add(plan.source, check.name, check.definition, check.comment)
     for key in plan.outgoing:
-        yield cutover.add(plan.source, key.name, key.definition.removesuffix(" NOT VALID") + " NOT VALID", key.comment)
+        yield swapping.add(plan.source, key.name, key.definition.removesuffix(" NOT VALID") + " NOT VALID", key.comment)
     yield from composite.add_old(run)
 
 
@@ -109,10 +109,10 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         total += keys
         seen = seen or compare.exactly(run, session, BACK)
         locks.wait_for_snapshots(session, horizon, patience)
-        tables, views = cutover.lock_set(run, session)
+        tables, views = swapping.lock_set(run, session)
         with locks.exclusive(
-            session, patience, tables, views, clock=clock, sequences=cutover.sequences(run), ours=[run.names["retired"]],
-            logs=cutover.logs(run, session), dropped=[run.plan.source],
+            session, patience, tables, views, clock=clock, sequences=swapping.sequences(run), ours=[run.names["retired"]],
+            logs=swapping.logs(run, session), dropped=[run.plan.source],
         ):  # fmt: skip
             refuse_losses(run, session)
             if session.value("changes.logging_back", **run.names) != logging:
@@ -238,8 +238,8 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     retired = run.finished("rollback", "swap")
 
     def attempt() -> Evidence:
-        tables, shadow = unlogged(run, session), cutover.standing(session, [run.names["shadow"]])
-        with locks.exclusive(session, patience, tables, ours=shadow, logs=cutover.logs(run, session), dropped=shadow):
+        tables, shadow = unlogged(run, session), swapping.standing(session, [run.names["shadow"]])
+        with locks.exclusive(session, patience, tables, ours=shadow, logs=swapping.logs(run, session), dropped=shadow):
             for each in take_away(run, [] if retired and retired.facts.get("swapped") else mine):
                 session.run(each)
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
@@ -251,7 +251,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
 def unlogged(run: Run, session: Session) -> list[sql.Composable]:
     """The tables that lose triggers when the logs go; one is a partition that was detached since, and has its own left."""
     rows = session.rows("rollback.triggered", staging_name=run.staging)
-    tables = [*cutover.lock_set(run, session)[0], *(sql.Identifier(row["schema"], row["name"]) for row in rows)]
+    tables = [*swapping.lock_set(run, session)[0], *(sql.Identifier(row["schema"], row["name"]) for row in rows)]
     return list({each.as_string(None): each for each in tables}.values())
 
 
