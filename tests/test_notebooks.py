@@ -9,7 +9,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from runbook.database import target
 from runbook.ledger import STEPS, of
 from runbook.parameters import Parameters
 from runbook.provenance import LIBRARIES, checkout
-from tests.conftest import fresh
-from tests.servers import Server
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, cells, dump, notebook, walk
 
 Walked = Callable[..., None]
@@ -49,19 +47,7 @@ def query(database: str, text: str) -> list[tuple[Any, ...]]:
         return connection.execute(text.encode()).fetchall()
 
 
-@pytest.fixture(scope="module")
-def migrated(
-    server: Server, clinic_template: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, Path, Result]]:
-    """A clinic that `runbook run` has migrated: database, the folder of records, what was printed."""
-    runs = tmp_path_factory.mktemp("runs")
-    for database in fresh(server, clinic_template):
-        given = ["-f", CLINIC_FILE, "--database", database, "-p", "approved_by", "ann", "--out", str(runs)]
-        yield database, runs, command("run", *given)
-
-
-def test_all_notebooks_in_order_end_in_the_partitioned_clinic(migrated: tuple[str, Path, Result]) -> None:
-    database, _, result = migrated
+def all_notebooks_in_order_end_in_the_partitioned_clinic(database: str, runs: Path, result: Result) -> None:
     assert result.exit_code == 0, result.output
     assert query(database, "SELECT tableoid::regclass::text, count(*) FROM users GROUP BY 1 ORDER BY 2 DESC") == [
         ("users_patients", 949),
@@ -77,9 +63,8 @@ def test_all_notebooks_in_order_end_in_the_partitioned_clinic(migrated: tuple[st
     assert query(database, "SELECT count(*) FROM appointments a JOIN users u ON u.id = user_id WHERE role <> user_role") == [(0,)]
 
 
-def test_the_record_of_a_run_is_complete(migrated: tuple[str, Path, Result]) -> None:
+def its_record_is_complete(database: str, runs: Path, result: Result) -> None:
     """Who, by whose leave, with what, by which plan, every statement, every step's evidence, every warning."""
-    database, runs, _ = migrated
     (folder,) = (entry for entry in runs.iterdir() if entry.is_dir())
     said, evidence = (json.loads((folder / name).read_text()) for name in ("manifest.json", "evidence.json"))
     run = of(target(database), "users")
@@ -107,8 +92,7 @@ def test_the_record_of_a_run_is_complete(migrated: tuple[str, Path, Result]) -> 
     assert any(name.startswith('ALTER TABLE "public"."users" RENAME TO "users_retired"') for name in ran["05_cutover"])
 
 
-def test_each_step_prints_a_line_and_the_last_line_is_the_records_head(migrated: tuple[str, Path, Result]) -> None:
-    database, runs, result = migrated
+def each_step_prints_a_line_and_the_last_line_is_the_records_head(database: str, runs: Path, result: Result) -> None:
     lines = result.stdout.splitlines()
     assert [line.split()[:2] for line in lines[: len(FORWARD)]] == [[name, "done"] for name in FORWARD]
     assert "1,000 rows" in lines[1], "the backup's rows"
@@ -119,8 +103,7 @@ def test_each_step_prints_a_line_and_the_last_line_is_the_records_head(migrated:
     assert "Traceback" not in result.output
 
 
-def test_the_record_holds_every_executed_notebook_with_its_page(migrated: tuple[str, Path, Result]) -> None:
-    _, runs, _ = migrated
+def the_record_holds_every_executed_notebook_with_its_page(database: str, runs: Path, result: Result) -> None:
     (folder,) = (entry for entry in runs.iterdir() if entry.is_dir())
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [step["notebook"] for step in manifest["steps"]] == [f"{name}.ipynb" for name in FORWARD]
@@ -131,22 +114,35 @@ def test_the_record_holds_every_executed_notebook_with_its_page(migrated: tuple[
         assert (folder / f"{name}.html").stat().st_size > 10_000
 
 
-def test_no_run_leaves_anything_among_the_notebooks(migrated: tuple[str, Path, Result]) -> None:
+def nothing_is_left_among_the_notebooks(database: str, runs: Path, result: Result) -> None:
     assert {path.suffix or path.name for path in notebook("x").parent.iterdir()} <= {".ipynb", ".yaml", "pictures"}
     refused = command("run", "--out", str(notebook("x").parent / "runs"))
     assert refused.exit_code == 1
     assert "lies inside the notebooks' own folder" in refused.stderr
 
 
-@pytest.mark.long
-def test_running_it_again_does_nothing_and_says_so(migrated: tuple[str, Path, Result]) -> None:
-    database, runs, _ = migrated
+def running_it_again_does_nothing_and_says_so(database: str, runs: Path, result: Result) -> None:
     before = dump(database)
     again = command("run", "-f", CLINIC_FILE, "--database", database, "-p", "approved_by", "ann", "--out", str(runs))
     assert again.exit_code == 0, again.output
     assert [line.split()[1] for line in again.stdout.splitlines()[:6]] == ["already"] * 6
     assert dump(database) == before
     assert command("audit", str(runs), "--database", database).exit_code == 0
+
+
+def test_a_run_migrates_and_is_on_record_and_another_does_nothing(clinic: str, tmp_path: Path) -> None:
+    """One run for all that is promised of it: each takes half a minute."""
+    given = ["-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", "--out", str(tmp_path)]
+    result = command("run", *given)
+    for promise in (
+        all_notebooks_in_order_end_in_the_partitioned_clinic,
+        its_record_is_complete,
+        each_step_prints_a_line_and_the_last_line_is_the_records_head,
+        the_record_holds_every_executed_notebook_with_its_page,
+        nothing_is_left_among_the_notebooks,
+        running_it_again_does_nothing_and_says_so,
+    ):
+        promise(clinic, tmp_path, result)
 
 
 UNTIL = [pytest.param(n, id=name, marks=[] if n == len(FORWARD) else pytest.mark.long) for n, name in enumerate(FORWARD, 1)]
