@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+
 from psycopg import sql
 from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
 
-from runbook import locks, pace
+from runbook import changes, locks, pace
 from runbook.changes import SHORT_TAIL, UNDER_LOCKS
 from runbook.facts import Reference
 from runbook.ledger import Run
-from runbook.references import added, names
+from runbook.references import added, names, tables
 from runbook.session import Session
 from runbook.statements import spelled
 from runbook.workers import gaps, parallel
 
 
-def fill_in(run: Run, session: Session, reference: Reference, table: sql.Identifier, batch_rows: int) -> tuple[int, int]:
-    """How many rows of the table needed another value than the default, and how many of them were given it here: some changed
-    or moved meanwhile, and some may have been held by somebody."""
+def fill_in(
+    run: Run, session: Session, reference: Reference, table: sql.Identifier, batch_rows: int, logged: bool = False
+) -> tuple[int, int]:
+    """How many rows of the table (of those that the log knows, where `logged`) needed another value than they have, and how many
+    of them were given it here: some changed or moved meanwhile, and some may have been held by somebody."""
     own = names(run, reference) | {"reference": table}
     session.run("foreign_keys.drop_places", **own)  # of a run that died
-    rows = session.run("foreign_keys.collect_places", **own).rowcount
+    rows = session.run(f"foreign_keys.collect_{'logged' if logged else 'places'}", **own).rowcount
     blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
     indexed = sorted({row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))})
     own["assignments"] = sql.SQL(", ").join(
@@ -52,30 +56,31 @@ def fill_in(run: Run, session: Session, reference: Reference, table: sql.Identif
 
 
 def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 2000) -> int:
-    """Work the reference's log off until its tail is short; returns how many rows were corrected."""
-    own, corrected, idle = names(run, reference), 0, 0
-    backlog = waiting = int(session.value("foreign_keys.log_length", **own))
-    if not backlog:
-        return 0
-    done = 0
-    progress = pace.Progress(f"{reference.table}, log", waiting, unit="keys")
-    try:
-        # What comes meanwhile is another round's: under steady writes it would never end.
-        while waiting > 0 and idle < 5 and (done < backlog or waiting > SHORT_TAIL):
-            with session.transaction(lock_timeout="5s", runbook__correcting="on"):
-                batch = sql.Literal(session.value("foreign_keys.batch", **own, size=batch_rows))
-                rows = session.run("foreign_keys.correct_batch", **own, batch=batch).rowcount
-                session.run("foreign_keys.return_skipped", **own, batch=batch)
-                taken = session.run("foreign_keys.close_batch", **own, batch=batch).rowcount
-            corrected += rows
-            done += taken
-            left = int(session.value("foreign_keys.log_length", **own))
-            idle = idle + 1 if left >= waiting or (left <= SHORT_TAIL and rows == 0) else 0
-            progress.add(taken)
-            waiting = left
-    finally:
-        progress.close()
-    return corrected
+    """Work the reference's log off until its tail is short, or gets no shorter; returns how many rows were corrected.
+
+    A key is forgotten once none of its rows is wrong. No more than `batch_rows` rows are held at once, of however few keys."""
+    own, corrected, before = names(run, reference), 0, sys.maxsize
+    while True:
+        changes.vacuum(session, own["reference_log"])
+        with session.transaction("REPEATABLE READ", lock_timeout="5s"):
+            session.run("foreign_keys.forget_right", **own)
+        left = length(session, own)
+        if not left:
+            return corrected
+        with session.transaction(lock_timeout="5s", runbook__correcting="on"):
+            rows = session.run("foreign_keys.correct_some", **own, size=batch_rows).rowcount
+        if rows >= batch_rows:
+            for table, _ in tables(run, reference, session):
+                rows += fill_in(run, session, reference, table, batch_rows, logged=True)[1]
+        corrected += rows
+        if left >= before or (left <= SHORT_TAIL and not rows):  # what comes meanwhile is another round's
+            return corrected
+        before = left
+
+
+def length(session: Session, own: dict[str, sql.Composable]) -> int:
+    """How many entries a reference's log has."""
+    return int(session.value("foreign_keys.log_length", **own))
 
 
 def correct_last(run: Run, session: Session) -> int:
@@ -84,6 +89,8 @@ def correct_last(run: Run, session: Session) -> int:
     session.connection.execute("SET LOCAL runbook.correcting = 'on'")
     for reference in added(run):
         own = names(run, reference)
+        if (waiting := length(session, own)) > UNDER_LOCKS:
+            raise locks.NotYet(f"{waiting:,} changes of {reference.table}, more than can be looked at under the locks")
         if session.value("foreign_keys.to_correct", **own, size=UNDER_LOCKS + 1) > UNDER_LOCKS:
             raise locks.NotYet(
                 f"rows of {reference.table} that refer to a row whose {run.plan.key} has just changed, more than can be corrected under the locks"

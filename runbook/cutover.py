@@ -114,15 +114,16 @@ def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     """Outside of the locks: replay until the tail is short, correct the references, wait for old snapshots."""
     changes.catch_up(run, session, patience)
     for _ in range(3):  # and what came meanwhile: each row that is left is replayed and corrected while everybody waits
-        corrected = 0
         for reference in references.added(run):
-            corrected += correction.drain(run, session, reference)
-            changes.vacuum(session, references.names(run, reference)["reference_log"])
+            correction.drain(run, session, reference)
         keys, horizon = changes.replay(run, session)
-        if max(keys, corrected) <= changes.SHORT_TAIL // 10:
+        left = sum(correction.length(session, references.names(run, each)) for each in references.added(run))
+        if max(keys, left) <= changes.SHORT_TAIL // 10:
             break
     refuse_homeless(run, session)
-    locks.wait_for_snapshots(session, horizon, patience)
+    if locks.wait_for_snapshots(session, horizon, patience):  # for which nothing dead could be cleaned away
+        for log in (run.names["log"], *(references.names(run, each)["reference_log"] for each in references.added(run))):
+            changes.vacuum(session, log)
 
 
 def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -207,15 +208,17 @@ def replay(action: Action, rounds: int = 20) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return repair.nothing_to(action, "replay")
     run, session = action.run, action.session
-    total = 0
+    total, before = 0, sys.maxsize
     for _ in range(rounds):
         with from_the_copy(run):
             keys, _horizon = changes.replay(run, session)
         total += keys
-        if keys <= SHORT_TAIL:
+        if keys <= SHORT_TAIL or keys >= before:
             break
+        before = keys
+    outrun = " They come as fast as they are replayed: while that is so, 05_cutover cannot begin." if keys > SHORT_TAIL else ""
     return action.finish(
-        f"{counted(total, 'change was', 'changes were')} replayed; {counted(changes.length(run, session), 'waits', 'wait')} in the log.",
+        f"{counted(total, 'change was', 'changes were')} replayed; {counted(changes.length(run, session), 'waits', 'wait')} in the log.{outrun}",
         total,
     )
 

@@ -124,24 +124,26 @@ UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid =
 -- name: fill_all
 UPDATE {reference} r SET {role_column} = {s_key} FROM {source} s WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key}
 
--- name: batch
--- Rows of the log are only ever inserted and deleted, so that their ctid names them within a transaction.
-SELECT coalesce(array_agg(ctid), '{{}}')::text AS batch FROM (SELECT ctid FROM {reference_log} LIMIT {size}) b
+-- name: collect_logged
+-- The same of the rows that the log knows of, where these are many.
+CREATE UNLOGGED TABLE {places} AS
+SELECT r.ctid AS place, {reference_key_aliases}, {s_key} AS value FROM {reference} r JOIN {source} s ON {r_is_s}
+ WHERE r.{role_column} IS DISTINCT FROM {s_key} AND EXISTS (SELECT FROM {reference_log} k WHERE {s_is_rk})
 
--- name: correct_batch
--- READ COMMITTED, and rows that somebody holds are skipped: the application neither waits nor gets a deadlock.
+-- name: forget_right
+-- Keys none of whose rows is wrong in this snapshot: whatever makes one wrong later is logged anew.
+DELETE FROM {reference_log} k WHERE NOT EXISTS (
+  SELECT FROM {reference} w JOIN {source} v ON {w_is_v} WHERE {w_is_k} AND w.{role_column} IS DISTINCT FROM {v_key})
+
+-- name: correct_some
+-- READ COMMITTED, so many rows and no more, and those that somebody holds are skipped: the application waits for nothing long.
 UPDATE {reference} r SET {role_column} = {s_key}
   FROM {source} s
  WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key}
    AND r.ctid = ANY (ARRAY(
-       SELECT w.ctid FROM (SELECT DISTINCT * FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])) k
+       SELECT w.ctid FROM (SELECT DISTINCT * FROM {reference_log}) k
          JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
-        WHERE w.{role_column} IS DISTINCT FROM {v_key} FOR NO KEY UPDATE OF w SKIP LOCKED))
-
--- name: return_skipped
-INSERT INTO {reference_log}
-SELECT DISTINCT {k_columns} FROM (SELECT DISTINCT * FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])) k
-  JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM {v_key}
+        WHERE w.{role_column} IS DISTINCT FROM {v_key} LIMIT {size} FOR NO KEY UPDATE OF w SKIP LOCKED))
 
 -- name: stuck
 -- Rows that the log knows of, that nobody holds, and that are wrong still: they are ours now.
@@ -157,9 +159,6 @@ UPDATE {reference} r SET {role_column} = {s_key} FROM {source} s
 -- In the same transaction: those that the update did not touch, and those that it gave another value than it was told.
 SELECT count(*) FROM (SELECT DISTINCT * FROM {reference_log}) k JOIN {reference} w ON {w_is_k} JOIN {source} v ON {w_is_v}
  WHERE w.{role_column} IS DISTINCT FROM {v_key} AND (w.ctid = ANY ({rows}::tid[]) OR w.xmin = pg_current_xact_id()::xid)
-
--- name: close_batch
-DELETE FROM {reference_log} WHERE ctid = ANY ({batch}::tid[])
 
 -- name: correct_last
 -- Under the cut-over's locks nobody writes any more: every key of the log at once.

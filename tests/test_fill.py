@@ -7,8 +7,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import correction, foreign_keys
-from runbook.errors import PromiseBroken
+from runbook import correction, cutover, foreign_keys
+from runbook.errors import LockNotGranted, PromiseBroken
 from tests import migration
 
 WRONG = "SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role"
@@ -84,6 +84,49 @@ def test_two_keys_to_one_table_are_filled_each_for_itself(database, sql):
         sql(f"UPDATE trips SET {other}_id = 3, {named}_id = 4, {named}_kind = 'a'")
         assert sql(f"SELECT {named}_kind, {other}_kind FROM trips") == [("a", "b")]
         sql("UPDATE trips SET from_id = 1, to_id = 2")
+
+
+def test_what_is_right_already_is_dropped_from_the_log_at_once(forward, clinic, sql):
+    """However long the log has become: an application that writes all day makes it as long as that."""
+    run = forward("fill")
+    for _ in range(10):
+        sql("UPDATE appointments SET notes = 'x'")
+    entries = sql("SELECT count(*) FROM runbook_1.references_1")[0][0]
+    assert entries >= 10_000
+    done = len(run.database.statements)
+    with run.database.session() as session:
+        assert correction.drain(run, session, run.plan.references[0], batch_rows=10) == 0
+    assert sql("SELECT count(*) FROM runbook_1.references_1") == [(0,)]
+    assert len(run.database.statements) - done < 10
+
+
+def test_no_more_rows_are_held_at_once_than_was_said_however_many_refer_to_one(forward, clinic, sql):
+    run = forward("fill")
+    user = sql("SELECT id FROM users WHERE role = 'user' LIMIT 1")[0][0]
+    sql("INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT %s, d.id, now() FROM (SELECT id FROM doctors LIMIT 1) d,"
+        " generate_series(1, 5000)", [user])  # fmt: skip
+    sql("UPDATE users SET role = 'doctor' WHERE id = %s", [user])
+    done = len(run.database.statements)
+    with run.database.session() as session:
+        assert correction.drain(run, session, run.plan.references[0], batch_rows=300) >= 5000
+    rows = [
+        each.rows
+        for each in run.database.statements[done:]
+        if each.name in ("foreign_keys.fill_places", "foreign_keys.correct_some")
+    ]
+    assert len(rows) > 10 and max(rows) <= 600, "a batch is some blocks of addresses"
+    assert sql("SELECT DISTINCT user_role FROM appointments WHERE user_id = %s", [user]) == [("doctor",)]
+
+
+def test_a_log_that_is_long_is_not_looked_through_under_the_locks(forward, clinic, sql, monkeypatch):
+    run = forward("approval")
+    monkeypatch.setattr(correction, "drain", lambda *given: 0)
+    for _ in range(5):
+        sql("UPDATE appointments SET notes = 'x'")
+    with pytest.raises(
+        LockNotGranted, match=r"because of [\d,]+ changes of appointments, more than can be looked at under the locks"
+    ):
+        cutover.swap(run, budget_s=0.5)
 
 
 UNDONE = {
