@@ -110,8 +110,10 @@ def replay(run: Run, session: Session, way: Way = FORWARD) -> tuple[int, str]:
         return apply(run, session, way), str(session.value("locks.horizon"))
 
 
-def vacuum(session: Session, log: sql.Composable, shorten: bool = False) -> None:
-    """Clear a log of what is dead in it and count the rest, without waiting for its writers; `shorten` its file, too."""
+def vacuum(session: Session, log: sql.Composable, last: bool = False) -> None:
+    """Clear a log of what is dead in it and count the rest, without waiting for its writers; the `last` one before the locks
+    shortens a long file, too."""
+    shorten = last and session.value("foreign_keys.blocks", reference_text=spelled(log)) > LONG_FILE
     session.run("changes.vacuum", log=log, shorten=trusted("on" if shorten else "off"))
 
 
@@ -124,8 +126,7 @@ def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD)
         keys, horizon = replay(run, session, way)
         total += keys
         if keys <= SHORT_TAIL or (patience.spent() and keys <= UNDER_LOCKS):
-            log = run.names[way.log]
-            vacuum(session, log, shorten=session.value("foreign_keys.blocks", reference_text=spelled(log)) > LONG_FILE)
+            vacuum(session, run.names[way.log], last=True)
             return total, horizon
         if patience.spent():
             raise NotYet(f"{keys:,} changes that came while those before them were replayed: they come faster than that")

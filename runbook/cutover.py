@@ -112,6 +112,7 @@ def _record(action: Action, patience: locks.Patience, replayed: int, locked: flo
 
 def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     """Outside of the locks: replay until the tail is short, correct the references, wait for old snapshots."""
+    logs = [run.names["log"], *(references.names(run, each)["reference_log"] for each in references.added(run))]
     changes.catch_up(run, session, patience)
     for _ in range(3):  # and what came meanwhile: each row that is left is replayed and corrected while everybody waits
         for reference in references.added(run):
@@ -121,9 +122,9 @@ def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
         if max(keys, left) <= changes.SHORT_TAIL // 10:
             break
     refuse_homeless(run, session)
-    if locks.wait_for_snapshots(session, horizon, patience):  # for which nothing dead could be cleaned away
-        for log in (run.names["log"], *(references.names(run, each)["reference_log"] for each in references.added(run))):
-            changes.vacuum(session, log)
+    locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
+    for log in logs:
+        changes.vacuum(session, log, last=True)
 
 
 def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:

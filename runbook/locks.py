@@ -255,9 +255,8 @@ def exclusive(
         session.locked_s += clock.locked
 
 
-def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> bool:
-    """Return once no session of this database has a snapshot older than transaction `horizon`, which has just committed; whether
-    that took any time.
+def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> None:
+    """Return once no session of this database has a snapshot older than transaction `horizon`, which has just committed.
 
     A REPEATABLE READ transaction from before the copy would see the new table empty after the swap. Of sessions whose snapshot
     this role may not see, every transaction that is open now is waited for. Raises LockNotGranted, naming them, when the
@@ -275,7 +274,6 @@ def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> bo
                 f" {'; '.join(map(str, blockers))}. Nothing was changed: end that session or wait for it, then run this again."
             )
         time.sleep(0.2)
-    return time.monotonic() - begun > 0.2
 
 
 def refuse_late_snapshots(session: Session, patience: Patience) -> None:

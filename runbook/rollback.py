@@ -108,8 +108,8 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         keys, horizon = _replay(run, session, patience)
         total += keys
         seen = seen or compare.exactly(run, session, BACK)
-        if locks.wait_for_snapshots(session, horizon, patience):  # for which nothing dead could be cleaned away
-            changes.vacuum(session, run.names["back"])
+        locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
+        changes.vacuum(session, run.names["back"], last=True)
         tables, views = swapping.lock_set(run, session)
         with locks.exclusive(
             session, patience, tables, views, clock=clock, sequences=swapping.sequences(run), ours=[run.names["retired"]],
