@@ -131,9 +131,12 @@ SELECT r.ctid AS place, {reference_key_aliases}, {s_key} AS value FROM {referenc
  WHERE r.{role_column} IS DISTINCT FROM {s_key} AND EXISTS (SELECT FROM {reference_log} k WHERE {s_is_rk})
 
 -- name: forget_right
--- Keys none of whose rows is wrong in this snapshot: whatever makes one wrong later is logged anew.
-DELETE FROM {reference_log} k WHERE NOT EXISTS (
-  SELECT FROM {reference} w JOIN {source} v ON {w_is_v} WHERE {w_is_k} AND w.{role_column} IS DISTINCT FROM {v_key})
+-- Keys none of whose rows is wrong in this snapshot: whatever makes one wrong later is logged anew. Each key is looked at once,
+-- however often it is there: many rows may have it.
+DELETE FROM {reference_log} WHERE ctid = ANY (ARRAY(
+  SELECT unnest(k.places) FROM (SELECT array_agg(k.ctid) AS places, {k_columns} FROM {reference_log} k GROUP BY {k_columns}) k
+   WHERE NOT EXISTS (
+     SELECT FROM {reference} w JOIN {source} v ON {w_is_v} WHERE {w_is_k} AND w.{role_column} IS DISTINCT FROM {v_key})))
 
 -- name: correct_some
 -- READ COMMITTED, so many rows and no more, and those that somebody holds are skipped: the application waits for nothing long.
