@@ -113,8 +113,12 @@ def replay(run: Run, session: Session, way: Way = FORWARD) -> tuple[int, str]:
 def vacuum(session: Session, log: sql.Composable, last: bool = False) -> None:
     """Clear a log of what is dead in it and count the rest, without waiting for its writers; the `last` one before the locks
     shortens a long file, too."""
-    shorten = last and session.value("foreign_keys.blocks", reference_text=spelled(log)) > LONG_FILE
-    session.run("changes.vacuum", log=log, shorten=trusted("on" if shorten else "off"))
+    session.run("changes.vacuum", log=log, shorten=trusted("on" if last and is_long(session, log) else "off"))
+
+
+def is_long(session: Session, log: sql.Composable) -> bool:
+    """Whether the log's file takes its time to read, whatever is in it."""
+    return bool(session.value("foreign_keys.blocks", reference_text=spelled(log)) > LONG_FILE)
 
 
 def catch_up(run: Run, session: Session, patience: Patience, way: Way = FORWARD) -> tuple[int, str]:

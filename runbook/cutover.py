@@ -113,18 +113,23 @@ def _record(action: Action, patience: locks.Patience, replayed: int, locked: flo
 def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
     """Outside of the locks: replay until the tail is short, correct the references, wait for old snapshots."""
     logs = [run.names["log"], *(references.names(run, each)["reference_log"] for each in references.added(run))]
-    changes.catch_up(run, session, patience)
-    for _ in range(3):  # and what came meanwhile: each row that is left is replayed and corrected while everybody waits
-        for reference in references.added(run):
-            correction.drain(run, session, reference)
-        keys, horizon = changes.replay(run, session)
-        left = sum(correction.length(session, references.names(run, each)) for each in references.added(run))
-        if max(keys, left) <= changes.SHORT_TAIL // 10:
-            break
-    refuse_homeless(run, session)
-    locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
-    for log in logs:
-        changes.vacuum(session, log, last=True)
+    for _ in range(
+        2
+    ):  # again where the logs are long files still: an old snapshot kept what is dead, and what came stands behind
+        changes.catch_up(run, session, patience)
+        for _ in range(3):  # what came meanwhile: each row that is left is replayed and corrected while everybody waits
+            for reference in references.added(run):
+                correction.drain(run, session, reference)
+            keys, horizon = changes.replay(run, session)
+            left = sum(correction.length(session, references.names(run, each)) for each in references.added(run))
+            if max(keys, left) <= changes.SHORT_TAIL // 10:
+                break
+        refuse_homeless(run, session)
+        locks.wait_for_snapshots(session, horizon, patience)
+        for log in logs:
+            changes.vacuum(session, log, last=True)
+        if not any(changes.is_long(session, log) for log in logs):
+            return
 
 
 def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:
