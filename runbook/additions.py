@@ -119,6 +119,9 @@ def make_statements(run: Run, growth: Growth, session: Session, addition: Additi
     yield statement("partition.own", table=own["leaf"], owner=own["owner"])
     for row in session.rows("additions.grants", oid=growth.oid):
         yield statement("additions.grant", **own, privileges=trusted(row["privileges"]), who=trusted(row["who"]))
+    yield from partition.tune(own["leaf"], catalog.columns_of(session, growth.sibling))
+    if kind := {"f": "FULL", "n": "NOTHING"}.get(like["replica_identity"]):  # a publication refuses updates and deletes without
+        yield statement("additions.identity", **own, kind=trusted(kind))
     mine = {row["name"] for row in session.rows("additions.own_indexes", oid=growth.sibling)}
     for row in session.rows("catalog.indexes", oid=growth.sibling):
         if row["name"] not in mine:
@@ -131,11 +134,22 @@ def make_statements(run: Run, growth: Growth, session: Session, addition: Additi
         else:
             unique = trusted("UNIQUE" if row["unique"] else "")
             yield statement("restore.create_index", index=(name,), leaf=own["leaf"], unique=unique, tail=trusted(row["tail"]))
+        yield from _as_its_sibling(own["leaf"], schema, name, row)
     leaf_text = spelled((schema, leaf))
     for row in session.rows("additions.truncate_triggers", oid=growth.sibling, leaf_text=leaf_text):
         yield rendered(row["definition"])
         if row["always"]:
             yield statement("additions.set_trigger", table=own["leaf"], state=trusted("ENABLE ALWAYS"), trigger=(row["name"],))
+
+
+def _as_its_sibling(leaf: sql.Composable, schema: str, index: str, sibling: dict[str, Any]) -> Statements:
+    """What an index is to a partition beside being its index."""
+    if sibling["replica_identity"]:
+        yield statement("additions.identity", leaf=leaf, kind=sql.SQL("USING INDEX {}").format(sql.Identifier(index)))
+    if sibling["clustered"]:
+        yield statement("additions.cluster", leaf=leaf, index=(index,))
+    for number, target in (sibling["statistics"] or {}).items():
+        yield statement("additions.index_statistics", index=(schema, index), number=trusted(number), target=trusted(str(target)))
 
 
 def attach_statements(run: Run, growth: Growth, session: Session, addition: Addition, *, moving: bool) -> Statements:
@@ -233,6 +247,10 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
                 raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile and are referenced")
             for each in list(attach_statements(run, growth, session, addition, moving=rows > 0)):
                 session.run(each)
+            leaf = _names(run, addition)["leaf"]
+            for row in session.rows("additions.attached_indexes", sibling=growth.sibling, leaf_text=spelled(leaf)):
+                for each in _as_its_sibling(leaf, run.plan.table.schema_name, row["name"], row):
+                    session.run(each)
             action.finish(f"{addition.name} is a partition of {growth.table}.", rows, partitions=[addition.name])
         return rows
 

@@ -99,6 +99,11 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 name, f"{reference.name} of {name} is ON UPDATE SET and becomes ON UPDATE CASCADE, by which {reference.role_column} follows.",
                 "Check for it in the application, or drop that action first.",
             )  # fmt: skip
+        elif reference.adds_column and " ON UPDATE CASCADE" not in reference.definition:
+            yield Finding.note(
+                name, f"{reference.name} of {name} becomes ON UPDATE CASCADE, by which {reference.role_column} follows: a change of"
+                f" {', '.join(reference.referenced)}, which it refused, goes on to {name} as well.",
+            )  # fmt: skip
         if not reference.indexed:
             yield Finding.warning(
                 name, f"{name} has no index that begins with {reference.columns[0]}: every correction and every delete of a referenced row scans it.",

@@ -147,11 +147,15 @@ def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Ro
     )
     for row in keys:
         table = f"{row['schema']}.{row['table']}"
-        if row["partitioned"]:
+        if row[
+            "partitioned"
+        ]:  # adding it again would read the whole table under its lock, or PostgreSQL takes no NOT VALID key there
+            key = sql.Identifier(row["name"]).as_string(None)
             yield Finding.blocker(
                 table,
-                f"{table} references the table and is itself partitioned: its key cannot step aside for a moment.",
-                "Drop that key first.",
+                f"{row['name']} of {table}, which is itself partitioned, refers to rows that would move, and cannot step aside for a moment.",
+                f"ALTER TABLE {spelled((row['schema'], row['table']))} DROP CONSTRAINT {key}; first, and add it again afterwards:"
+                f" {row['definition']}.",
             )
         else:
             yield Finding.warning(

@@ -11,6 +11,7 @@ from psycopg import sql
 
 from runbook import changes, locks, references, unique
 from runbook.errors import PromiseBroken
+from runbook.facts import Column
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Plan
 from runbook.session import Session
@@ -32,12 +33,7 @@ def create(run: Run) -> Statements:
         yield statement("partition.create_unplaced", **run.names)
     for table in (run.names["shadow"], *changes.leaves(run, run.staging)):
         yield from revoke(table, plan.table.strangers)
-        for column in plan.columns:
-            name = sql.Identifier(column.name)
-            if column.statistics not in (None, "-1"):
-                yield statement("partition.statistics", table=table, column=name, target=trusted(column.statistics or ""))
-            if column.options:
-                yield statement("partition.column_options", table=table, column=name, options=trusted(", ".join(column.options)))
+        yield from tune(table, plan.columns)
         yield statement("partition.own", table=table, owner=run.names["owner"])
     for column in plan.columns:
         if column.identity:
@@ -45,6 +41,16 @@ def create(run: Run) -> Statements:
             yield from revoke(sequence, plan.table.strangers)
     if plan.table.comment:
         yield statement("partition.comment", table=run.names["shadow"], comment=plan.table.comment)
+
+
+def tune(table: sql.Composable, columns: Iterable[Column]) -> Statements:
+    """What ANALYZE goes by: LIKE does not copy it."""
+    for column in columns:
+        name = sql.Identifier(column.name)
+        if column.statistics not in (None, "-1"):
+            yield statement("partition.statistics", table=table, column=name, target=trusted(column.statistics or ""))
+        if column.options:
+            yield statement("partition.column_options", table=table, column=name, options=trusted(", ".join(column.options)))
 
 
 def revoke(made: sql.Composable, strangers: Iterable[str]) -> Statements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,7 +15,7 @@ from runbook import partition, references, swapping
 from runbook.errors import RunbookError
 from runbook.facts import Reference
 from runbook.ledger import Run
-from runbook.plan import identifiers
+from runbook.plan import Plan, identifiers
 from runbook.session import Session, noted
 from runbook.statements import statement, trusted
 from runbook.words import counted
@@ -152,7 +153,7 @@ def show(run: Run) -> Any:
             for each, asked, seen in ((name, "statement", "seen"), (f"{name}_instead", "instead", "seen then")):
                 with suppress(RunbookError):  # not every point has a replacement that is a statement
                     tried = statement(f"application.{each}", **{name: value for name, value in names.items() if name != "words"})
-                    rows[-1] |= {asked: _plain(tried), seen: _try(session, tried)}
+                    rows[-1] |= {asked: _plain(tried), seen: _try(session, tried, run.plan)}
 
         with stage(run, session):
             if not there:
@@ -189,7 +190,9 @@ def show(run: Run) -> Any:
                             its = its if there else _copy_reference(run, session, reference, its)
                             session.run("application.take", **its)
                     except psycopg.Error as error:  # its rows are referenced themselves, or somebody holds them
-                        rows.append({"what changes": f"Inserts into {reference.table} were not tried", "seen": _refusal(error)})
+                        rows.append(
+                            {"what changes": f"Inserts into {reference.table} were not tried", "seen": _refusal(error, run.plan)}
+                        )
                         continue
                     for name, told in OF_REFERENCES.items():
                         tell(name, told, its)
@@ -206,12 +209,16 @@ def _plain(asked: sql.Composed) -> str:
     return "\n".join(line for line in asked.as_string(None).splitlines() if not line.startswith("--"))
 
 
-def _refusal(error: psycopg.Error) -> str:
+def _refusal(error: psycopg.Error, plan: Plan) -> str:
+    """What the server says; by whom, where a function of the application's own refuses it."""
     named = f" ({error.diag.constraint_name} of {error.diag.table_name})" if error.diag.constraint_name else ""
-    return f"{error.sqlstate}: {error.diag.message_primary}{named}"
+    raised = re.match(r'PL/pgSQL function "?([^\s(]+).* at RAISE', error.diag.context or "")
+    ours = ("runbook_", plan.guard_schema or "runbook_")
+    theirs = f"{raised[1]} refuses it, " if raised and not raised[1].startswith(ours) else ""
+    return f"{theirs}{error.sqlstate}: {error.diag.message_primary}{named}"
 
 
-def _try(session: Session, asked: sql.Composed) -> str:
+def _try(session: Session, asked: sql.Composed, plan: Plan) -> str:
     """What becomes of it, in a savepoint that is rolled back: an error, the first value that it returns, or how many rows."""
     text = _plain(asked)
     try:
@@ -234,7 +241,7 @@ def _try(session: Session, asked: sql.Composed) -> str:
                 return ", ".join("NULL" if each is None else str(each) for each in row.values())
             return "it works" if cursor.rowcount < 0 else counted(cursor.rowcount, "row")
     except psycopg.Error as error:
-        return _refusal(error)
+        return _refusal(error, plan)
 
 
 def _moving(run: Run, session: Session) -> dict[str, Any]:
@@ -245,9 +252,12 @@ def _moving(run: Run, session: Session) -> dict[str, Any]:
             session.run("application.moving_waits")
             other.run("application.moving_moves")
             tried = sql.SQL("FETCH waiting").format()
-            row |= {"statement": _plain(statement("application.moving_waits")) + ";\nFETCH waiting", "seen": _try(session, tried)}
+            row |= {
+                "statement": _plain(statement("application.moving_waits")) + ";\nFETCH waiting",
+                "seen": _try(session, tried, run.plan),
+            }
             raise psycopg.Rollback
         again = statement("application.moving_again")
-        return row | {"instead": _plain(again), "seen then": _try(session, again)}
+        return row | {"instead": _plain(again), "seen then": _try(session, again, run.plan)}
     finally:
         session.run("application.moving_gone")

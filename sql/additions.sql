@@ -46,6 +46,24 @@ SELECT k.conname AS name, n.nspname AS schema, c.relname AS table, c.relkind = '
 SELECT indexrelid::regclass::text AS index, (SELECT relname FROM pg_class WHERE oid = indexrelid) AS name FROM pg_index i
  WHERE indrelid = {oid} AND indisvalid AND NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid)
 
+-- name: attached_indexes
+-- Those that attaching made, each with what the sibling's of the same root index is to it.
+SELECT x.relname AS name, i.indisreplident AS replica_identity, i.indisclustered AS clustered,
+       (SELECT jsonb_object_agg(a.attnum, to_jsonb(a) -> 'attstattarget') FROM pg_attribute a
+         WHERE a.attrelid = i.indexrelid AND (to_jsonb(a) ->> 'attstattarget')::int >= 0) AS statistics
+  FROM pg_index i JOIN pg_inherits h ON h.inhrelid = i.indexrelid JOIN pg_inherits g ON g.inhparent = h.inhparent
+  JOIN pg_index l ON l.indexrelid = g.inhrelid AND l.indrelid = {leaf_text}::regclass JOIN pg_class x ON x.oid = l.indexrelid
+ WHERE i.indrelid = {sibling}
+
+-- name: identity
+ALTER TABLE {leaf} REPLICA IDENTITY {kind}
+
+-- name: cluster
+ALTER TABLE {leaf} CLUSTER ON {index}
+
+-- name: index_statistics
+ALTER INDEX {index} ALTER COLUMN {number} SET STATISTICS {target}
+
 -- name: truncate_triggers
 -- Triggers on TRUNCATE are no row triggers: a new partition does not inherit them.
 SELECT replace(pg_get_triggerdef(t.oid), ' ON ' || t.tgrelid::regclass || ' ', ' ON ' || {leaf_text} || ' ') AS definition,

@@ -376,3 +376,33 @@ def test_a_run_that_died_before_the_validation_is_made_good_by_the_next(clinic, 
     additions.check(again)
     assert sql(loose) == [(0,)]
     verify.check(run)
+
+
+@pytest.mark.parametrize(
+    "identity", ["FULL", "USING INDEX things_code", pytest.param("USING INDEX things_pkey", marks=pytest.mark.long)]
+)
+def test_a_new_partition_is_what_its_siblings_are(database, sql, identity):
+    """A publication refuses updates and deletes of a partition that has no replica identity, and with it those of the whole table."""
+    sql("CREATE TABLE things (id bigint PRIMARY KEY, k text NOT NULL, code text NOT NULL, v text); CREATE UNIQUE INDEX things_code ON things (code);"
+        " CREATE INDEX things_lower ON things (lower(v)); ALTER INDEX things_lower ALTER COLUMN 1 SET STATISTICS 77;"
+        " ALTER TABLE things ALTER v SET STATISTICS 55, ALTER code SET (n_distinct = -1); CLUSTER things USING things_code;"
+        f" ALTER TABLE things REPLICA IDENTITY {identity};"
+        " INSERT INTO things SELECT n, (ARRAY['a', 'b'])[1 + n % 2], n, n FROM generate_series(1, 40) n;"
+        " CREATE PUBLICATION p FOR TABLE things WITH (publish_via_partition_root)")  # fmt: skip
+    run = migration.plan(database, "things", "k", unique="per_partition")
+    migration.walk(run, migration.FORWARD)
+    add(run, add={"things_c": ["c"]})
+    sql(
+        "INSERT INTO things VALUES (100, 'c', 'x', 'y'); UPDATE things SET v = 'z' WHERE id IN (1, 100); DELETE FROM things WHERE id IN (1, 100)"
+    )
+    own = (
+        "SELECT relreplident::text, (SELECT array_agg((indisreplident, indisclustered, replace(pg_get_indexdef(indexrelid), relname, '')) ORDER BY indkey::text, indisunique) FROM"
+        " (SELECT i.*, x.relname FROM pg_index i JOIN pg_class x ON x.oid = indexrelid WHERE indrelid = c.oid) i)::text,"
+        " (SELECT array_agg(concat_ws(' ', attname, to_jsonb(a) -> 'attstattarget', attoptions) ORDER BY attnum) FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0)"
+        " FROM pg_class c WHERE oid = '{0}'::regclass"
+    )
+    new, old = (str(sql(own.format(each))).replace(each, "leaf") for each in ("things_c", "things_a"))
+    assert new == old
+    statistics = "SELECT (to_jsonb(a) ->> 'attstattarget') FROM pg_attribute a JOIN pg_index i ON i.indexrelid = attrelid WHERE indrelid = 'things_c'::regclass AND pg_get_indexdef(indexrelid) LIKE '%lower%'"
+    assert sql(statistics) == [("77",)]
+    assert verify.check(run)
