@@ -33,8 +33,8 @@ SOCKET = ".s.PGSQL.5432"  # no port is opened: its number is a part of the socke
 SOCKET_BYTES = 103  # the longest path of a socket on macOS; Linux takes 107
 SILENCE_S = 10  # so long a living server may be without its socket, which it makes before all else
 SETTINGS = (  # the check interval ends a killed kernel's statements, and its locks with them
-    "-c listen_addresses= -c shared_buffers=256MB -c maintenance_work_mem=256MB -c max_wal_size=4GB -c wal_buffers=64MB "
-    "-c client_connection_check_interval=1s -c log_startup_progress_interval=2s -c logging_collector=on "
+    "-c listen_addresses= -c shared_buffers=256MB -c maintenance_work_mem=256MB -c max_wal_size=4GB -c min_wal_size=1GB "
+    "-c wal_buffers=64MB -c client_connection_check_interval=1s -c log_startup_progress_interval=2s -c logging_collector=on "
     "-c log_filename=postgresql-%a.log -c log_rotation_age=1d -c log_truncate_on_rotation=on"
 )
 _environment_lock = threading.RLock()

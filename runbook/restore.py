@@ -186,7 +186,7 @@ def build_indexes(action: Action, workers: int = 0) -> Evidence:
 def _build(run: Run, session: Session, build: indexes.Build, holder: int) -> None:
     before = build.after
     while before and not before.ended and not (before.pid and session.value("restore.building", pid=before.pid)):
-        time.sleep(0.002)
+        time.sleep(0.01)
     build.pid = session.pid
     try:
         with session.transaction(lock_timeout="30s", synchronous_commit="off"):

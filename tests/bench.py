@@ -174,8 +174,11 @@ def measure(server: str, users: int, runs: int) -> tuple[list[Turn], list[Turn],
 
 
 def under_writers(server: str, users: int) -> float:
-    """One migration under two writers, printed; returns for how many seconds names were locked."""
+    """One migration under two writers, printed; returns for how many seconds names were locked. One without them goes before it:
+    a new server makes the WAL's files, for which everybody waits some 50 ms each; one that is at work has them."""
     template = load(server, users)
+    with copied(server, template) as conninfo:
+        runbook(conninfo)
     with copied(server, template) as conninfo, TemporaryDirectory() as folder:
         with writers(conninfo, users, Path(folder)) as log:
             began = time.time()
