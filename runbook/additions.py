@@ -9,21 +9,17 @@ from typing import Any
 import pandas as pd
 from psycopg import sql
 
-from runbook import catalog, locks, partition, unique
-from runbook.changes import Statements
+from runbook import attaching, catalog, locks, unique
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
 from runbook.facts import Finding, Partition
-from runbook.growth import Addition, Growth, Key, decide, in_the_way, left_behind, mark, stands
+from runbook.growth import Addition, Growth, Key, decide, in_the_way, left_behind, stands
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import resolve
-from runbook.plan import fit, identifiers
-from runbook.session import Session
 from runbook.sheet import Sheet
-from runbook.statements import rendered, spelled, statement, trusted
+from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
 
 Row = dict[str, Any]
-STATES = {"O": "ENABLE", "A": "ENABLE ALWAYS", "R": "ENABLE REPLICA", "D": "DISABLE"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class Draft:
         """The statements, with real names, as they run when nothing has changed since."""
         with self.run.database.session("add.preview") as session, session.qualified():
             return Sheet([each for addition in self.growth.additions for each in (
-                *make_statements(self.run, self.growth, session, addition),
-                *attach_statements(self.run, self.growth, session, addition, moving=addition.waiting > 0))])  # fmt: skip
+                *attaching.make_statements(self.run, self.growth, session, addition),
+                *attaching.attach_statements(self.run, self.growth, session, addition, moving=addition.waiting > 0))])  # fmt: skip
 
     def upkeep(self) -> Sheet:
         """How one partition is emptied, vacuumed, re-indexed, detached and attached, and what that locks."""
@@ -91,96 +87,6 @@ def draft(run: Run, **given: Any) -> Draft:
         return Draft(run, decide(run, session, oid, parameters))
 
 
-def _names(run: Run, addition: Addition) -> dict[str, sql.Composable]:
-    schema = run.plan.table.schema_name
-    return {
-        "root": run.plan.source,
-        "leaf": sql.Identifier(schema, addition.name),
-        "bound": trusted(addition.bound),
-        "rule": trusted(addition.rule),
-        "check": sql.Identifier(fit(f"{addition.name}_bounds")),
-        "owner": run.names["owner"],
-    }
-
-
-def make_statements(run: Run, growth: Growth, session: Session, addition: Addition) -> Statements:
-    """The table, as its siblings are, with a check of the bounds; nobody knows it yet. Marked, so that a later run knows it
-    again and makes it anew."""
-    own, like = _names(run, addition), session.row("catalog.table", oid=growth.sibling)
-    if left_behind(run, session, addition.name):
-        yield statement("additions.drop", **own)
-    options = f"WITH ({', '.join(like['options'])})" if like["options"] else ""
-    space = f"TABLESPACE {spelled((like['tablespace'],))}" if like["tablespace"] else ""
-    yield statement("additions.make", **own, options=trusted(options), tablespace=trusted(space))
-    yield statement("partition.comment", table=own["leaf"], comment=f"{mark(run)}{growth.hash[:12]}")
-    schema, leaf = run.plan.table.schema_name, addition.name
-    # As it is now: the plan may be old, and who adds partitions another than who planned.
-    yield from partition.revoke(own["leaf"], session.row("catalog.table", oid=growth.oid)["strangers"])
-    yield statement("partition.own", table=own["leaf"], owner=own["owner"])
-    for row in session.rows("additions.grants", oid=growth.oid):
-        yield statement("additions.grant", **own, privileges=trusted(row["privileges"]), who=trusted(row["who"]))
-    yield from partition.tune(own["leaf"], catalog.columns_of(session, growth.sibling))
-    if kind := {"f": "FULL", "n": "NOTHING"}.get(like["replica_identity"]):  # a publication refuses updates and deletes without
-        yield statement("additions.identity", **own, kind=trusted(kind))
-    mine = {row["name"] for row in session.rows("additions.own_indexes", oid=growth.sibling)}
-    for row in session.rows("catalog.indexes", oid=growth.sibling):
-        if row["name"] not in mine:
-            continue
-        name = fit(leaf + (row["name"].removeprefix(like["name"]) if row["name"].startswith(like["name"]) else f"_{row['name']}"))
-        if row["constraint_type"]:
-            yield statement(
-                "restore.add_constraint", table=own["leaf"], constraint=(name,), definition=trusted(row["constraint_definition"])
-            )
-        else:
-            unique = trusted("UNIQUE" if row["unique"] else "")
-            yield statement("restore.create_index", index=(name,), leaf=own["leaf"], unique=unique, tail=trusted(row["tail"]))
-        yield from _as_its_sibling(own["leaf"], schema, name, row)
-    leaf_text = spelled((schema, leaf))
-    for row in session.rows("additions.truncate_triggers", oid=growth.sibling, leaf_text=leaf_text):
-        yield rendered(row["definition"])
-        if row["always"]:
-            yield statement("additions.set_trigger", table=own["leaf"], state=trusted("ENABLE ALWAYS"), trigger=(row["name"],))
-
-
-def _as_its_sibling(leaf: sql.Composable, schema: str, index: str, sibling: dict[str, Any]) -> Statements:
-    """What an index is to a partition beside being its index."""
-    if sibling["replica_identity"]:
-        yield statement("additions.identity", leaf=leaf, kind=sql.SQL("USING INDEX {}").format(sql.Identifier(index)))
-    if sibling["clustered"]:
-        yield statement("additions.cluster", leaf=leaf, index=(index,))
-    for number, target in (sibling["statistics"] or {}).items():
-        yield statement("additions.index_statistics", index=(schema, index), number=trusted(number), target=trusted(str(target)))
-
-
-def attach_statements(run: Run, growth: Growth, session: Session, addition: Addition, *, moving: bool) -> Statements:
-    """Attach it; before that its rows leave the default partition, while triggers and foreign keys stand aside."""
-    own = _names(run, addition)
-    if moving and growth.default:
-        default = sql.Identifier(*growth.default)
-        columns = identifiers(column.name for column in catalog.columns_of(session, growth.oid) if not column.generated)
-        fired = session.rows("additions.trigger_states", table_text=spelled(growth.default))
-        for key in growth.keys:
-            yield statement("cutover.drop_key", table=key.identifier, constraint=(key.name,))
-        for row in fired:
-            yield statement("additions.set_trigger", table=default, state=trusted("DISABLE"), trigger=(row["name"],))
-        yield statement("additions.move", **own, default=default, columns=columns)
-        for row in fired:
-            yield statement("additions.set_trigger", table=default, state=trusted(STATES[row["state"]]), trigger=(row["name"],))
-    yield statement("additions.attach", **own)
-    # The root's row triggers come along, but on 14 and 15 not whether they fire always.
-    of_rows = {row["name"] for row in session.rows("additions.row_triggers", oid=growth.oid)}
-    for row in session.rows("additions.trigger_states", table_text=spelled(run.plan.source)):
-        if row["state"] != "O" and row["name"] in of_rows:
-            yield statement(
-                "additions.set_trigger", table=own["leaf"], state=trusted(STATES[row["state"]]), trigger=(row["name"],)
-            )
-    for key in growth.keys if moving else []:
-        definition = key.definition.removesuffix(" NOT VALID")
-        yield statement("additions.add_key", table=key.identifier, constraint=(key.name,), definition=trusted(definition))
-        if key.comment:
-            yield statement("partition.comment_constraint", table=key.identifier, constraint=(key.name,), comment=key.comment)
-
-
 def require_approval(draft: Draft, approved_by: str = "") -> Evidence:
     """Raises ApprovalMissing without a name; the embedded example approves itself, and says so."""
     who = draft.run.approver(
@@ -211,14 +117,14 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
                 continue
             with session.transaction(lock_timeout="5s"):
                 if left_behind(run, session, addition.name):  # under the lock it keeps its name and mark, and stays empty
-                    session.run("additions.hold", **_names(run, addition))
+                    session.run("additions.hold", **attaching.names(run, addition))
                 _refuse(in_the_way(run, session, addition.name))
                 with session.qualified():
-                    made = list(make_statements(run, growth, session, addition))
+                    made = list(attaching.make_statements(run, growth, session, addition))
                 for each in made:
                     session.run(each)
             rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms))
-            session.run("additions.analyze", **_names(run, addition))
+            session.run("additions.analyze", **attaching.names(run, addition))
             moved, locked = moved + rows, max(locked, seconds)
         said = f"{growth.table} has {counted(len(names), 'more partition')}: {', '.join(names) or 'none was lacking'}. {counted(moved, 'row')} moved into them"
         return action.finish(
@@ -245,11 +151,11 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
             rows = waiting()
             if rows and growth.keys and not heavy:
                 raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile and are referenced")
-            for each in list(attach_statements(run, growth, session, addition, moving=rows > 0)):
+            for each in list(attaching.attach_statements(run, growth, session, addition, moving=rows > 0)):
                 session.run(each)
-            leaf = _names(run, addition)["leaf"]
+            leaf = attaching.names(run, addition)["leaf"]
             for row in session.rows("additions.attached_indexes", sibling=growth.sibling, leaf_text=spelled(leaf)):
-                for each in _as_its_sibling(leaf, run.plan.table.schema_name, row["name"], row):
+                for each in attaching.as_its_sibling(leaf, run.plan.table.schema_name, row["name"], row):
                     session.run(each)
             action.finish(f"{addition.name} is a partition of {growth.table}.", rows, partitions=[addition.name])
         return rows

@@ -14,7 +14,6 @@ import psycopg
 
 from runbook import __version__, archive, embedded, ledger, parameters, rehearsal
 from runbook.database import target
-from runbook.draft import draft
 from runbook.errors import BadInput, RunbookError, told
 from runbook.execution import EXIT_CODES, FORWARD, begin, own, perform, seal, under_way
 from runbook.redaction import known_secrets, redact
@@ -254,23 +253,7 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
     from runbook import script
 
     given = gather(file, pairs, database, users)
-    made = draft(**given)
-    made.require_passable()
-    if made.plan.restore_from == "backup":
-        raise BadInput("A repair has no script: 00_plan shows what is missing, 03_restore and 04_foreign_keys what they do.")
-    if made.already:
-        planned = ledger.of(made.database, made.plan.full_name)
-    else:
-        with made.database.session("sql") as session:
-            last = session.value("ledger.last_id") if session.value("ledger.exists") else 0
-            taken = {row["name"] for row in session.rows("catalog.schemas")}  # by a script that ran here before
-        number = next(each for each in range((last or 0) + 1, 1 << 31) if f"runbook_{each}" not in taken)
-        planned = ledger.Run(made.database, number, made.plan)
-    asked = str(given.get("plan", ""))
-    if not planned.plan.hash.startswith(asked):
-        raise BadInput(
-            f"The script would be of the plan {planned.plan.hash[:12]}, not {asked[:12]}: look at it with 00_plan, or leave plan out."
-        )
+    planned = script.planned(given)
     click.echo(f"-- Plan {planned.plan.hash} of {planned.plan.full_name}, by the runbook {__version__}.")
     click.echo(repr(script.whole(planned)))
 

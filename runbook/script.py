@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from psycopg import sql
 
 from runbook import backup, changes, cutover, foreign_keys, partition, restore
 from runbook.changes import Statements
-from runbook.ledger import Run
+from runbook.draft import draft
+from runbook.errors import BadInput
+from runbook.ledger import Run, of
 from runbook.sheet import Sheet
 from runbook.statements import statement
+
+
+def planned(given: dict[str, Any]) -> Run:
+    """The migration that these parameters ask for: the one that is in force, or else one that is not frozen, under the number that
+    it would get. Raises BadInput for a repair, and where the plan is another than the one that is named."""
+    made = draft(**given)
+    made.require_passable()
+    if made.plan.restore_from == "backup":
+        raise BadInput("A repair has no script: 00_plan shows what is missing, 03_restore and 04_foreign_keys what they do.")
+    if made.already:
+        run = of(made.database, made.plan.full_name)
+    else:
+        with made.database.session("sql") as session:
+            last = session.value("ledger.last_id") if session.value("ledger.exists") else 0
+            taken = {row["name"] for row in session.rows("catalog.schemas")}  # by a script that ran here before
+        number = next(each for each in range((last or 0) + 1, 1 << 31) if f"runbook_{each}" not in taken)
+        run = Run(made.database, number, made.plan)
+    asked = str(given.get("plan", ""))
+    if not run.plan.hash.startswith(asked):
+        raise BadInput(
+            f"The script would be of the plan {run.plan.hash[:12]}, not {asked[:12]}: look at it with 00_plan, or leave plan out."
+        )
+    return run
 
 
 def whole(run: Run) -> Sheet:
