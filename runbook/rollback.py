@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from psycopg import errors, sql
 
-from runbook import catalog, changes, compare, composite, cutover, foreign_keys, locks, partition, repair, swapping, unique
+from runbook import (
+    catalog,
+    changes,
+    compare,
+    composite,
+    cutover,
+    foreign_keys,
+    locks,
+    losses,
+    partition,
+    repair,
+    swapping,
+    unique,
+)
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.facts import Reference
@@ -93,8 +104,8 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         return action.finish(closed, swapped=False)
     if not _swapped(run):
         return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=False)
-    refuse_losses(run, session)
-    unlike = _unlike(run, session)
+    losses.refuse(run, session)
+    unlike = losses.unlike(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
     logging = session.row("ledger.remembered", **run.names)["triggers"]
     total, seen, statements = 0, None, list(unswap_statements(run))
@@ -103,9 +114,9 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         nonlocal total, logging, seen
         now = session.value("changes.logging_back", **run.names)
         if now != logging:  # triggers switched off, partitions attached, detached, truncated: what was not logged is looked for
-            _resync(run, session)
+            losses.resync(run, session)
             logging = now
-        keys, horizon = _replay(run, session, patience)
+        keys, horizon = losses.replay(run, session, patience)
         total += keys
         seen = seen or compare.exactly(run, session, BACK)
         locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
@@ -115,7 +126,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             session, patience, tables, views, clock=clock, sequences=swapping.sequences(run), ours=[run.names["retired"]],
             logs=swapping.logs(run, session), dropped=[run.plan.source],
         ):  # fmt: skip
-            refuse_losses(run, session)
+            losses.refuse(run, session)
             if session.value("changes.logging_back", **run.names) != logging:
                 raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them")
             try:
@@ -147,81 +158,6 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         ) from None
     sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
-
-
-def _replay(run: Run, session: Session, patience: locks.Patience) -> tuple[int, str]:
-    while True:
-        try:
-            with _whole(run, session):
-                return changes.catch_up(run, session, patience, BACK)
-        except Rewritten:
-            _resync(run, session)
-
-
-@contextmanager
-def _whole(run: Run, session: Session) -> Iterator[None]:
-    try:
-        yield
-    except errors.UniqueViolation as error:
-        raise PromiseBroken(_doubles(run, session, error)) from None
-
-
-def _doubles(run: Run, session: Session, error: Exception) -> str:
-    found = []
-    for index in run.plan.indexes:
-        if index.unique and index.columns and run.plan.key not in index.columns:
-            columns = sql.SQL(", ").join(map(sql.Identifier, index.columns))
-            rows = session.rows("rollback.doubles", **{**run.names, "columns": columns})
-            found += [f"{', '.join(index.columns)} {row['key']} ({row['rows']} rows)" for row in rows]
-    return (
-        f"The way back of {run.plan.full_name} is closed while rows stand in it that the original's unique keys cannot take:"
-        f" {'; '.join(found) or str(error)}. Correct them, then run 90_rollback again."
-    )
-
-
-def _resync(run: Run, session: Session) -> None:
-    """Every key that differs goes into the log, whatever was logged."""
-    either = sql.SQL(", ").join(
-        sql.SQL("coalesce({}, {})").format(sql.Identifier("s", name), sql.Identifier("d", name)) for name in run.plan.primary_key
-    )
-    with session.transaction("REPEATABLE READ"):
-        session.run("changes.hold", origin=run.names["source"])
-        filled = sql.SQL(", ").join(run.plan.value(column, "d") for column in run.plan.copied)
-        session.run(
-            "rollback.resync",
-            **{**run.names, **run.plan.listed()},
-            either_pk=either,
-            d_filled_row=sql.SQL("ROW({})").format(filled),
-        )
-
-
-def _unlike(run: Run, session: Session) -> str:
-    """What somebody made of the table since the cut-over, or took away: the original knows nothing of it."""
-    validated = run.finished("cutover", "validate")
-    if validated is None or "lines" not in validated.facts:
-        return ""
-    then, now = set(validated.facts["lines"]), set(catalog.lines(session, run.plan.source))
-    said = {"does not have": sorted(now - then), "still has": sorted(then - now)}
-    return "".join(
-        f" The original {verb} what was changed since the cut-over: {'; '.join(line[:160] for line in lines[:10])}"
-        + (f"; and {len(lines) - 10} more." if len(lines) > 10 else ".")
-        for verb, lines in said.items()
-        if lines
-    )
-
-
-def refuse_losses(run: Run, session: Session) -> None:
-    """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has not."""
-    with session.qualified():  # as the plan has them
-        now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
-    before = {column.name: column.type for column in run.plan.columns}
-    before |= {each.role_column: each.role_type.partition(" COLLATE ")[0] for each in run.plan.own_roles}
-    if differing := sorted({name for name, _ in now.items() ^ before.items()}):
-        raise PromiseBroken(
-            f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make "
-            f"{run.plan.retired}"
-            " the same or take the change back, then run 90_rollback again."
-        )
 
 
 @recorded("rollback", "clean", again=True)

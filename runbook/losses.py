@@ -1,0 +1,91 @@
+"""What the way back could lose: changes that no log knows of, rows that the original cannot take, objects made since the cut-over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from psycopg import errors, sql
+
+from runbook import catalog, changes, locks
+from runbook.changes import BACK, Rewritten
+from runbook.errors import PromiseBroken
+from runbook.ledger import Run
+from runbook.session import Session
+
+
+def replay(run: Run, session: Session, patience: locks.Patience) -> tuple[int, str]:
+    """Bring the original to the table's state; where a TRUNCATE left no keys, by looking at every row."""
+    while True:
+        try:
+            with whole(run, session):
+                return changes.catch_up(run, session, patience, BACK)
+        except Rewritten:
+            resync(run, session)
+
+
+@contextmanager
+def whole(run: Run, session: Session) -> Iterator[None]:
+    """What runs inside needs the original's unique keys; raises PromiseBroken, naming the rows that they cannot take."""
+    try:
+        yield
+    except errors.UniqueViolation as error:
+        raise PromiseBroken(_doubles(run, session, error)) from None
+
+
+def _doubles(run: Run, session: Session, error: Exception) -> str:
+    found = []
+    for index in run.plan.indexes:
+        if index.unique and index.columns and run.plan.key not in index.columns:
+            columns = sql.SQL(", ").join(map(sql.Identifier, index.columns))
+            rows = session.rows("rollback.doubles", **{**run.names, "columns": columns})
+            found += [f"{', '.join(index.columns)} {row['key']} ({row['rows']} rows)" for row in rows]
+    return (
+        f"The way back of {run.plan.full_name} is closed while rows stand in it that the original's unique keys cannot take:"
+        f" {'; '.join(found) or str(error)}. Correct them, then run 90_rollback again."
+    )
+
+
+def resync(run: Run, session: Session) -> None:
+    """Every key that differs goes into the log, whatever was logged."""
+    either = sql.SQL(", ").join(
+        sql.SQL("coalesce({}, {})").format(sql.Identifier("s", name), sql.Identifier("d", name)) for name in run.plan.primary_key
+    )
+    with session.transaction("REPEATABLE READ"):
+        session.run("changes.hold", origin=run.names["source"])
+        filled = sql.SQL(", ").join(run.plan.value(column, "d") for column in run.plan.copied)
+        session.run(
+            "rollback.resync",
+            **{**run.names, **run.plan.listed()},
+            either_pk=either,
+            d_filled_row=sql.SQL("ROW({})").format(filled),
+        )
+
+
+def unlike(run: Run, session: Session) -> str:
+    """What somebody made of the table since the cut-over, or took away: the original knows nothing of it."""
+    validated = run.finished("cutover", "validate")
+    if validated is None or "lines" not in validated.facts:
+        return ""
+    then, now = set(validated.facts["lines"]), set(catalog.lines(session, run.plan.source))
+    said = {"does not have": sorted(now - then), "still has": sorted(then - now)}
+    return "".join(
+        f" The original {verb} what was changed since the cut-over: {'; '.join(line[:160] for line in lines[:10])}"
+        + (f"; and {len(lines) - 10} more." if len(lines) > 10 else ".")
+        for verb, lines in said.items()
+        if lines
+    )
+
+
+def refuse(run: Run, session: Session) -> None:
+    """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has not."""
+    with session.qualified():  # as the plan has them
+        now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
+    before = {column.name: column.type for column in run.plan.columns}
+    before |= {each.role_column: each.role_type.partition(" COLLATE ")[0] for each in run.plan.own_roles}
+    if differing := sorted({name for name, _ in now.items() ^ before.items()}):
+        raise PromiseBroken(
+            f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make "
+            f"{run.plan.retired}"
+            " the same or take the change back, then run 90_rollback again."
+        )
