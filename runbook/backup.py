@@ -16,7 +16,7 @@ import pandas as pd
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook import changes, embedded, partition
+from runbook import changes, embedded, partition, postgres
 from runbook.database import Database
 from runbook.errors import BadInput, NotEqual, PromiseBroken, ServerUnavailable
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -81,7 +81,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
 
 def _as_dump(run: Run, action: Any) -> Evidence:
     session: Session = action.session
-    folder = embedded.home() / "dumps"
+    folder = postgres.home() / "dumps"
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "_", run.plan.full_name)
     archive = folder / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump"
@@ -138,7 +138,7 @@ def _restored(run: Run, session: Session, archive: Path) -> Sums:
 
 def _client(database: Database, program: str, *arguments: str) -> None:
     """Run one of PostgreSQL's clients against the database; the password stays in libpq's own places."""
-    environment = embedded.environment() if database.embedded else dict(os.environ)
+    environment = postgres.environment() if database.embedded else dict(os.environ)
     conninfo = make_conninfo(database.conninfo)
     listed = [each if each != "--dbname=" else f"--dbname={conninfo}" for each in arguments]
     if program == "pg_dump":
@@ -166,7 +166,7 @@ def client(program: str, database: Database) -> Path:
         raise BadInput(
             f"{program} {server} or newer is not on PATH, and the one that comes with the runbook has no SSL: install PostgreSQL's client."
         )
-    return embedded.binaries(program)
+    return postgres.binaries(program)
 
 
 def _sums_at(run: Run, snapshot: str) -> Sums:

@@ -19,7 +19,7 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 
-from runbook import embedded
+from runbook import embedded, postgres
 from runbook.errors import BadInput, ServerUnavailable
 from runbook.session import Session, Statement, first_line, is_alone, noted, pid_of
 from runbook.statements import Value, statement
@@ -49,7 +49,7 @@ class Database:
         """A new connection in autocommit mode; raises ServerUnavailable with the server's own reason."""
         options = {"application_name": f"runbook {purpose}".strip(), "connect_timeout": "15", "client_encoding": "UTF8"}
         try:
-            with embedded.without_libpq_variables() if self.embedded else nullcontext():
+            with postgres.without_libpq_variables() if self.embedded else nullcontext():
                 connection = psycopg.connect(
                     make_conninfo(self.conninfo, **options),
                     autocommit=True,

@@ -25,7 +25,8 @@ from tornado.web import HTTPError
 from traitlets.config import Config
 
 from runbook.archive import Run
-from runbook.engine import Executed, interpreter, shown
+from runbook.engine import Executed
+from runbook.kernel import interpreter, shown
 from runbook.pages import render_html
 from runbook.redaction import redacted
 from runbook.statements import folder

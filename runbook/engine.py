@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import html
 import json
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -20,15 +18,14 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any
 
-from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpec, NoSuchKernel
+from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from nbformat.v4 import new_output
 
 from runbook.archive import write_whole
+from runbook.kernel import Kernel, folded, shown
 from runbook.redaction import known_secrets, passwords, redact, redacted_notebook
 
 # Papermill looks RecordEngine up while it is itself being imported by the lines below, before the class can
@@ -44,8 +41,6 @@ from papermill.log import logger
 del __getattr__
 
 IPC_PATH_BYTES = 100  # a socket's path has 107; the kernel adds "-5"
-OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\r\n])")  # what a terminal would have shown only for a moment
-COLOURS = re.compile(r"\x1b\[[\d;]*m")
 LAST_WORDS_S = 3.0  # how long an interrupted kernel may still say where it stopped
 
 
@@ -163,7 +158,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
     at = 0  # the cell that runs, or would run first
 
     def create_kernel_manager(self) -> AsyncKernelManager:
-        self.km = _Kernel(kernel_name=self.kernel_name, connection_file=str(self.room / "k.json"))
+        self.km = Kernel(kernel_name=self.kernel_name, connection_file=str(self.room / "k.json"))
         if len(os.fsencode(self.room)) < IPC_PATH_BYTES:
             self.km.transport, self.km.ip = "ipc", str(self.room / "k")
         return self.km
@@ -256,7 +251,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         if ours in cell.get("outputs", []):  # the reason stands last
             cell.outputs.remove(ours)
             cell.outputs.append(ours)
-        cell.outputs = [each for out in cell.get("outputs", ()) for each in ([out] if out is ours else _folded(out))]
+        cell.outputs = [each for out in cell.get("outputs", ()) for each in ([out] if out is ours else folded(out))]
 
     def output(self, outs: list[NotebookNode], *message: Any) -> Any:
         """Keeps of a line that overwrites itself (a progress bar) only what stands in the end."""
@@ -275,33 +270,6 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         else:
             out.text = shown(out.text)
         return out
-
-
-def _folded(out: NotebookNode) -> list[NotebookNode]:
-    """An error whose traceback is IPython's own, as before `import runbook` is done: one line, and the rest folded away."""
-    if out.output_type != "error" or len(out.traceback) < 2:
-        return [out]
-    trace = COLOURS.sub("", "\n".join(out.traceback))
-    page = f"<details><summary>Traceback</summary><pre>{html.escape(trace)}</pre></details>"
-    line = NotebookNode(out, traceback=[f"{out.ename}: {out.evalue}".rstrip(": ")])  # type: ignore[no-untyped-call]
-    return [line, new_output("display_data", {"text/html": page, "text/plain": trace})]  # type: ignore[no-untyped-call]
-
-
-class _Kernel(AsyncKernelManager):
-    @property
-    def kernel_spec(self) -> KernelSpec | None:
-        """python3 is this interpreter, whichever kernels the user has installed under that name."""
-        return interpreter(self.kernel_name) or super().kernel_spec
-
-
-def interpreter(kernel_name: str) -> KernelSpec | None:
-    """The kernel python3 in this interpreter; None for any other."""
-    return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict()) if kernel_name == NATIVE_KERNEL_NAME else None
-
-
-def shown(text: str) -> str:
-    """Of lines that overwrite themselves (progress bars) only what a terminal shows in the end."""
-    return OVERWRITTEN.sub("", text)
 
 
 class _Record(LocalHandler):  # type: ignore[misc]

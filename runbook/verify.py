@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import psycopg
 
-from runbook import backup, changes, embedded, unique
+from runbook import backup, changes, postgres, unique
 from runbook import compare as comparing
 from runbook.errors import BadInput, NotEqual, PromiseBroken
 from runbook.ledger import Evidence, Run
@@ -103,7 +103,7 @@ def commands(run: Run) -> Transcript:
         except BadInput as missing:
             look.judge(promise, text, str(missing), None)
             return Transcript(text)
-        environment = (embedded.environment() if run.database.embedded else dict(os.environ)) | {"PGCLIENTENCODING": "UTF8"}
+        environment = (postgres.environment() if run.database.embedded else dict(os.environ)) | {"PGCLIENTENCODING": "UTF8"}
         options = ["-X", "--echo-all", "--set=ON_ERROR_STOP=1", "--pset=pager=off", f"--dbname={run.database.conninfo}"]
         done = subprocess.run([path, *options], input=text, env=environment, capture_output=True, encoding="utf-8", check=False)
         said = " ".join(done.stderr.split()) or f"they ran, and printed {counted(len(done.stdout.splitlines()), 'line')}"

@@ -26,7 +26,7 @@ import yaml
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from runbook import embedded
+from runbook import embedded, postgres
 from runbook.statements import folder
 from tests import servers
 
@@ -119,7 +119,7 @@ def kept_unique(conninfo: str) -> Turn:
 
 def offline(conninfo: str) -> Turn:
     command = [
-        embedded.binaries("psql"),
+        postgres.binaries("psql"),
         "-Xq1d",
         conninfo,
         "-v",
@@ -128,7 +128,7 @@ def offline(conninfo: str) -> Turn:
         HERE / "offline.sql",
     ]
     begin = time.perf_counter()
-    done = subprocess.run(command, env=embedded.environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=postgres.environment(), capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"The offline script failed:\n{done.stderr}")
     return Turn({OFFLINE: time.perf_counter() - begin})
@@ -223,10 +223,10 @@ def under_writers(server: str, users: int) -> float:
 def writers(conninfo: str, users: int, folder: Path) -> Iterator[list[tuple[float, float]]]:
     """Two writers at work; afterwards the list holds every write: when it ended, and its seconds, retries included."""
     (folder / "writes.sql").write_text(WRITES)
-    command = [embedded.binaries("pgbench"), "-n", "-c2", "-T86400", "-Mprepared", "--max-tries=100", f"-Dusers={users}"]
+    command = [postgres.binaries("pgbench"), "-n", "-c2", "-T86400", "-Mprepared", "--max-tries=100", f"-Dusers={users}"]
     command += ["-f", folder / "writes.sql", "-l", f"--log-prefix={folder}/log", conninfo]
     found: list[tuple[float, float]] = []
-    process = subprocess.Popen(command, env=embedded.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=postgres.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         yield found
         if process.poll() is not None:

