@@ -124,7 +124,8 @@ class Reference(Fact):
 class Carried(Fact):
     """An object that the new table must be given: the statement that gives it, and those that retire and restore the old one.
 
-    `leaf` is what each partition is given, with chr(1) for its name; `holder` another table whose lock that takes.
+    `leaf` is what each partition is given, with chr(1) for its name (and chr(2) for that of its own statistics); `holder` another
+    table whose lock that takes.
     """
 
     kind: str

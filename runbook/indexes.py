@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from runbook import changes
 from runbook import unique as unique_keys
 from runbook.changes import Statements
 from runbook.facts import Index
 from runbook.ledger import Run
-from runbook.statements import statement, trusted
+from runbook.plan import fit
+from runbook.statements import rendered, spelled, statement, trusted
 
 
 @dataclass
@@ -126,8 +126,19 @@ def storage(run: Run) -> Iterator[list[list[sql.Composed]]]:
         [
             statement("restore.storage", leaf=leaf),
             *([statement("restore.storage_options", leaf=leaf, options=trusted(", ".join(options)))] if options else []),
+            *_statistics(run, leaf, partition.name),
             statement("restore.vacuum", leaf=leaf, analyze=trusted("ANALYZE, " if alone else "")),
         ]
-        for leaf in changes.leaves(run, run.staging)
+        for partition in run.plan.partitions
+        for leaf in [sql.Identifier(run.staging, partition.name)]
     ]
     yield from [[root, *leaves]] if alone else [leaves, [root]]
+
+
+def _statistics(run: Run, leaf: sql.Composable, partition: str) -> Statements:
+    """Extended statistics of the root are of all partitions together: how many rows of one partition a filter finds, PostgreSQL
+    asks that partition's own."""
+    for each in run.plan.carried:
+        if each.kind == "statistics" and each.leaf:
+            name = spelled((run.plan.table.schema_name, fit(f"{partition}_{each.name}")))
+            yield rendered(each.leaf.replace("\1", leaf.as_string(None)).replace("\2", name))

@@ -92,7 +92,7 @@ def _carry(run: Run) -> Statements:
     plan = run.plan
     for each in plan.carried:
         yield rendered(each.definition)
-        if each.leaf:
+        if each.leaf and each.kind != "statistics":  # these it has since 03, which gathered them
             yield from (rendered(each.leaf.replace("\1", leaf.as_string(None))) for leaf in changes.leaves(run))
     for check in plan.checks:
         if not check.validated:

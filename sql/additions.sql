@@ -72,7 +72,7 @@ SELECT replace(pg_get_triggerdef(t.oid), ' ON ' || t.tgrelid::regclass || ' ', '
 
 -- name: make
 -- ACCESS SHARE on the root. Nobody knows this table yet; its check is what the partition will take.
-CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING STATISTICS EXCLUDING COMMENTS,
+CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING COMMENTS,
   CONSTRAINT {check} CHECK ({rule})) {options} {tablespace}
 
 -- name: left_behind

@@ -266,10 +266,13 @@ SELECT 'statistics', x.stxname::text,
        || coalesce('; ALTER STATISTICS ' || o.qualified || ' SET STATISTICS ' || nullif(to_jsonb(x) ->> 'stxstattarget', '-1'), '')
        || format('; COMMENT ON STATISTICS %s IS %L', o.qualified, obj_description(x.oid, 'pg_statistic_ext')),
        format('ALTER STATISTICS %s RENAME TO %I', o.qualified, o.retired),
-       format('DROP STATISTICS %s; ALTER STATISTICS %I.%I RENAME TO %I', o.qualified, n.nspname, o.retired, x.stxname), NULL, NULL
-  FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace
- CROSS JOIN LATERAL (SELECT quote_ident(n.nspname) || '.' || quote_ident(x.stxname) AS qualified, 'retired_' || md5(x.stxname) AS retired) o,
-       source s WHERE x.stxrelid = s.oid
+       format('DROP STATISTICS %s; ALTER STATISTICS %I.%I RENAME TO %I', o.qualified, n.nspname, o.retired, x.stxname),
+       format('CREATE STATISTICS IF NOT EXISTS %s%s%s', chr(2), substr(o.of_it, 1 + length('CREATE STATISTICS ' || o.qualified), length(o.of_it) - length('CREATE STATISTICS ' || o.qualified || s.qualified)), chr(1))
+       || coalesce('; ALTER STATISTICS ' || chr(2) || ' SET STATISTICS ' || nullif(to_jsonb(x) ->> 'stxstattarget', '-1'), '')
+       || format('; ALTER STATISTICS %s OWNER TO %I', chr(2), pg_get_userbyid(x.stxowner)), NULL
+  FROM source s JOIN pg_statistic_ext x ON x.stxrelid = s.oid JOIN pg_namespace n ON n.oid = x.stxnamespace
+ CROSS JOIN LATERAL (SELECT quote_ident(n.nspname) || '.' || quote_ident(x.stxname) AS qualified, 'retired_' || md5(x.stxname) AS retired,
+                            pg_get_statisticsobjdef(x.oid) AS of_it) o
 UNION ALL
 SELECT 'rule', r.rulename::text, pg_get_ruledef(r.oid)
        || CASE r.ev_enabled WHEN 'O' THEN '' ELSE format('; ALTER TABLE %s %s RULE %I', s.qualified, w.state, r.rulename) END

@@ -162,6 +162,12 @@ SELECT 'Table and partitions have their owner, comment, tablespace and storage o
     AND (now.level = 0 OR now.options = ARRAY(SELECT o FROM jsonb_array_elements_text(p."table" -> 'options') o ORDER BY o))
     AND (now.level > 0 OR obj_description(now.oid, 'pg_class') IS NOT DISTINCT FROM p."table" ->> 'comment') AS ok) same
 UNION ALL
+SELECT 'Its extended statistics are each partition''s own, too', coalesce('lacking on ' || string_agg(DISTINCT now.relname, ', ') FILTER (WHERE l.oid IS NULL), 'on every partition'),
+       bool_and(l.oid IS NOT NULL)
+  FROM plan p CROSS JOIN now JOIN pg_statistic_ext x ON x.stxrelid = {root}::regclass
+  LEFT JOIN pg_statistic_ext l ON l.stxrelid = now.oid AND l.stxkind = x.stxkind AND pg_get_statisticsobjdef_columns(l.oid) = pg_get_statisticsobjdef_columns(x.oid)
+ WHERE now.level > 0 HAVING count(*) > 0
+UNION ALL
 SELECT 'Its replica identity is as it was', coalesce('not so: ' || string_agg(now.relname, ', ') FILTER (WHERE NOT same.ok), 'on every partition'), bool_and(same.ok)
   FROM plan p CROSS JOIN now
   LEFT JOIN LATERAL (SELECT i FROM jsonb_array_elements(p.plan -> 'indexes') i WHERE (i ->> 'replica_identity')::boolean) i ON true

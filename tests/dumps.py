@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from runbook.ledger import Run
+from runbook.plan import fit
 from tests.walk import client
 
 ENTRY = re.compile(r"^-- Name: (.*); Type: ([^;]*); Schema: ([^;]*); .*$")
@@ -35,7 +36,8 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
         if kind == "TABLE ATTACH":
             added |= {(name, role) for table, role in added if f".{table} ATTACH" in text}
     leaf_indexes = {name for index in plan.indexes for name in index.leaf_names.values()}
-    ours = {plan.retired, plan.backup, *leaves, *leaf_indexes, *(index.retired_name for index in plan.indexes)}
+    statistics = {fit(f"{leaf}_{each.name}") for leaf in leaves for each in plan.carried if each.kind == "statistics"}
+    ours = {plan.retired, plan.backup, *leaves, *leaf_indexes, *statistics, *(index.retired_name for index in plan.indexes)}
     elsewhere = {index.name for index in plan.indexes if not index.everywhere}
     composite = {f"{reference.table} {reference.name}" for reference in (*plan.references, *plan.selves) if reference.adds_column}
 
@@ -46,7 +48,7 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
             or bool(re.search(r"_retired\b|\bretired_", plain))
             or "runbook" in name
             or f".{plan.retired}" in text
-            or name == f"{root}_keep_partition()"
+            or name == fit(f"{root}_keep_partition") + "()"
             or (bool(plan.guards) and plan.guard_schema.replace('"', "") in text.replace('"', ""))
         )
 
