@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import advice, catalog, findings, ledger, locks, partition, repair
+from runbook import advice, asked, catalog, findings, ledger, locks, partition, repair
 from runbook.database import Database, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
@@ -29,6 +29,7 @@ class Draft:
     plan: Plan
     already: str = ""
     counted: tuple[dict[str, Any], ...] = ()  # the values of the key, as they were counted for the plan
+    given: Parameters = field(default_factory=Parameters)
 
     def overview(self) -> Any:
         """The strip of the steps, before the first of them or where the migration in force stands."""
@@ -145,6 +146,7 @@ class Draft:
             ledger.Action(run, session, action).finish(
                 f"Plan {self.plan.hash[:12]} for {self.plan.full_name} by {self.plan.key} is frozen.",
                 findings=len(self.plan.findings),
+                given=asked.remembered(self.given),
             )
         return run
 
@@ -164,7 +166,7 @@ def draft(**given: Any) -> Draft:
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
             over = row is not None and row["state"] == "finished" and not session.row("catalog.table", oid=found)["partitioned"]
             if row is not None and row["state"] in ("open", "finished") and not over and _under_way(session, row["id"]):
-                return _in_force(session, database, row, parameters)
+                return _in_force(ledger.Run(database, row["id"], Plan.model_validate(row["plan"]), row["state"]), parameters)
         try:
             with session.transaction("REPEATABLE READ"), session.qualified():
                 return _decide(session, found, parameters, database)
@@ -180,35 +182,14 @@ def _under_way(session: Session, migration: int) -> bool:
     return any(row["step"] != "plan" for row in session.rows("ledger.history", migration=migration))
 
 
-def _in_force(session: Session, database: Database, row: dict[str, Any], parameters: Parameters) -> Draft:
-    plan = Plan.model_validate(row["plan"])
-    wanted: dict[str, Any] = {
-        "key": plan.key,
-        "unique": plan.unique,
-        "legacy_inserts": plan.legacy_inserts,
-        "restore_from": plan.restore_from,
-    }
-    given = parameters.model_dump(include={*wanted, "partition_by"})
-    if plan.restore_from == "source":
-        wanted["partition_by"] = plan.partition_by
-        done = {
-            (each["step"], each["action"])
-            for each in session.rows("ledger.history", migration=row["id"])
-            if each["state"] == "done"
-        }
-        if parameters.partitions and ("cutover", "swap") not in done:  # afterwards 20 may have added some
-            wanted["partitions"] = sorted(each.name for each in plan.partitions)
-            given["partitions"] = sorted(parameters.partitions)
-    for name, frozen in wanted.items():
-        if given[name] != frozen:
-            raise BadInput(
-                f"{name} is {given[name]!r}, but the plan {plan.hash[:12]} of {plan.full_name}, which is under way, has"
-                f" {frozen!r}: go on with that, or roll back with 90_rollback and plan again."
-            )
+def _in_force(run: ledger.Run, given: Parameters) -> Draft:
+    default = Parameters()
+    named = {name for name in asked.PLANNED if getattr(given, name) != getattr(default, name)}
+    asked.refuse_another(run, given, named.union(asked.DECISIVE))
     return Draft(
-        database,
-        plan,
-        f"Already done: the plan {plan.hash[:12]} of {plan.full_name} is frozen and in force; nothing is planned anew.",
+        run.database,
+        run.plan,
+        f"Already done: the plan {run.plan.hash[:12]} of {run.plan.full_name} is frozen and in force; nothing is planned anew.",
     )
 
 
@@ -221,7 +202,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: Data
         raise BadInput(f"{parameters.key} is not a column of {table.schema_name}.{table.name}: it has {', '.join(by_name)}.")
     key = by_name[parameters.key]
     if parameters.restore_from == "backup":
-        return Draft(database, repair.decide(session, found, parameters, row, table, key, database.name))
+        return Draft(database, repair.decide(session, found, parameters, row, table, key, database.name), given=parameters)
     if parameters.references:
         raise BadInput('references is for a repair, where keys are lost: leave it out, or set restore_from = "backup".')
     division = divide(session, parameters, table, key)
@@ -262,7 +243,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: Data
     if all(each.level != "blocker" or each.object == where for each in judged) and (refused := partition.rehearse(session, plan)):
         way_out = "Correct key, partition_by, partitions or null_value; or what it names."
         judged = (Finding(level="blocker", object=plan.full_name, sentence=refused, way_out=way_out), *judged)
-    return Draft(database, plan.model_copy(update={"findings": judged}), counted=division.counted)
+    return Draft(database, plan.model_copy(update={"findings": judged}), counted=division.counted, given=parameters)
 
 
 def _named(row: dict[str, Any]) -> Named:

@@ -18,9 +18,10 @@ import psycopg
 from psycopg import sql
 from tqdm import tqdm
 
-from runbook import archive, ledger
+from runbook import archive, asked, ledger
 from runbook.database import target
 from runbook.errors import BadInput, RunbookError
+from runbook.parameters import check, clinic
 from runbook.redaction import redact
 from runbook.statements import folder
 
@@ -42,6 +43,8 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     table, where = str(given["table"]), str(given.get("database", "embedded"))
     if where != "embedded":
         target(where)  # where nobody answers, there is nothing to record
+    if names[0] in FORWARD[1:]:
+        _refuse_another_plan(where, given)
     record = begin(out, given)
     lines: list[dict[str, Any]] = []
     stopped = error_name = ""
@@ -85,6 +88,15 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     click.echo(f"Head:   {head}")
     if stopped:
         sys.exit(EXIT_CODES.get(error_name, 1))
+
+
+def _refuse_another_plan(where: str, given: dict[str, Any]) -> None:
+    try:
+        found = ledger.of(target(where), str(given["table"]))
+    except RunbookError:  # the notebook says it, and that is on record
+        return
+    example = clinic() if where == "embedded" else {}  # what nobody said
+    asked.refuse_another(found, check(given), {name for name, value in given.items() if example.get(name) != value})
 
 
 def _way_on(name: str, error_name: str) -> str:

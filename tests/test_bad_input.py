@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import runbook
-from runbook import cli
+from runbook import cli, parameters
 from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PlanOutdated, RunbookError, ServerUnavailable
 from tests import migration, servers
 from tests.conftest import fresh
@@ -179,7 +180,7 @@ def test_another_key_than_the_one_of_the_plan_that_is_under_way(clinic: str) -> 
     before = dump(clinic)
     with pytest.raises(BadInput, match=r"key is 'is_active', but the plan .* has 'role'"):
         walk(clinic, "00_plan", key="is_active")
-    with pytest.raises(BadInput, match=r"partitions is \['everybody'\], but the plan .* has \['users_admins', "):
+    with pytest.raises(BadInput, match=r"partitions is {'everybody': 'default'}, but the plan .* has {'users_admins': "):
         walk(clinic, "00_plan", partitions={"everybody": "default"})
     with pytest.raises(BadInput, match="partition_by is 'hash', but the plan"):
         walk(clinic, "00_plan", partition_by="hash", partitions=None, modulus=2)
@@ -328,3 +329,30 @@ def test_a_value_that_yaml_reads_as_no_text_is_refused_where_the_key_is_text(dat
     done = CliRunner().invoke(cli.main, ["sql", "-f", str(file)])
     assert done.exit_code == 1
     assert "False is no text, and region (text) holds text: put it in quotes" in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("partitions", {"users_patients": ["user", "guest"], "users_doctors": ["doctor"], "users_admins": ["admin"]},
+         "partitions is {'users_patients': ['user', 'guest']}, but the plan"),
+        ("null_value", "user", "null_value is 'user', but the plan"),
+        ("backup", "elsewhere", "which is in force, has 'users_backup': go on with that, or roll back"),
+        ("unique", "global", "has 'per_partition'"),
+    ],
+)  # fmt: skip
+def test_what_only_the_plan_takes_is_not_ignored_after_it(
+    clinic: str, tmp_path: Path, name: str, value: object, said: str
+) -> None:
+    run = migration.forward(clinic, last="backup check")
+    given = {"partitions": {"users_doctors": ["doctor"], "users_admins": ["admin"], "users_patients": ["user"]}}
+    asked = parameters.clinic() | {"database": clinic}
+    assert runbook.draft(**asked | given).already
+    with pytest.raises(BadInput) as refused:
+        runbook.draft(**asked | {name: value})
+    assert said in str(refused.value)
+    words = ["run", "--from", "partition", "--to", "partition", "--database", clinic, "-f", CLINIC_FILE, "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.main, [*words, "-p", name, value if isinstance(value, str) else json.dumps(value)])
+    assert (done.exit_code, list(tmp_path.iterdir())) == (1, [])
+    assert said in done.stderr
+    assert run.finished("partition", "shadow") is None
