@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from psycopg import sql
 
-from runbook import backup, catalog, changes, composite, correction, foreign_keys, locks, references, restore, swapping
+from runbook import backup, catalog, changes, composite, correction, foreign_keys, locks, matviews, references, restore, swapping
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -151,7 +151,8 @@ def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:
 
 @recorded("cutover", "validate")
 def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
-    """Validate every key that the swap added NOT VALID: SHARE UPDATE EXCLUSIVE, readers and writers go on."""
+    """Validate every key that the swap added NOT VALID: SHARE UPDATE EXCLUSIVE, readers and writers go on. Then materialized
+    views are made anew."""
     run, session = action.run, action.session
     done = []
     for what, each, tables in validations(run, session):
@@ -168,8 +169,10 @@ def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
                 session.run(each)
 
         locks.persist(run.database, session, patience, reference.table, require)
+    anew = matviews.rebuild(run, session, budget_s)
+    said = f" Materialized views that were made anew: {', '.join(anew)}." if anew else ""
     lines = catalog.lines(session, run.plan.source)  # the way back says what is another
-    return action.finish(f"Foreign keys that were validated: {', '.join(done) or 'none'}.", lines=lines)
+    return action.finish(f"Foreign keys that were validated: {', '.join(done) or 'none'}.{said}", lines=lines)
 
 
 def validate(
@@ -220,6 +223,7 @@ def script(run: Run) -> Statements:
         yield each
     for _, each, _ in foreign_keys.require_late(run):
         yield each
+    yield from matviews.script(run)
 
 
 @recorded("cutover", "check")

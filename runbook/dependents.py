@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from psycopg import sql
 
-from runbook import catalog
+from runbook import catalog, matviews
 from runbook.facts import Finding
 from runbook.plan import Plan
 from runbook.session import Session
@@ -22,13 +22,7 @@ def objects(session: Session, plan: Plan) -> Iterator[Finding]:
             f"{row['object']} depends on {plan.full_name} in a way that is not carried over.",
             "Drop it before, and make it anew after the cut-over.",
         )
-    for row in session.rows("catalog.views", oid=oid):
-        if row["materialized"]:
-            yield Finding.blocker(
-                row["name"],
-                f"The materialized view {row['schema']}.{row['name']} would keep reading the retired table.",
-                "Drop it before, and make it anew after the cut-over.",
-            )
+    yield from _materialized(session, oid)
     obstacles = session.rows("catalog.obstacles", oid=oid, key=plan.key, backup=plan.backup_method, retired=plan.retired)
     yield from map(Finding.model_validate, obstacles)
     for row in session.rows("catalog.subscribed", oid=oid):
@@ -67,6 +61,30 @@ def objects(session: Session, plan: Plan) -> Iterator[Finding]:
             yield Finding.note(
                 carried.name,
                 f"The trigger {carried.name} fires for an update of {plan.key}, too: a row that moves to another partition is deleted and inserted.",
+            )
+
+
+def _materialized(session: Session, oid: sql.Literal) -> Iterator[Finding]:
+    for row in session.rows("matviews.all", oid=oid):
+        name = f"{row['schema_name']}.{row['name']}"
+        why = ""
+        if row["others"]:
+            why = f"and {', '.join(row['others'])} with it"
+        elif not row["ours"]:
+            why = f"which only {row['owner']} may do"
+        elif refused := matviews.refusal(session, row["owner"], row["query"]):
+            why = f"and its owner {row['owner']} could not refresh it ({refused})"
+        if why:
+            yield Finding.blocker(
+                row["name"],
+                f"The materialized view {name} would have to be made anew, {why}.",
+                "Drop it before, and make it anew after the cut-over.",
+            )
+        else:
+            yield Finding.note(
+                row["name"],
+                f"The materialized view {name} ({row['bytes'] / 1e6:.1f} MB) is made anew after the swap, of what the table holds then;"
+                " until that is done it shows what it showed, and a refresh reads the retired table.",
             )
 
 

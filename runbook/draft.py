@@ -9,7 +9,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import advice, asked, catalog, findings, ledger, locks, partition, repair
+from runbook import advice, asked, catalog, findings, ledger, locks, matviews, partition, repair
 from runbook.database import Database, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
@@ -231,7 +231,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: Data
         selves=tuple(each for each in references if (each.schema_name, each.table) == to_itself),
         views=tuple(Named(name=f"{v['schema']}.{v['name']}", definition=v["definition"].rstrip(";")) for v in views if not v["materialized"]),
         view_tables=tuple((v["schema"], v["name"]) for v in views if not v["materialized"]),
-        carried=carried, frequent_value=division.frequent,
+        matviews=matviews.of(session, found), carried=carried, frequent_value=division.frequent,
         null_value=None if parameters.null_value is None else as_key(session, key, parameters.null_value), unique=parameters.unique,
         guards=catalog.guards_of(session, found, key.name) if parameters.unique == "global" else (),
         guard_schema=catalog.guard_schema(session, table),

@@ -137,6 +137,38 @@ class Carried(Fact):
     holder: tuple[str, str] | None = None
 
 
+class MatviewIndex(Fact):
+    """An index of a materialized view; `tail` is its definition from the method on."""
+
+    name: str
+    unique: bool
+    tail: str
+    clustered: bool
+    comment: str | None
+
+
+class Matview(Fact):
+    """A materialized view that reads the table, with what makes it anew, and the views that read it.
+
+    `rest` is what it is given then, with chr(1) for its name.
+    """
+
+    schema_name: str
+    name: str
+    owner: str
+    populated: bool
+    head: str
+    query: str
+    rest: str
+    indexes: tuple[MatviewIndex, ...]
+    views: tuple[str, ...]
+    view_tables: tuple[tuple[str, str], ...]
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        return sql.Identifier(self.schema_name, self.name)
+
+
 class Named(Fact):
     """A named object with the definition that the server rendered."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psycopg import errors
 
-from runbook import changes, foreign_keys, locks, swapping
+from runbook import changes, foreign_keys, locks, matviews, swapping
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -26,6 +26,7 @@ def statements(run: Run, drop_backup: bool = False) -> Statements:
         if run.plan.frequent_value is not None:
             yield statement("rollback.set_default", **names(run, reference))
     if run.plan.restore_from == "source":
+        yield from matviews.forget(run)
         yield statement("rollback.drop_retired", **run.names)
     yield statement("rollback.drop_staging", **run.names)
     if drop_backup:

@@ -11,7 +11,7 @@ from typing import Any
 
 from psycopg import sql
 
-from runbook.facts import Carried, Column, Fact, Finding, Guard, Index, Named, Partition, Reference, Table
+from runbook.facts import Carried, Column, Fact, Finding, Guard, Index, Matview, Named, Partition, Reference, Table
 from runbook.statements import trusted
 
 # How a column is hashed, by what sql/catalog.sql says of its type: the value's own function where equal means the same
@@ -54,6 +54,7 @@ class Plan(Fact):
     selves: tuple[Reference, ...] = ()
     views: tuple[Named, ...]
     view_tables: tuple[tuple[str, str], ...]
+    matviews: tuple[Matview, ...] = ()
     carried: tuple[Carried, ...]
     frequent_value: str | None
     null_value: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from psycopg import errors, sql
@@ -15,6 +16,7 @@ from runbook import (
     foreign_keys,
     locks,
     losses,
+    matviews,
     partition,
     repair,
     swapping,
@@ -22,7 +24,7 @@ from runbook import (
 )
 from runbook.changes import BACK, Rewritten, Statements
 from runbook.errors import OutOfOrder, PromiseBroken
-from runbook.facts import Reference
+from runbook.facts import Matview, Reference
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
 from runbook.plan import fit
 from runbook.references import added
@@ -35,7 +37,7 @@ from runbook.words import counted
 
 def preview(run: Run) -> Sheet:
     """What this step runs, from where the migration stands now."""
-    return Sheet(unswap_statements(run) if _swapped(run) else take_away(run))
+    return Sheet(unswap_statements(run, run.plan.matviews) if _swapped(run) else take_away(run))
 
 
 def _swapped(run: Run) -> bool:
@@ -59,7 +61,7 @@ def take_away(run: Run, references: list[Reference] | None = None) -> Statements
     yield from partition.remove(run)
 
 
-def unswap_statements(run: Run) -> Statements:
+def unswap_statements(run: Run, views: Iterable[Matview] = ()) -> Statements:
     """The inverse of swapping.swap_statements: the original takes its name and everything that hung on it back."""
     plan, names = run.plan, run.names
     yield statement("changes.switch_off_back", **names)
@@ -79,6 +81,7 @@ def unswap_statements(run: Run) -> Statements:
     for view in plan.views:
         yield rendered(view.definition)
     yield from swapping.positions(run, retire=False)
+    yield from matviews.give_back(run, views)
     yield statement("rollback.drop_partitioned", **names)
     yield from unique.remove(run)
     if swapping.refuses_moves(run):
@@ -108,23 +111,27 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     unlike = losses.unlike(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
     logging = session.row("ledger.remembered", **run.names)["triggers"]
-    total, seen, statements = 0, None, list(unswap_statements(run))
+    total, seen, stale, anew = 0, None, "", matviews.waiting(run, session)
+    statements = list(unswap_statements(run, anew))
 
     def attempt() -> Evidence:
-        nonlocal total, logging, seen
+        nonlocal total, logging, seen, stale
         now = session.value("changes.logging_back", **run.names)
         if now != logging:  # triggers switched off, partitions attached, detached, truncated: what was not logged is looked for
             losses.resync(run, session)
             logging = now
         keys, horizon = losses.replay(run, session, patience)
         total += keys
-        seen = seen or compare.exactly(run, session, BACK)
+        if seen is None:
+            seen = compare.exactly(run, session, BACK)
+            stale = matviews.refresh(run, session, anew)
         locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
         changes.vacuum(session, run.names["back"], last=True)
         tables, views = swapping.lock_set(run, session)
+        views += [sql.Identifier(*reader) for view in anew for reader in view.view_tables]
         with locks.exclusive(
-            session, patience, tables, views, clock=clock, sequences=swapping.sequences(run), ours=[run.names["retired"]],
-            logs=swapping.logs(run, session), dropped=[run.plan.source],
+            session, patience, tables, views, clock=clock, ours=[run.names["retired"]],
+            sequences=[*swapping.sequences(run), *map(matviews.hold, anew)], logs=swapping.logs(run, session), dropped=[run.plan.source],
         ):  # fmt: skip
             losses.refuse(run, session)
             if session.value("changes.logging_back", **run.names) != logging:
@@ -156,7 +163,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
             f" {' '.join((error.diag.message_detail or str(error)).split())}. Drop them first, then run 90_rollback again."
         ) from None
-    sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}"
+    sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}{stale}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
 
 

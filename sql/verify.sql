@@ -128,6 +128,11 @@ SELECT format('The %s is as it was: %s', c ->> 'kind', c ->> 'name') AS promise,
   LEFT JOIN ({carried_now}) now ON (now.kind, now.name, now.definition) = (c ->> 'kind', c ->> 'name', c ->> 'definition')
  WHERE m.id = {migration} AND c ->> 'kind' NOT IN ('index statistics', 'cluster on', 'replica identity', 'replica identity using index')
 UNION ALL
+SELECT format('The materialized view reads it: %s.%s', v ->> 'schema_name', v ->> 'name'), CASE WHEN now.name IS NULL THEN 'it does not' ELSE 'it does' END, now.name IS NOT NULL
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(coalesce(m.plan -> 'matviews', '[]')) v
+  LEFT JOIN ({views_now}) now ON now.materialized AND (now.schema, now.name) = (v ->> 'schema_name', v ->> 'name')
+ WHERE m.id = {migration}
+UNION ALL
 SELECT format('The view reads it: %s', v ->> 'name'), CASE WHEN now.name IS NULL THEN 'it does not' WHEN now.definition <> v ->> 'definition' THEN now.definition ELSE 'it does' END,
        now.name IS NOT NULL AND now.definition = v ->> 'definition'
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'views') v

@@ -10,10 +10,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook import additions, verify
-from runbook.errors import PlanBlocked
+from runbook import additions, cutover, verify
+from runbook.errors import LockNotGranted, PlanBlocked
 from tests.dumps import differences, schema
-from tests.migration import FORWARD, back, plan, walk
+from tests.migration import END, FORWARD, back, plan, walk
 from tests.servers import Server, hand_over
 from tests.walk import dump
 
@@ -117,6 +117,20 @@ CARRIED = {
     "replica index": """
         ALTER TABLE thing ALTER other SET NOT NULL; CREATE UNIQUE INDEX who ON thing (kind, other); ALTER TABLE thing
         REPLICA IDENTITY USING INDEX who
+        """,
+    "materialized views": """
+        CREATE MATERIALIZED VIEW per_kind WITH (fillfactor = 70) AS SELECT kind, count(*) AS things, 'a{b}%' AS odd FROM thing
+        GROUP BY kind; CREATE UNIQUE INDEX of_kind ON per_kind (kind); CREATE INDEX "a Count" ON per_kind (things) WHERE things > 1;
+        ALTER MATERIALIZED VIEW per_kind CLUSTER ON of_kind; GRANT SELECT ON per_kind TO reader WITH GRANT OPTION; GRANT
+        SELECT (kind) ON per_kind TO PUBLIC; COMMENT ON MATERIALIZED VIEW per_kind IS 'it''s'; COMMENT ON COLUMN
+        per_kind.things IS 'all'; COMMENT ON INDEX of_kind IS 'one'; ALTER MATERIALIZED VIEW per_kind ALTER things SET
+        STATISTICS 50; CREATE VIEW most AS SELECT kind FROM per_kind WHERE
+        things > 1; CREATE MATERIALIZED VIEW unfilled AS SELECT id FROM thing WITH NO DATA; CREATE VIEW plain AS SELECT id FROM
+        thing; CREATE MATERIALIZED VIEW through AS SELECT count(*) FROM plain
+        """,
+    "materialized view of another": """
+        GRANT SELECT ON thing TO keeper; CREATE MATERIALIZED VIEW m AS SELECT * FROM thing; ALTER MATERIALIZED VIEW m OWNER TO
+        keeper; ALTER TABLE thing ENABLE ROW LEVEL SECURITY; CREATE POLICY part_of ON thing USING (kind = 'a')
         """,
     "statistics": """
         CREATE STATISTICS linked (dependencies, ndistinct) ON kind, name FROM thing; CREATE STATISTICS expr ON (id % 3),
@@ -337,9 +351,9 @@ BLOCKED = {
         """,
     ),
     "materialized view": (
-        "materialized view public.m would keep reading",
+        "materialized view public.m would have to be made anew, and rule _RETURN on materialized view public.n with it",
         """
-        CREATE MATERIALIZED VIEW m AS SELECT count(*) FROM thing
+        CREATE MATERIALIZED VIEW m AS SELECT count(*) FROM thing; CREATE MATERIALIZED VIEW n AS SELECT * FROM m
         """,
     ),
     "incoming not enforced 18": (
@@ -406,7 +420,7 @@ BLOCKED = {
 }
 TOGETHER = (  # what one table can have at once: the short test
     "columns", "identity always", "checks", "indexes", "statistics", "owner and grants", "row security", "policy elsewhere",
-    "triggers", "constraint trigger", "rules", "views", "outgoing keys", "incoming keys", "publication", "storage",
+    "triggers", "constraint trigger", "rules", "views", "materialized views", "outgoing keys", "incoming keys", "publication", "storage",
 )  # fmt: skip
 
 
@@ -477,6 +491,7 @@ LOST = {
     "REVOKE UPDATE (name) ON thing FROM PUBLIC": "The grant is as it was: columns of PUBLIC UPDATE",
     "ALTER VIEW v OWNER TO writer": "The view reads it: public.v",
     "CREATE OR REPLACE VIEW v AS SELECT id, name FROM thing": "The view reads it: public.v",
+    "DROP MATERIALIZED VIEW unfilled": "The materialized view reads it: public.unfilled",
     "ALTER TABLE thing DROP CONSTRAINT old": "Check old is as it was",
     "ALTER TABLE thing DROP CONSTRAINT to_kinds": "Foreign key to_kinds is as it was",
 }
@@ -529,6 +544,59 @@ def test_a_trigger_is_on_each_partition_what_it_was_on_the_table(roles: None, da
             " WHERE tgname IN ('quiet', 'loud', 'late') ORDER BY 1"
         ).fetchall()
     assert states == [("late", "R"), ("loud", "A"), ("quiet", "D")]
+
+
+def test_a_materialized_view_shows_what_there_is_in_either_direction(roles: None, database: str) -> None:
+    """CREATE OR REPLACE cannot re-point one: it is made anew beside the old one, which the way back takes up again."""
+    execute(database, BASE, "CREATE MATERIALIZED VIEW amounts AS SELECT kind, sum(amount) AS total FROM thing GROUP BY kind",
+            "CREATE UNIQUE INDEX ON amounts (kind); CREATE VIEW largest AS SELECT max(total) FROM amounts")  # fmt: skip
+    run = plan(database, "thing", "kind", unique="per_partition")
+
+    def totals() -> list[int]:
+        with psycopg.connect(database, autocommit=True) as connection:
+            return [int(connection.execute(f"SELECT {each}").fetchone()[0])
+                    for each in ("sum(total) FROM amounts", "sum(amount) FROM thing", "max FROM largest")]  # fmt: skip
+
+    execute(database, "UPDATE thing SET amount = 1000 WHERE id = 1")
+    assert totals() == [820, 1819, 420]
+    walk(run, FORWARD)
+    assert totals() == [1819, 1819, 1399]  # as it is made anew
+    execute(database, "UPDATE thing SET amount = 2000 WHERE id = 1", "REFRESH MATERIALIZED VIEW CONCURRENTLY amounts")
+    assert totals() == [2819, 2819, 2399]
+    verify.structure(run)
+    assert [each.verdict for each in verify.seen(run) if "materialized view reads it" in each.promise] == [verify.PASS]
+    execute(database, "UPDATE thing SET amount = 3000 WHERE id = 1")
+    back(run)
+    assert totals() == [3819, 3819, 3399]
+    run = plan(database, "thing", "kind", unique="per_partition")
+    walk(run, FORWARD)
+    execute(database, "UPDATE runbook.action SET step = 'verify', action = 'check' WHERE action = 'approval'")
+    walk(run, END)
+    execute(database, "UPDATE thing SET amount = 1 WHERE id = 1", "REFRESH MATERIALIZED VIEW CONCURRENTLY amounts")
+    assert totals() == [820, 820, 420]
+
+
+@pytest.mark.long
+def test_whoever_reads_a_materialized_view_is_named_and_it_is_exchanged_later(roles: None, database: str) -> None:
+    execute(database, BASE, "CREATE MATERIALIZED VIEW m AS SELECT count(*) FROM thing")
+    run = plan(database, "thing", "kind", unique="per_partition")
+    walk(run, FORWARD, last="swap")
+    with psycopg.connect(database, application_name="report") as reader:
+        reader.execute("SELECT * FROM m")
+        with pytest.raises(LockNotGranted, match="report"):
+            cutover.validate_foreign_keys(run, budget_s=1)
+    execute(database, "DELETE FROM part; DELETE FROM thing WHERE id > 10")
+    walk(run, FORWARD, first="validate")
+    with psycopg.connect(database) as connection:
+        assert connection.execute("SELECT * FROM m").fetchone() == (10,)
+    back(run)
+
+
+@pytest.mark.long
+def test_a_materialized_view_that_its_owner_could_not_refresh_stops_the_plan(roles: None, database: str) -> None:
+    execute(database, BASE, "CREATE MATERIALIZED VIEW m AS SELECT count(*) FROM thing; ALTER MATERIALIZED VIEW m OWNER TO keeper")
+    with pytest.raises(PlanBlocked, match=r"its owner keeper could not refresh it \(permission denied for table thing\)"):
+        plan(database, "thing", "kind", unique="per_partition")
 
 
 def test_a_partition_knows_which_columns_go_together(roles: None, database: str) -> None:

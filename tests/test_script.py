@@ -29,6 +29,9 @@ def printed(database: str, *options: str) -> str:
 
 @pytest.mark.parametrize("legacy", ["fill", "strict"])
 def test_the_script_ends_where_the_notebooks_end(clinic: str, copy: str, legacy: str) -> None:
+    for each in (copy, clinic):
+        client("psql", "--quiet", each, text="CREATE MATERIALIZED VIEW roles AS SELECT role, count(*) FROM users GROUP BY role;"
+               " CREATE UNIQUE INDEX ON roles (role); CREATE STATISTICS names ON first_name, last_name FROM users")  # fmt: skip
     script = printed(copy, "-p", "legacy_inserts", legacy)
     client("psql", "--no-psqlrc", "--quiet", copy, text=script)
     walk(clinic, *FORWARD[:-1], legacy_inserts=legacy)
