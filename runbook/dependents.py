@@ -16,7 +16,10 @@ from runbook.session import Session
 def objects(session: Session, plan: Plan) -> Iterator[Finding]:
     """What hangs on the table: triggers, rules, views, publications, and whatever else goes with it or cannot."""
     oid = sql.Literal(plan.table.oid)
+    anew = {f"function {each.name}" for each in plan.carried if each.kind == "function of its rows"}
     for row in session.rows("catalog.others", oid=oid):
+        if row["object"] in anew:
+            continue
         yield Finding.blocker(
             row["object"],
             f"{row['object']} depends on {plan.full_name} in a way that is not carried over.",

@@ -72,6 +72,8 @@ def unswap_statements(run: Run, views: Iterable[Matview] = ()) -> Statements:
     for each in plan.carried:
         if each.kind == "sequence":  # or it would move to another schema with the table
             yield statement("rollback.free_sequence", sequence=trusted(each.name))
+        if each.kind == "function of its rows" and each.retire:
+            yield rendered(each.retire)
     # With its partitions, wherever they are and whoever attached them; one that was detached since is nobody's but its owner's.
     yield statement("cutover.set_schema", table=names["source"], to=names["staging"])
     yield from swapping.rename(run, retire=False)

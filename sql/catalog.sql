@@ -173,6 +173,14 @@ relation AS (  -- the table and its identity sequences: these are made anew, and
   SELECT q.oid, 'SEQUENCE ' || quote_ident(n.nspname) || '.' || quote_ident(q.relname), q.relacl, q.relowner, 'S', false
     FROM source s JOIN pg_depend d ON d.refobjid = s.oid AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i' AND d.classid = 'pg_class'::regclass
     JOIN pg_class q ON q.oid = d.objid AND q.relkind = 'S' JOIN pg_namespace n ON n.oid = q.relnamespace),
+taking AS (  -- functions that take or return its rows, on which nothing rests: a type cannot be replaced in one, so it is made anew
+  SELECT DISTINCT p.oid, p.oid::regprocedure::text AS signature, p.proowner, coalesce(p.proacl, acldefault('f', p.proowner)) AS acl
+    FROM source s JOIN pg_type y ON y.oid = s.reltype
+    JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid IN (y.oid, y.typarray) AND d.deptype = 'n'
+    JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+   WHERE p.prokind <> 'a' AND pg_has_role(p.proowner, 'MEMBER')
+     AND NOT EXISTS (SELECT FROM pg_depend o WHERE o.refclassid = 'pg_proc'::regclass AND o.refobjid = p.oid
+                     OR o.classid = 'pg_proc'::regclass AND o.objid = p.oid AND o.deptype IN ('e', 'x'))),
 reading AS (  -- policies, rules and functions elsewhere, whose text names the table
   SELECT DISTINCT d.classid, d.objid FROM pg_depend d
    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND d.deptype = 'n')
@@ -296,6 +304,16 @@ SELECT 'rule elsewhere', format('%s on %s', r.rulename, r.ev_class::regclass), r
 UNION ALL
 SELECT 'function', p.oid::regprocedure::text, pg_get_functiondef(p.oid), NULL, pg_get_functiondef(p.oid), NULL, NULL
   FROM reading d JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+UNION ALL
+SELECT 'function of its rows', f.signature, w.definition, 'DROP ROUTINE IF EXISTS ' || f.signature, w.definition, NULL, NULL
+  FROM taking f
+ CROSS JOIN LATERAL (SELECT pg_get_functiondef(f.oid) || format('; ALTER ROUTINE %s OWNER TO %I; REVOKE ALL ON ROUTINE %1$s FROM PUBLIC', f.signature, pg_get_userbyid(f.proowner))
+       || coalesce((SELECT string_agg(DISTINCT ', ' || quote_ident(pg_get_userbyid(a.grantee)), '') FROM pg_default_acl x CROSS JOIN LATERAL aclexplode(x.defaclacl) a
+                     WHERE x.defaclobjtype = 'f' AND a.grantee NOT IN (0, f.proowner)), '')
+       || coalesce((SELECT string_agg(format('; GRANT EXECUTE ON ROUTINE %s TO %s%s', f.signature, CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END,
+                                             CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' END), '' ORDER BY a.grantee)
+                      FROM aclexplode(f.acl) a WHERE a.grantee <> f.proowner), '')
+       || coalesce('; COMMENT ON ROUTINE ' || f.signature || ' IS ' || quote_literal(obj_description(f.oid, 'pg_proc')), '') AS definition) w
 ORDER BY 1, 2
 
 -- name: others

@@ -48,7 +48,7 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
             or bool(re.search(r"_retired\b|\bretired_", plain))
             or "runbook" in name
             or f".{plan.retired}" in text
-            or name == fit(f"{root}_keep_partition") + "()"
+            or name.removeprefix("FUNCTION ") == fit(f"{root}_keep_partition") + "()"
             or (bool(plan.guards) and plan.guard_schema.replace('"', "") in text.replace('"', ""))
         )
 

@@ -189,6 +189,18 @@ CARRIED = {
         FUNCTION things IS 'how many'; GRANT EXECUTE ON FUNCTION things TO reader; CREATE PROCEDURE add_thing(i bigint)
         BEGIN ATOMIC UPDATE thing SET name = 'p' WHERE id = i; END
         """,
+    "functions of its rows": """
+        CREATE FUNCTION label(t thing, more text DEFAULT 'x;y') RETURNS text LANGUAGE sql STABLE AS 'SELECT t.name || more';
+        CREATE FUNCTION early() RETURNS SETOF thing LANGUAGE plpgsql ROWS 5 SECURITY DEFINER SET search_path = public AS
+        'BEGIN RETURN QUERY SELECT * FROM thing WHERE id < 5; END'; CREATE FUNCTION amounts(VARIADIC them thing[]) RETURNS
+        bigint LANGUAGE sql AS 'SELECT count(*) FROM unnest(them)'; COMMENT ON FUNCTION label IS 'what it''s called'; REVOKE ALL
+        ON FUNCTION label FROM PUBLIC; GRANT EXECUTE ON FUNCTION label TO reader WITH GRANT OPTION; ALTER FUNCTION early OWNER
+        TO keeper; ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON FUNCTIONS TO writer; CREATE PROCEDURE take(t thing) LANGUAGE sql
+        AS 'SELECT 1'
+        """,
+    "functions of its rows, with bodies 14": """
+        CREATE FUNCTION late() RETURNS SETOF thing LANGUAGE sql BEGIN ATOMIC SELECT * FROM thing WHERE id > 30; END
+        """,
     "text function": """
         CREATE FUNCTION things() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM thing'; CREATE FUNCTION
         typed(thing.id%TYPE) RETURNS int LANGUAGE sql AS 'SELECT 1'
@@ -329,7 +341,8 @@ BLOCKED = {
     "row type function": (
         "function public.label(public.thing) depends on public.thing",
         """
-        CREATE FUNCTION label(thing) RETURNS text LANGUAGE sql AS 'SELECT $1.name'
+        CREATE FUNCTION label(thing) RETURNS text LANGUAGE sql AS 'SELECT $1.name'; CREATE VIEW labels AS SELECT label(t) FROM
+        thing t
         """,
     ),
     "row type column": (
@@ -420,7 +433,7 @@ BLOCKED = {
 }
 TOGETHER = (  # what one table can have at once: the short test
     "columns", "identity always", "checks", "indexes", "statistics", "owner and grants", "row security", "policy elsewhere",
-    "triggers", "constraint trigger", "rules", "views", "materialized views", "outgoing keys", "incoming keys", "publication", "storage",
+    "triggers", "constraint trigger", "rules", "views", "materialized views", "functions of its rows", "outgoing keys", "incoming keys", "publication", "storage",
 )  # fmt: skip
 
 
@@ -574,6 +587,34 @@ def test_a_materialized_view_shows_what_there_is_in_either_direction(roles: None
     walk(run, END)
     execute(database, "UPDATE thing SET amount = 1 WHERE id = 1", "REFRESH MATERIALIZED VIEW CONCURRENTLY amounts")
     assert totals() == [820, 820, 420]
+
+
+def test_functions_of_its_rows_work_in_either_direction(roles: None, database: str) -> None:
+    """As Hasura's computed fields, PostgREST's computed columns and PostGraphile's queries are: called by old sessions, too."""
+    execute(database, BASE, "CREATE FUNCTION label(t thing) RETURNS text LANGUAGE sql STABLE AS $$SELECT t.name || t.kind$$;"
+            " CREATE FUNCTION early() RETURNS SETOF thing LANGUAGE sql AS 'SELECT * FROM thing WHERE id < 5';"
+            " CREATE FUNCTION first() RETURNS text LANGUAGE plpgsql AS $$DECLARE t thing; BEGIN SELECT * INTO t FROM thing WHERE id = 1;"
+            " RETURN label(t); END$$")  # fmt: skip
+    with psycopg.connect(database, autocommit=True, prepare_threshold=0) as application:
+
+        def called() -> tuple[int, str, str]:
+            each = ("count(*) FROM early()", "t.label FROM thing t WHERE id = 1", "first()")
+            return tuple(application.execute(f"SELECT {query}").fetchone()[0] for query in each)
+
+        seen = called()
+        assert seen == (4, "n1b", "n1b")
+        run = plan(database, "thing", "kind", unique="per_partition")
+        walk(run, FORWARD)
+        assert called() == seen
+        execute(database, "UPDATE thing SET kind = 'a' WHERE id = 1")
+        assert called() == (4, "n1a", "n1a")
+        back(run)
+        assert called() == (4, "n1a", "n1a")
+        run = plan(database, "thing", "kind", unique="per_partition")
+        walk(run, FORWARD)
+        execute(database, "UPDATE runbook.action SET step = 'verify', action = 'check' WHERE action = 'approval'")
+        walk(run, END)
+        assert called() == (4, "n1a", "n1a")
 
 
 @pytest.mark.long
