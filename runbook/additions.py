@@ -142,15 +142,16 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
         return int(session.value("additions.waiting", default=default, rule=rule)) if default else 0
 
     def attempt() -> int:
-        heavy = bool(growth.keys) and waiting() > 0
+        # Whoever has looked at the list of partitions, and waits for the default one, would not find the rows that left it.
+        moving = waiting() > 0
         tables: list[sql.Composable] = (
-            [*(key.identifier for key in growth.keys), run.plan.source] if heavy else [default] if default else []
+            [*(key.identifier for key in growth.keys), run.plan.source] if moving else [default] if default else []
         )
         mode = "ACCESS EXCLUSIVE" if tables else "SHARE UPDATE EXCLUSIVE"
         with locks.exclusive(session, patience, tables or [sql.SQL("ONLY {}").format(run.plan.source)], mode=mode, clock=clock):
             rows = waiting()
-            if rows and growth.keys and not heavy:
-                raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile and are referenced")
+            if rows and not moving:
+                raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile")
             for each in list(attaching.attach_statements(run, growth, session, addition, moving=rows > 0)):
                 session.run(each)
             leaf = attaching.names(run, addition)["leaf"]

@@ -106,3 +106,11 @@ def attach_statements(run: Run, growth: Growth, session: Session, addition: Addi
         yield statement("additions.add_key", table=key.identifier, constraint=(key.name,), definition=trusted(definition))
         if key.comment:
             yield statement("partition.comment_constraint", table=key.identifier, constraint=(key.name,), comment=key.comment)
+
+
+def forget(run: Run, session: Session) -> Statements:
+    """What 20 made and did not come to attach goes with the migration, while it is empty."""
+    schema = run.plan.table.schema_name
+    for row in session.rows("additions.made", schema=schema, mark=mark(run)):
+        if not session.value("additions.has_rows", leaf=(schema, row["name"])):
+            yield statement("additions.drop", leaf=(schema, row["name"]))

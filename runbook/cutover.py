@@ -231,16 +231,21 @@ def check(action: Action) -> Evidence:
     """Raises PromiseBroken unless the name belongs to the partitioned table and every key is valid."""
     run = action.run
     rows = action.session.rows("cutover.validated", table_text=run.plan.source.as_string(None))
-    own = (run.plan.table.schema_name, run.plan.table.name)
-    lax = {(*own, key.name) for key in run.plan.outgoing if not key.validated}
-    lax |= {key.place for key in run.plan.references if key.definition.endswith("NOT VALID")}
-    there = {each.as_string(None) for each in swapping.standing(action.session, (key.identifier for key in run.plan.references))}
-    planned = {key.place for key in run.plan.references if key.identifier.as_string(None) in there}
-    planned |= {(*own, key.name) for key in run.plan.outgoing}
-    found = {(row["schema"], row["name"], row["key"]): row["validated"] for row in rows}
-    bad = [key[2] for key, valid in found.items() if not valid and key not in lax] + sorted(key[2] for key in planned - {*found})
-    if bad:
+    if bad := unsound(run, action.session):
         raise PromiseBroken(
             f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: run 05_cutover again."
         )
     return action.finish(f"{run.plan.full_name} is the partitioned table; valid foreign keys: {len(rows)}.")
+
+
+def unsound(run: Run, session: Session) -> list[str]:
+    """The foreign keys of the plan that are missing, or not valid though they were."""
+    rows = session.rows("cutover.validated", table_text=run.plan.source.as_string(None))
+    own = (run.plan.table.schema_name, run.plan.table.name)
+    lax = {(*own, key.name) for key in run.plan.outgoing if not key.validated}
+    lax |= {key.place for key in run.plan.references if key.definition.endswith("NOT VALID")}
+    there = {each.as_string(None) for each in swapping.standing(session, (key.identifier for key in run.plan.references))}
+    planned = {key.place for key in run.plan.references if key.identifier.as_string(None) in there}
+    planned |= {(*own, key.name) for key in run.plan.outgoing}
+    found = {(row["schema"], row["name"], row["key"]): row["validated"] for row in rows}
+    return [key[2] for key, valid in found.items() if not valid and key not in lax] + sorted(key[2] for key in planned - {*found})

@@ -108,7 +108,9 @@ def _way_on(name: str, error_name: str) -> str:
         return "The same command goes on from there; `runbook rollback` takes everything away."
     if name == FORWARD[0]:
         return "Nothing but the ledger was written: when that is mended, give the command again."
-    return "The same command goes on from there." if error_name in EXIT_CODES else ""
+    return (
+        "" if error_name in {each.__name__ for each in RunbookError.__subclasses__()} else "The same command goes on from there."
+    )
 
 
 def _teller(bar: Any) -> Callable[[str], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psycopg import errors
 
-from runbook import changes, foreign_keys, locks, matviews, swapping
+from runbook import attaching, changes, cutover, foreign_keys, locks, matviews, swapping
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -44,6 +44,11 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
     run = action.run
     if run.finished("verify", "check") is None:
         raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.")
+    if run.plan.restore_from == "source" and (bad := cutover.unsound(run, action.session)):
+        raise OutOfOrder(
+            f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: if 20_add_partitions was stopped,"
+            " run it again; else look with 06_verify."
+        )
     who = run.approver(
         approved_by, f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
     )
@@ -72,7 +77,7 @@ def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, 
         going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", drop_backup)) if goes]
         ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
         with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
-            for each in statements(run, drop_backup):
+            for each in (*attaching.forget(run, session), *statements(run, drop_backup)):
                 session.run(each)
             session.run("ledger.set_state", state="finished", migration=run.migration)
             return action.finish(

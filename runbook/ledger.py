@@ -179,6 +179,9 @@ class Run:
         order = REPAIR if self.plan.restore_from == "backup" else STEPS
         if step not in order:
             raise OutOfOrder(f"{NOTEBOOKS[step]} is no part of a repair: {', '.join(NOTEBOOKS[each] for each in order)} are.")
+        back = _finished(session, self.migration, "rollback", "swap")
+        if back and back.facts.get("swapped") and not _finished(session, self.migration, "rollback", "clean"):
+            raise OutOfOrder(f"The way back of {self.plan.full_name} was begun and is not completed: run 90_rollback again.")
         for earlier in order[: order.index(step)]:
             if not _finished(session, self.migration, earlier, "check"):
                 raise OutOfOrder(

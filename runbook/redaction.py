@@ -18,6 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 HIDDEN = "***"
 PICTURES = ("image/png", "image/jpeg")
 NAMED = r"(?:pg|ssl)?(?:password|passwd|passphrase)|(?:access_|auth_|api_?)?token|secret|api_?key|signature"
+KEYS = r" (?:already exists|is duplicated|is not present|is still referenced|conflicts with)|\.?(?:$|\n|\\n|<|\")"  # what follows one
 # Where a secret stands, whoever's it is.
 PLACES = [
     (re.compile(pattern, re.IGNORECASE), hidden)
@@ -30,6 +31,7 @@ PLACES = [
         (rf"(?<![a-z0-9])((?:{NAMED})=)[^\s&\"'\\,;)<>]+", rf"\1{HIDDEN}"),
         (r"\b(password\s+)E?'(?:[^']|'')*'", rf"\1'{HIDDEN}'"),
         (r"(Failing row contains \()(?s:.*?)\)\.?(?=\s*(?:$|\n|\\n|<|\"))", rf"\1{HIDDEN})"),  # a person's data
+        (rf"\b(Key \((?s:.*?)\)=\()(?s:.*?)\)(?={KEYS})", rf"\1{HIDDEN})"),
         (r"\b(bearer\s+)[\w.~+/-]{12,}=*", rf"\1{HIDDEN}"),
     )
 ]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from psycopg import errors, sql
 
 from runbook import (
+    attaching,
     catalog,
     changes,
     compare,
@@ -23,7 +24,7 @@ from runbook import (
     unique,
 )
 from runbook.changes import BACK, Rewritten, Statements
-from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.facts import Matview, Reference
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
 from runbook.plan import fit
@@ -125,7 +126,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         keys, horizon = losses.replay(run, session, patience)
         total += keys
         if seen is None:
-            seen = compare.exactly(run, session, BACK)
+            seen = _compared(run, session, logging)
             stale = matviews.refresh(run, session, anew)
         locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
         changes.vacuum(session, run.names["back"], last=True)
@@ -163,10 +164,21 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     except errors.DependentObjectsStillExist as error:
         raise PromiseBroken(
             f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
-            f" {' '.join((error.diag.message_detail or str(error)).split())}. Drop them first, then run 90_rollback again."
+            f" {' '.join((error.diag.message_detail or str(error)).split()).replace(run.staging, run.plan.table.schema_name)}. Drop them first, then run 90_rollback again."
         ) from None
     sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}{stale}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
+
+
+def _compared(run: Run, session: Session, logging: str) -> compare.Comparison:
+    try:
+        return compare.exactly(run, session, BACK)
+    except Rewritten:
+        raise locks.NotYet(f"a TRUNCATE of {run.plan.full_name}") from None
+    except NotEqual:
+        if session.value("changes.logging_back", **run.names) == logging:
+            raise
+        raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them") from None
 
 
 @recorded("rollback", "clean", again=True)
@@ -186,6 +198,8 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     def attempt() -> Evidence:
         tables, shadow = unlogged(run, session), swapping.standing(session, [run.names["shadow"]])
         with locks.exclusive(session, patience, tables, ours=shadow, logs=swapping.logs(run, session), dropped=shadow):
+            for each in attaching.forget(run, session):
+                session.run(each)
             for each in take_away(run, [] if retired and retired.facts.get("swapped") else mine):
                 session.run(each)
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))

@@ -80,6 +80,10 @@ CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING COMM
 SELECT c.relkind = 'r' AND NOT c.relispartition AND starts_with(coalesce(obj_description(c.oid, 'pg_class'), ''), {mark}) AS own
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = {schema} AND c.relname = {name}
 
+-- name: made
+SELECT c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = {schema} AND c.relkind = 'r' AND NOT c.relispartition AND starts_with(obj_description(c.oid, 'pg_class'), {mark})
+
 -- name: has_rows
 SELECT EXISTS (SELECT FROM {leaf})
 

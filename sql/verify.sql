@@ -315,7 +315,8 @@ SET CONSTRAINTS ALL IMMEDIATE
 -- name: create_trials
 -- What an application does, tried on real rows. A trial is a list of statements; $1 is what the one before found, $2 a
 -- value that hardly any row has. The exception at its end undoes it. Rows are named by their place: nobody's data leave
--- the server. `refusal` is the error that a trial must end with, `key_name` the constraint that has to be its cause.
+-- the server. Nobody can refer to a row that is picked, nor let go of it: it is locked, and so are those that refer to it; each
+-- statement sees what is there then. `refusal` is the error that a trial must end with, `key_name` the constraint that has to be its cause.
 CREATE FUNCTION pg_temp.trials() RETURNS TABLE (promise text, sql text, seen text, ok boolean) LANGUAGE plpgsql AS $trials$
 #variable_conflict use_column
 DECLARE
@@ -337,13 +338,19 @@ BEGIN
       SELECT m.plan, m.plan ->> 'key' AS key, to_regclass({root})::text AS root, m.plan -> 'table' ->> 'schema_name' AS schema,
              's.tableoid = ($1 ->> ''table'')::oid AND s.ctid = ($1 ->> ''place'')::tid' AS here,
              'jsonb_build_object(''table'', s.tableoid::bigint, ''place'', s.ctid::text)' AS place,
+             k.identity, k.again,
              (SELECT string_agg(quote_ident(c ->> 'name'), ', ' ORDER BY n) FROM jsonb_array_elements(m.plan -> 'columns') WITH ORDINALITY x(c, n)
                WHERE NOT (c ->> 'generated')::boolean) AS columns,
              (SELECT string_agg(CASE WHEN c ->> 'name' = m.plan ->> 'key' THEN '$2::' || (c ->> 'type') ELSE 'NULL' END, ', ' ORDER BY n)
                 FROM jsonb_array_elements(m.plan -> 'columns') WITH ORDINALITY x(c, n) WHERE NOT (c ->> 'generated')::boolean) AS only_key,
              (SELECT array_agg(e.enumlabel::text) FROM pg_enum e WHERE e.enumtypid = to_regtype(m.plan ->> 'key_type')) AS labels,
              CASE WHEN (m.plan ->> 'server_version')::int > 14 THEN '23503' END AS fault
-        FROM runbook.migration m WHERE m.id = {migration}),
+        FROM runbook.migration m
+       CROSS JOIN LATERAL (  -- a row that triggers may write once more is found again by its key
+             SELECT 'jsonb_build_object(' || string_agg(format('%L, s.%I::text', c ->> 'name', c ->> 'name'), ', ') || ')' AS identity,
+                    string_agg(format('s.%I = ($1 -> ''is'' ->> %L)::%s', c ->> 'name', c ->> 'name', c ->> 'type'), ' AND ') AS again
+               FROM jsonb_array_elements(m.plan -> 'columns') c WHERE (m.plan -> 'primary_key') || jsonb_build_array(m.plan -> 'key') ? (c ->> 'name')) k
+       WHERE m.id = {migration}),
     target AS (  -- a value of another partition than the row's own
       SELECT CASE WHEN second IS NULL THEN first
                   ELSE format('CASE WHEN s.tableoid = %s THEN %s::%s ELSE %s::%3$s END', leaf, second, key_type, first) END AS another,
@@ -394,16 +401,17 @@ BEGIN
     SELECT 3, r.place, format('Rows of %s follow a changed %s by %s', table_name, key, key_name),
            CASE WHEN another IS NOT NULL THEN ARRAY[
              format(pick, root, format('%s AND EXISTS (SELECT FROM %s r WHERE %s)', movable, names, in_step)),
-             format('SELECT $1 || jsonb_build_object(''before'', count(*)) FROM %s r JOIN %s s ON %s WHERE %s', names, root, in_step, here),
-             format('UPDATE %s s SET %I = %s WHERE %s RETURNING $1 || %s', root, key, another, here, t.place),
-             format('SELECT jsonb_build_object(''seen'', format(''%%s rows before, %%s after'', $1 ->> ''before'', count(*)), ''ok'', count(*) = ($1 ->> ''before'')::bigint)'
-                    ' FROM %s r JOIN %s s ON %s WHERE %s', names, root, in_step, here)] END,
+             format('WITH held AS (SELECT FROM %s r JOIN %s s ON %s WHERE %s FOR UPDATE OF r) SELECT $1 || jsonb_build_object(''before'', count(*)) FROM held', names, root, in_step, here),
+             format('UPDATE %s s SET %I = %s WHERE %s RETURNING $1 || jsonb_build_object(''is'', %s)', root, key, another, here, t.identity),
+             format('SELECT jsonb_build_object(''seen'', format(''%%s rows before, %%s after'', $1 ->> ''before'', count(r.tableoid)), ''ok'', count(r.tableoid) = ($1 ->> ''before'')::bigint)'
+                    ' FROM %s s LEFT JOIN %s r ON %s WHERE %s GROUP BY s.tableoid, s.ctid', root, names, in_step, t.again)] END,
            CASE WHEN adds_column THEN fault END, NULL, NULL, NULL
       FROM t CROSS JOIN pick CROSS JOIN reference r LEFT JOIN target ON true
     UNION ALL
     SELECT 4, r.place, format('A row can be deleted, and its rows of %s go as %s says', table_name, key_name),
            ARRAY[format(pick, root, format('EXISTS (SELECT FROM %s r WHERE %s)', names, joined)),
-                 format('SELECT $1 || jsonb_build_object(''before'', count(*), ''rows'', array_agg(r.ctid)::text, ''places'', array_agg(concat(r.tableoid, r.ctid))::text) FROM %s r JOIN %s s ON %s WHERE %s', names, root, joined, here),
+                 format('WITH held AS (SELECT r.ctid, r.tableoid FROM %s r JOIN %s s ON %s WHERE %s FOR UPDATE OF r)'
+                        ' SELECT $1 || jsonb_build_object(''before'', count(*), ''rows'', array_agg(ctid)::text, ''places'', array_agg(concat(tableoid, ctid))::text) FROM held', names, root, joined, here),
                  format('DELETE FROM %s s WHERE %s RETURNING $1', root, here),
                  format('SELECT jsonb_build_object(''seen'', format(''%%s rows referred to it, %%s do still'', $1 ->> ''before'', count(*)), ''ok'', count(*) = 0)'
                         ' FROM %s r WHERE r.ctid = ANY (($1 ->> ''rows'')::tid[]) AND concat(r.tableoid, r.ctid) = ANY (($1 ->> ''places'')::text[])', names)], NULL, NULL, NULL, NULL

@@ -150,6 +150,28 @@ def test_no_write_to_the_default_partition_is_lost_meanwhile(forward, clinic, sq
     verify.check(run)
 
 
+def test_whoever_waits_while_rows_go_over_finds_them(database, sql):
+    """A session that has read the list of partitions, and then waits for the default one, would find it without these rows."""
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, n int);"
+        " CREATE FUNCTION slow(id int) RETURNS bool LANGUAGE plpgsql AS"
+        " $$BEGIN PERFORM pg_sleep(1) WHERE id = 1 AND current_query() LIKE '%FROM ONLY%'; RETURN true; END$$;"
+        " ALTER TABLE t ADD CONSTRAINT slow CHECK (slow(id));"
+        " INSERT INTO t SELECT n, CASE WHEN n < 100 THEN 'big' ELSE 'a' END, 0 FROM generate_series(1, 200) n")  # fmt: skip
+    run = migration.plan(database, "t", "k", partitions={"t_a": ["a"], "t_rest": "default"}, unique="per_partition")
+    migration.walk(run, migration.FORWARD)
+    draft = approved(run, add={"t_big": ["big"]})
+    adding = threading.Thread(target=additions.add, args=(draft,))
+    adding.start()
+    held = "SELECT count(*) FROM pg_locks WHERE relation = 't_rest'::regclass AND mode = 'AccessExclusiveLock' AND granted"
+    while sql(held) == [(0,)]:
+        assert adding.is_alive()
+    with psycopg.connect(database, autocommit=True) as other:
+        assert other.execute("UPDATE t SET n = 1 WHERE id = 2").rowcount == 1
+        assert other.execute("DELETE FROM t WHERE id = 3").rowcount == 1
+    adding.join()
+    assert sql("SELECT count(*), sum(n) FROM t_big") == [(98, 1)]
+
+
 @pytest.mark.long
 def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(forward, clinic, sql):
     run = forward()
@@ -189,6 +211,28 @@ def test_the_same_command_goes_on_after_it_could_not_attach(forward, clinic, sql
     sql(insert("nurse@x", "nurse"))
     sql(insert("clerk@x", "clerk"))
     assert sql("SELECT obj_description('users_nurses'::regclass)") == [(None,)]
+
+
+@pytest.mark.parametrize("end", [migration.BACK, pytest.param(migration.END, marks=pytest.mark.long)], ids=["back", "end"])
+def test_what_it_made_and_could_not_attach_goes_with_the_migration(forward, clinic, sql, end):
+    run = forward()
+    verify.check(run)
+    leave_behind(clinic, approved(run, add=NURSES))
+    migration.walk(run, end)
+    assert sql("SELECT to_regclass('users_nurses')") == [(None,)]
+
+
+@pytest.mark.long
+def test_the_end_waits_until_keys_that_stood_aside_are_valid_again(forward, clinic, sql):
+    run = forward(partitions=REST)
+    verify.check(run)
+    sql(insert("nurse@x", "nurse"))
+    draft = approved(run, add=NURSES)
+    additions.add(draft, 300, 30)
+    with pytest.raises(OutOfOrder, match="if 20_add_partitions was stopped, run it again"):
+        migration.walk(run, migration.END)
+    additions.validate(draft)
+    migration.walk(run, migration.END)
 
 
 @pytest.mark.long

@@ -292,3 +292,31 @@ def test_what_depends_on_the_retired_table_is_named_before_the_end(clinic, sql):
         migration.walk(run, migration.END)
     sql("DROP VIEW before")
     migration.walk(run, migration.END)
+
+
+@pytest.mark.parametrize(
+    ("others", "left"),
+    [("TRUNCATE users CASCADE", 0),
+     ("DELETE FROM appointments; DELETE FROM doctors; ALTER TABLE users DETACH PARTITION users_doctors; DROP TABLE users_doctors", 950)],
+)  # fmt: skip
+def test_what_others_do_between_the_replay_and_the_comparison_is_followed(forward, clinic, sql, monkeypatch, others, left):
+    run = forward()
+    exactly, met = rollback.compare.exactly, []
+
+    def later(*given):
+        if not met:
+            met.append(sql(others))
+        return exactly(*given)
+
+    monkeypatch.setattr(rollback.compare, "exactly", later)
+    migration.back(run)
+    assert sql("SELECT count(*), (SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass) FROM users") == [(left, "r")]
+
+
+def test_a_way_back_that_was_stopped_after_its_swap_is_to_be_completed(forward, clinic, sql):
+    run = forward()
+    migration.walk(run, migration.BACK, last="swap back")
+    with pytest.raises(OutOfOrder, match=r"The way back of public\.users was begun and is not completed: run 90_rollback again"):
+        migration.walk(run, migration.FORWARD, first="shadow", last="shadow")
+    migration.walk(run, migration.BACK)
+    migration.back(migration.forward(clinic))
