@@ -10,9 +10,9 @@ from psycopg import sql
 from runbook import dependents, partition
 from runbook.division import Division
 from runbook.facts import Finding
-from runbook.plan import Plan
+from runbook.plan import Plan, identifiers
 from runbook.session import Session
-from runbook.statements import trusted
+from runbook.statements import spelled, trusted
 from runbook.words import counted
 
 LEVELS = ("blocker", "warning", "note")
@@ -23,7 +23,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_looking(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
         *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -73,7 +73,7 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
     elif plan.key_nullable and plan.null_value is not None:
         yield Finding.warning(
             name, f"null_value fills {plan.key} until the cut-over only: after it a row without a {plan.key} is refused.",
-            f"Let whoever writes give it; where it is left out, ALTER TABLE … ALTER {plan.key} SET DEFAULT … helps.",
+            f"Let whoever writes give it; where it is left out, ALTER TABLE {plan.full_name} ALTER {plan.key} SET DEFAULT … helps.",
         )  # fmt: skip
     if plan.takes_null:
         yield from _without_primary_key(plan)
@@ -85,6 +85,26 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
         yield Finding.note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
+
+
+def _doubled(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Keys that many rows may share while the partition key is NULL, and no two once null_value stands there."""
+    for index in plan.indexes if plan.key_nullable and plan.null_value is not None else ():
+        others = [name for name in index.columns if name != plan.key]
+        if not index.unique or plan.key not in index.columns:
+            continue
+        rows = session.value(
+            "draft.doubles", table=plan.source, key=(plan.key,), filled=plan.null_value, type=trusted(plan.key_type),
+            predicate=trusted(index.tail.partition(" WHERE ")[2] or "true"), others=identifiers(others or [plan.key]),
+            given=trusted(" AND ".join(f"{spelled((name,))} IS NOT NULL" for name in others) or "true"),
+        )  # fmt: skip
+        if rows:
+            yield Finding.blocker(
+                index.name,
+                f"{counted(rows, 'row')} of {plan.full_name} would be doubles in {index.name} ({', '.join(index.columns)})"
+                f" once NULL in {plan.key} is {plan.null_value!r}.",
+                "Make them differ, set null_value to a value that no row has beside these, or by list give NULL a partition.",
+            )
 
 
 def _filled(session: Session, plan: Plan) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from runbook import changes, compare, indexes, partition, references, swapping, unique
-from runbook.errors import told
+from runbook.errors import PlanBlocked, told
 from runbook.ledger import NOTEBOOKS, STEPS, Action, Evidence, Run, recorded
 from runbook.plan import Plan, identifiers, with_key
 from runbook.session import Session
@@ -51,6 +51,11 @@ def measure(action: Action) -> Evidence:
         begun = time.perf_counter()
         with run.database.session("forecast"):
             sample.seconds["session"] = time.perf_counter() - begun
+    except psycopg.errors.IntegrityError as error:  # 03 would meet it, too
+        raise PlanBlocked(
+            f"The rows of {run.plan.full_name} cannot stand in the planned table. {told(error)} Change the rows or the plan, then run"
+            " 00_plan again."
+        ) from None
     except psycopg.Error as error:
         return action.finish(f"There is no forecast, because a sample could not be copied. {told(error)}")
     facts = _project(run, sample) | {"free_bytes": free(session, run.plan.table.oid)}

@@ -359,7 +359,7 @@ SELECT 'blocker' AS level, x.relname::text AS object, format('The index %s is no
   FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = {oid} AND NOT i.indisvalid
 UNION ALL
 SELECT 'blocker', k.conname, format('%s is NOT VALID, which a partition cannot be given so that it stays like that.', k.conname),
-       format('ALTER TABLE ... VALIDATE CONSTRAINT %I; first.', k.conname)
+       format('ALTER TABLE %s VALIDATE CONSTRAINT %I; first.', k.conrelid::regclass, k.conname)
   FROM pg_constraint k WHERE k.conrelid = {oid} AND NOT k.convalidated
    AND (k.contype = 'n' OR k.contype = 'f' AND current_setting('server_version_num')::int < 180000)
 UNION ALL

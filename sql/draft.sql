@@ -7,6 +7,11 @@ SELECT CAST({value} AS {type})::text
 -- name: values
 SELECT {key}::text AS value, count(*) AS rows FROM ONLY {table} GROUP BY {key} ORDER BY 2 DESC, 1 LIMIT {most}
 
+-- name: doubles
+-- Rows too many for a unique key once NULL is a value like another.
+SELECT coalesce(sum(n - 1), 0)::bigint AS rows
+  FROM (SELECT count(*) AS n FROM ONLY {table} WHERE ({key} IS NULL OR {key} = {filled}::{type}) AND {given} AND ({predicate}) GROUP BY {others} HAVING count(*) > 1) d
+
 -- name: placed
 -- The values that occur, NULL as what it becomes, with the given one that each equals. Beyond {most} of those that nothing
 -- equals, the rest is one. Grouped: what equals what is the type's to say, and its operator need not be in the search_path.

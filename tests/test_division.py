@@ -444,3 +444,17 @@ def test_a_key_of_a_domain_that_forbids_null_may_be_truncated_at_any_time(databa
     sql("TRUNCATE things; INSERT INTO things VALUES (78, 'x')")
     migration.back(run)
     assert sql("SELECT id FROM things") == [(78,)]
+
+
+def test_rows_that_become_doubles_when_null_is_filled_in_stop_the_plan(database: str, sql: Any) -> None:
+    """Of NULL a unique key takes any number."""
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text, email text); INSERT INTO t SELECT n, CASE WHEN n % 2 = 0 THEN 'x' END, 'e' || n"
+        " FROM generate_series(1, 100) n; INSERT INTO t VALUES (200, NULL, 'dup'), (201, NULL, 'dup'), (202, NULL, NULL); ALTER TABLE t ADD UNIQUE (k, email)")  # fmt: skip
+    given = {"partitions": {"t_x": ["x"], "t_rest": "default"}, "unique": "per_partition"}
+    with pytest.raises(
+        PlanBlocked, match=r"1 row of public\.t would be doubles in t_k_email_key \(k, email\) once NULL in k is 'none'"
+    ) as refused:
+        runbook.draft(database=database, table="t", key="k", null_value="none", **given).freeze()
+    assert "dup" not in str(refused.value).replace("duplicate", "").replace("doubles", "")
+    sql("UPDATE t SET email = 'other' WHERE id = 201")
+    migration.walk(migration.plan(database, "t", "k", null_value="none", **given), migration.FORWARD)
