@@ -88,10 +88,10 @@ class Run:
             run.folder = (runs / BEGUN).rename(folder)  # a folder of a run has a manifest, whatever happens
         return run
 
-    def start(self, notebook: str) -> Path:
-        """Notes that this notebook runs now (by hand: is about to be saved again); returns where its record belongs."""
-        step = self._step(notebook)
-        step |= {"notebook": notebook, "state": "running", "begun": step.get("begun", _now())}
+    def start(self, notebook: str, begun: str = "") -> Path:
+        """Notes that this notebook runs now (by hand: is about to be saved again, the cells that it shows `begun` then); returns
+        where its record belongs."""
+        self._step(notebook).update({"notebook": notebook, "state": "running", "begun": begun or _now()})
         for file in _of(notebook, self.folder):
             self.manifest["files"].pop(file.name, None)
         self._write()
@@ -101,11 +101,19 @@ class Run:
         """The outcome of a notebook that was started, with its HTML (`rendered` already, or now) and its statements beside it."""
         from runbook.pages import render_html
 
-        self._step(executed.notebook.name).update({
+        step = self._step(executed.notebook.name)
+        outcome = {
+            "failed_cell": executed.failed_cell,
+            "error_name": executed.error_name,
+            "error": redact(executed.error, self.secrets),
+        }
+        before = {name: step.get(name) for name in outcome}
+        if step.get("error_name") and before != outcome:  # by hand: what failed first, and was run again
+            step.setdefault("earlier", []).append(before)
+        step |= {
             "state": state or ("completed" if executed.failed_cell is None else "failed"),
-            "seconds": round(executed.seconds, 3), "failed_cell": executed.failed_cell,
-            "error_name": executed.error_name, "error": redact(executed.error, self.secrets),
-        })  # fmt: skip
+            "seconds": round(executed.seconds, 3),
+        } | outcome
         if not rendered:
             render_html(executed.notebook)
         files = _of(executed.notebook.name, self.folder)

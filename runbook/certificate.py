@@ -28,7 +28,7 @@ PAGE = """<!DOCTYPE html>
  pre {{ background: #f4f4f4; padding: .6em .8em; margin: .4em 0; font-size: .8em; white-space: pre-wrap }}
  summary {{ color: #00459e; cursor: pointer }} .pass {{ color: #00602b }} .fail {{ color: #9b0019 }} .not-tried {{ color: #555 }}
  .pass, .fail, .not-tried {{ font-weight: bold }}
- @media print {{ pre {{ font-size: .6em }} }}
+ @media print {{ pre {{ font-size: .6em }} summary {{ display: none }} details::details-content {{ content-visibility: visible; block-size: auto }} }}
  @media (max-width: 700px) {{ th, td {{ display: block }} td {{ margin-bottom: .5em }} }}
 </style></head><body>
 <h1>{title}</h1>
@@ -122,7 +122,7 @@ def _told(action: dict[str, Any]) -> str:
 
 
 def _rows(pairs: Any) -> str:
-    return "\n".join(f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>" for name, value in pairs)
+    return "\n".join(f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>' for name, value in pairs)
 
 
 def _junit(run: Run, promises: list[verify.Promise], counts: Counter[str]) -> str:

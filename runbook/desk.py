@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def _watch(app: Any, record: Run, pool: ThreadPoolExecutor) -> None:
                 with alone:
                     saves[name] += 1
                     if said and "/" not in name:
-                        record.start(name)
+                        record.start(name, begun(model["content"]))
             elif model.get("format") == "text":
                 model["content"] = redacted(model["content"], record.secrets)
         except Exception as error:  # Jupyter would log any other, and save what was not redacted
@@ -187,6 +187,14 @@ def outcome(content: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     if not any(counts):
         return seconds, {}
     return seconds, {"state": "completed" if all(counts) and counts == sorted(counts) else "unfinished"}
+
+
+def begun(content: dict[str, Any]) -> str:
+    """When the first of the cells began whose outputs it shows: of those that were run again, the last time."""
+    times = [cell["metadata"].get("execution", {}).get("iopub.execute_input") for cell in content["cells"]]
+    return min(
+        (datetime.fromisoformat(time).astimezone(UTC).isoformat(timespec="milliseconds") for time in times if time), default=""
+    )
 
 
 def _seconds(cell: dict[str, Any]) -> float:

@@ -17,7 +17,12 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
 {% block html_head_css %}<style>
+ :root { --jp-mirror-editor-comment-color: #2f6b6b; --jp-mirror-editor-number-color: #006600 }
  .jp-OutputArea-output { overflow-x: auto }
+ @media screen { /* a shadow where a table goes on beyond the edge */
+  .jp-OutputArea-output { background: linear-gradient(90deg, #fff 30%, #fff0), linear-gradient(270deg, #fff 30%, #fff0) 100% 0,
+    linear-gradient(90deg, #0004, #0000), linear-gradient(270deg, #0004, #0000) 100% 0; background-repeat: no-repeat;
+   background-size: 40px 100%, 40px 100%, 12px 100%, 12px 100%; background-attachment: local, local, scroll, scroll } }
  .jp-OutputArea-output pre, .jp-InputArea-editor .highlight pre {
   white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal }
  .jp-OutputArea-output pre.ruled { white-space: pre } .jp-RenderedHTMLCommon .words { text-align: left !important }
@@ -47,6 +52,7 @@ INDEX = """<!DOCTYPE html>
 <title>Runs</title><style>
  body {{ font: 16px/1.5 sans-serif; margin: 1.5em; color: #1a1a1a }} table {{ border-collapse: collapse }}
  th, td {{ text-align: left; vertical-align: top; padding: .4em .8em; border-bottom: 1px solid #ccc; overflow-wrap: break-word }}
+ td[data-is=Database], td[data-is=Plan] {{ overflow-wrap: anywhere }}
  @media screen and (min-width: 701px) {{ td:first-child {{ white-space: nowrap }} }}
  @media print {{ th, td {{ padding: .3em }} td {{ overflow-wrap: anywhere }} }}
  .failed, .broken, .unfinished {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
@@ -136,7 +142,7 @@ def unlink_missing(folder: Path) -> None:
 
 def index(runs: Path) -> Path:
     """Writes runs/index.html: what each run did, who ran it, how long it took, how it ended; the newest first."""
-    names = ("Run", "Table", "Who", "Steps took", "Result", "First that failed", "Record")
+    names = ("Run", "Table", "Database", "Plan", "Who", "Steps took", "Result", "First that failed", "Record")
     found = sorted(manifests(runs), key=lambda run: str(run[1].get("begun", "")), reverse=True)
     rows = [
         "<tr>"
@@ -145,7 +151,7 @@ def index(runs: Path) -> Path:
         for run in found
     ]
     page = runs / "index.html"
-    write_whole(page, INDEX.format(head="".join(f"<th>{name}</th>" for name in names), rows="\n".join(rows)))
+    write_whole(page, INDEX.format(head="".join(f'<th scope="col">{name}</th>' for name in names), rows="\n".join(rows)))
     return page
 
 
@@ -156,13 +162,15 @@ def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
     pages = [(Path(step["notebook"]).with_suffix(".html").name, step["notebook"]) for step in steps]
     links = [(Path(name).stem, page if (folder / page).is_file() else name) for page, name in pages]
     by_hand = " by hand" if manifest.get("by_hand") else ""
-    who = [manifest.get(name, "") for name in ("operator", "database_user")]
+    operator = [manifest.get(name, "") for name in ("operator", "database_user")]
     failure = f"{Path(bad['notebook']).stem}: {bad.get('error', '')}" if bad and state != "running" else ""
     result = manifest.get("result", "") if state == "completed" else ""  # else the next column says it
     plain = (
         _begun(manifest),
         manifest.get("table", ""),
-        " as ".join(name for name in who if name) + f" on {manifest.get('host', '')}{by_hand}",
+        str(manifest.get("parameters", {}).get("database", "embedded")),
+        manifest.get("plan_hash", "")[:12] + (f", approved by {who}" if (who := manifest.get("approved_by")) else ""),
+        " as ".join(name for name in operator if name) + f" on {manifest.get('host', '')}{by_hand}",
         f"{sum(step.get('seconds', 0) for step in steps):,.1f} s",
     )
     files = [*links, *((Path(n).stem, n) for n in manifest["files"] if n == "certificate.html"), ("manifest", "manifest.json")]

@@ -68,6 +68,7 @@ SELECT 'Its columns are those that it had' AS promise, coalesce('not so: ' || st
 -- partitions' names: there the root answers for them, whose index is valid only when every partition has one.
 WITH planned AS (
   SELECT i.*, p.table, p.name AS wanted, CASE WHEN m.plan ->> 'key' = ANY (i.columns) THEN i.columns ELSE i.columns || (m.plan ->> 'key') END AS new_key,
+         i.unique AND NOT m.plan ->> 'key' = ANY (i.columns) AND NOT coalesce(m.plan -> 'guards', '[]') @> jsonb_build_array(jsonb_build_object('index', i.name)) AS apart, i.columns AS own,
          i.primary AND (m.plan ->> 'key_nullable')::boolean AND m.plan -> 'partitions' @> '[{{"values": [null]}}]' AS takes_null
     FROM runbook.migration m CROSS JOIN LATERAL jsonb_to_recordset(m.plan -> 'indexes') AS i(
          name text, "unique" boolean, "primary" boolean, columns text[], tail text, constraint_type text, everywhere boolean, leaf_names jsonb)
@@ -92,13 +93,13 @@ SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary AND NOT p.tak
               CASE WHEN p.primary THEN format('(%s)', array_to_string(p.new_key, ', ')) ELSE p.tail END) AS promise,
        coalesce('not so: ' || string_agg(format('%s of %s is %s', p.wanted, p.table,
            CASE WHEN now.name IS NULL THEN 'missing' WHEN now.valid THEN now.definition ELSE 'not valid' END), '; ') FILTER (WHERE NOT same.ok),
-         'on ' || string_agg(p.table, ', ')) AS seen,
+         'on ' || string_agg(p.table, ', ') || CASE WHEN p.apart THEN format(': unique in each partition, no longer in the whole table%s', ' (' || array_to_string(p.own, ', ') || ')') ELSE '' END) AS seen,
        bool_and(same.ok) AS ok
   FROM planned p LEFT JOIN now ON now.table = p.table AND now.name = p.wanted
  CROSS JOIN LATERAL (SELECT now.name IS NOT NULL AND now.valid AND now.unique = p.unique AND now.primary = (p.primary AND NOT p.takes_null)
     AND now.constraint_type IS NOT DISTINCT FROM CASE WHEN p.takes_null THEN 'u' ELSE p.constraint_type END
     AND CASE WHEN p.primary THEN now.columns = p.new_key ELSE left(now.whole, length(now.whole) - length(now.predicate)) || coalesce(now.space, '') || now.predicate = p.tail END AS ok) same
- GROUP BY p.name, p.primary, p.unique, p.tail, p.new_key, p.takes_null ORDER BY p.primary DESC, p.name
+ GROUP BY p.name, p.primary, p.unique, p.tail, p.new_key, p.takes_null, p.apart, p.own ORDER BY p.primary DESC, p.name
 
 -- name: references
 -- The plan's text and the server's differ in quotes and in what is left out because it is the default.

@@ -440,3 +440,16 @@ def test_a_run_that_was_stopped_between_two_notebooks_is_not_completed(tmp_path:
     run.add(executed(run.start("00_plan.ipynb")))
     run.seal(result="01_backup was stopped before its first cell.")
     assert run.manifest["state"] == "failed"
+
+
+def test_what_failed_by_hand_before_it_went_well_stays_in_the_manifest(tmp_path: Path) -> None:
+    run = Run.begin(tmp_path, "users", {}, by_hand=True)
+    times = [f"2026-01-01T10:0{minute}:00.000+00:00" for minute in range(3)]
+    for at, error in ((times[0], "no approval"), (times[0], "no approval"), (times[1], "locked"), (times[2], "")):
+        path = run.start("05_cutover.ipynb", at)
+        path.write_text("{}")
+        run.add(Executed(path, 1.0, 3 if error else None, error, "Refused" if error else ""), rendered=True)
+    run.seal()
+    (step,) = json.loads((run.folder / "manifest.json").read_text())["steps"]
+    assert (step["begun"], step["state"], step["error"]) == (times[2], "completed", "")
+    assert [each["error"] for each in step["earlier"]] == ["no approval", "locked"]

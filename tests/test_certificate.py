@@ -61,6 +61,7 @@ def test_the_certificate_names_every_promise_with_what_was_seen_who_and_by_which
     assert manifest["approved_by"] == "a test"
     assert f"{len(promises)} promises hold, 0 are broken, 0 could not be tried." in page
     assert not re.search(r"<script|<link|https?://", page)
+    assert "users_patients: unique in each partition, no longer in the whole table (email)" in page, "what was given up is said"
 
 
 @pytest.mark.long

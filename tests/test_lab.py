@@ -148,6 +148,10 @@ def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_
     assert (manifest["state"], manifest["sealed"], manifest["by_hand"]) == ("completed", True, True)
     assert [each["notebook"] for each in manifest["steps"]] == [f"{name}.ipynb" for name in names]
     assert all(each["seconds"] > 0 for each in manifest["steps"])
+    begun = [each["begun"] for each in manifest["steps"]]
+    assert begun == sorted(begun) and manifest["begun"] < begun[0] and begun[-1] < manifest["ended"]
+    restored = manifest["steps"][names.index("03_restore")]
+    assert [each["error_name"] for each in restored["earlier"]] == ["KeyboardInterrupt"], "what was interrupted stays on record"
     assert manifest["plan_hash"] and manifest["server"] and manifest["approved_by"] == "ann"
     for name in names:
         assert {f"{name}.ipynb", f"{name}.html", f"{name}.statements.jsonl"} <= manifest["files"].keys()
