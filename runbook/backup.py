@@ -37,6 +37,11 @@ def script(run: Run) -> changes.Statements:
     yield statement("backup.comment", **run.names, comment=f"Backup of {run.plan.full_name}, made before it was partitioned")
 
 
+def sums(run: Run) -> sql.Composed:
+    """The query of what the backup holds."""
+    return statement("backup.sums", **_names(run, "backup"))
+
+
 def preview(run: Run) -> Sheet:
     """The statements that make the backup, and those that prove it."""
     return Sheet([*script(run), *(statement("backup.sums", **_names(run, table)) for table in ("source", "backup"))])

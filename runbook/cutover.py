@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from psycopg import sql
@@ -213,11 +213,12 @@ def validations(run: Run, session: Session | None = None) -> composite.Validatio
         yield key.name, swapping.add(plan.source, key.name, plan.becomes(key), key.comment), [*referenced, plan.source]
 
 
-def script(run: Run) -> Statements:
-    """The whole step as one transaction for psql, then the validation."""
+def script(run: Run, noted: Iterable[sql.Composed] = ()) -> Statements:
+    """The whole step as one transaction for psql, with what is `noted` of it, then the validation."""
     yield rendered("BEGIN")
     yield from swapping.lock_statements(run)
     yield from swapping.swap_statements(run)
+    yield from noted
     yield rendered("COMMIT")
     for _, each, _ in validations(run):
         yield each

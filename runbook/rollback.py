@@ -32,7 +32,7 @@ from runbook.references import added
 from runbook.references import names as reference_names
 from runbook.session import Session
 from runbook.sheet import Sheet
-from runbook.statements import rendered, statement, trusted
+from runbook.statements import rendered, spelled, statement, trusted
 from runbook.words import counted
 
 
@@ -242,7 +242,7 @@ def check(action: Action, keep_backup: bool = False) -> Evidence:
     if closed := _closed(run, session):
         return action.finish(closed)
     with session.qualified():
-        now = catalog.fingerprint(session, run.plan.table.oid)
+        now = catalog.fingerprint(session, session.value("verify.oid", root=spelled(run.plan.source)))
     altered = "" if now == run.plan.fingerprint else " It was altered by others since the plan was made; those changes stay."
     if run.finished("rollback", "clean") is None:
         raise PromiseBroken(f"The migration of {run.plan.full_name} has not been taken away: run 90_rollback from its beginning.")

@@ -12,7 +12,12 @@ from runbook.draft import draft
 from runbook.errors import BadInput
 from runbook.ledger import Run, of
 from runbook.sheet import Sheet
-from runbook.statements import statement
+from runbook.statements import Value, spelled, statement
+
+HEAD = r"""\set ON_ERROR_STOP on
+-- For psql, and for a table that nobody writes to meanwhile. It stops at the first error; what it did until then, `runbook rollback`
+-- takes back. Afterwards the ledger (schema runbook) knows of it: `runbook run --from verify`, `runbook rollback` and `runbook finish`
+-- go on from there, with the same parameters."""
 
 
 def planned(given: dict[str, Any]) -> Run:
@@ -39,16 +44,42 @@ def planned(given: dict[str, Any]) -> Run:
 
 
 def whole(run: Run) -> Sheet:
-    """Every statement of the steps 01 to 05, loops written out; ends where the notebooks end, given that nobody writes."""
+    """Every statement of the steps 01 to 05, loops written out; ends where the notebooks end, given that nobody writes. The ledger
+    has it then: 06, 20, 90 and 91 go on from there."""
     return Sheet(_statements(run))
 
 
 def _statements(run: Run) -> Statements:
-    yield sql.Composed([sql.SQL("\\set ON_ERROR_STOP on\n")])
+    yield sql.Composed([sql.SQL(HEAD)])
     yield statement("ledger.create")
+    yield statement(
+        "ledger.script_migration", migration=run.migration, source=run.plan.full_name, source_text=spelled(run.plan.source),
+        plan=run.plan.model_dump_json(), hash=run.plan.hash,
+    )  # fmt: skip
+    yield from _noted(run, "plan", "check")
     yield from backup.script(run)
+    sums = sql.SQL("(SELECT jsonb_build_object('sums', jsonb_agg(to_jsonb(s))) FROM ({}) s)").format(backup.sums(run))
+    yield from _noted(run, "backup", "make", evidence=sums)
+    yield from _noted(run, "backup", "check")
     yield from partition.create(run)
     yield from changes.switch_on(run)
+    yield from _noted(run, "partition", "shadow", "log", "check")
     yield from restore.script(run)
+    yield from _noted(run, "restore", "copy", "settle", "index", "check")
     yield from foreign_keys.script(run)
-    yield from cutover.script(run)
+    yield from _noted(run, "foreign_keys", "columns", "fill", "check")
+    logging = sql.SQL("({})").format(statement("changes.logging_back", **run.names))
+    swapped = [statement("ledger.remember_triggers", **run.names, triggers=logging), *_noted(run, "cutover", "swap")]
+    yield from cutover.script(run, swapped)
+    yield from _noted(run, "cutover", "validate", "check")
+
+
+def _noted(run: Run, step: str, *actions: str, evidence: sql.Composable | str = "{}") -> Statements:
+    for action in actions:
+        names: dict[str, Value] = {
+            "step": step,
+            "action": action,
+            "sentence": "Done by the script of `runbook sql`.",
+            "evidence": evidence,
+        }
+        yield statement("ledger.script_action", migration=run.migration, **names)

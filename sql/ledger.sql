@@ -52,6 +52,17 @@ UPDATE runbook.migration SET state = 'replaced' WHERE source = {source} AND stat
 -- name: insert_migration
 INSERT INTO runbook.migration (source, source_oid, plan, plan_hash) VALUES ({source}, {oid}, {plan}, {hash}) RETURNING id
 
+-- name: script_migration
+-- In the database where the script runs.
+UPDATE runbook.migration SET state = 'replaced' WHERE source = {source} AND state = 'open' AND id <> {migration};
+INSERT INTO runbook.migration (id, source, source_oid, plan, plan_hash) OVERRIDING SYSTEM VALUE
+  VALUES ({migration}, {source}, {source_text}::regclass, {plan}, {hash}) ON CONFLICT (id) DO NOTHING;
+SELECT setval(pg_get_serial_sequence('runbook.migration', 'id'), max(id)) FROM runbook.migration
+
+-- name: script_action
+INSERT INTO runbook.action (migration, step, action, state, finished_at, operator, sentence, evidence)
+  VALUES ({migration}, {step}, {action}, 'done', clock_timestamp(), 'psql as ' || current_user, {sentence}, {evidence})
+
 -- name: set_state
 UPDATE runbook.migration SET state = {state} WHERE id = {migration}
 

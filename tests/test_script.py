@@ -38,6 +38,21 @@ def test_the_script_ends_where_the_notebooks_end(clinic: str, copy: str, legacy:
     assert dump(copy) == dump(clinic)
 
 
+def test_after_the_script_the_runbook_goes_on(clinic: str, database: str) -> None:
+    """In a copy, restored from a dump: 06 verifies, 90 leads back, and what is planned anew comes to its end."""
+    client("psql", "--no-psqlrc", "--quiet", database, text=client("pg_dump", f"--dbname={clinic}"))
+    before, script = dump(database, "--exclude-schema=runbook"), printed(clinic)
+    client("psql", "--no-psqlrc", "--quiet", database, text=script)
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("INSERT INTO users (email, password, first_name, last_name, role) VALUES ('n@x', '', '', '', 'admin')")
+        assert "05_cutover (check done)" in CliRunner().invoke(cli.main, ["status", "--database", database]).output
+        walk(database, "06_verify", "90_rollback")
+        connection.execute("DELETE FROM users WHERE email = 'n@x'")
+    assert dump(database, "--exclude-schema=runbook") == before
+    walk(database, *FORWARD[:-1])
+    walk(database, "91_finish", approved_by="ann", force_strict=True)
+
+
 @pytest.mark.long
 def test_the_script_stops_at_the_first_error(clinic: str) -> None:
     script = printed(clinic)
