@@ -23,7 +23,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_locking(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
         *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -118,6 +118,20 @@ def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
                 row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
                 "Insert that row first, or set null_value to one that is there.",
             )  # fmt: skip
+
+
+def _locking(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Locks are kept in a table of a fixed size: where many partitions are looked through, it overflows for everybody."""
+    room = session.row("catalog.lock_table")
+    each = (len(plan.partitions) + 1) * (1 + len(plan.indexes))
+    at_once = room["places"] // each
+    if at_once < room["connections"] / 4:
+        yield Finding.warning(
+            plan.full_name,
+            f"A look-up that does not name {plan.key} locks {each:,} tables and indexes, and the server has room for {room['places']:,}: beyond"
+            f" {counted(at_once, 'such transaction')} at a time sessions fail (53200), and so may the way back.",
+            f"ALTER SYSTEM SET max_locks_per_transaction = {each}; and restart the server, or make fewer partitions.",
+        )
 
 
 def _looking(session: Session, plan: Plan) -> Iterator[Finding]:

@@ -316,6 +316,10 @@ SELECT 'function of its rows', f.signature, w.definition, 'DROP ROUTINE IF EXIST
        || coalesce('; COMMENT ON ROUTINE ' || f.signature || ' IS ' || quote_literal(obj_description(f.oid, 'pg_proc')), '') AS definition) w
 ORDER BY 1, 2
 
+-- name: lock_table
+SELECT current_setting('max_locks_per_transaction')::int * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int) AS places,
+       current_setting('max_connections')::int AS connections
+
 -- name: others
 -- Everything else that depends on the table, its row type or its primary key: what nobody carries must stop the plan.
 -- By the table itself come its own parts, views, rules, policies and SQL-body functions, which are carried; by its row

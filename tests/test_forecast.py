@@ -151,3 +151,15 @@ def test_the_disk_that_is_needed_is_held_against_what_is_free(clinic: str) -> No
     assert facts["free_bytes"] > 0  # the tests' server is on this machine
     for free, said in ((None, "only the server's machine can tell"), (10**12, "MB are free)"), (10**6, "NOT ENOUGH")):
         assert said in forecast.sentence({**facts, "free_bytes": free})
+
+
+def test_many_partitions_are_counted_and_so_are_the_locks_that_they_take(database: str, sql: Sql) -> None:
+    """Most of a small index is its first pages; and each look-up without the key locks every one of them."""
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, v int); CREATE INDEX ON t (v); CREATE INDEX ON t (k, v);"
+        " INSERT INTO t SELECT n, 'k' || n % 80, n FROM generate_series(1, 20000) n")  # fmt: skip
+    run = migration.plan(database, "t", "k", unique="per_partition")
+    (found,) = [each for each in run.plan.findings if "max_locks_per_transaction" in each.way_out]
+    assert "locks 324 tables and indexes" in found.sentence and found.level == "warning"
+    foretold = forecast.measure(run).facts["index_bytes"]
+    migration.walk(run, migration.FORWARD, last="index")
+    assert 0.6 < foretold / run.finished("restore", "index").facts["index_bytes"] < 1.6
