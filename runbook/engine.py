@@ -41,6 +41,7 @@ from papermill.log import logger
 del __getattr__
 
 IPC_PATH_BYTES = 100  # a socket's path has 107; the kernel adds "-5"
+SHORT_S = 0.05  # a record that is written within that is written each time
 LAST_WORDS_S = 3.0  # how long an interrupted kernel may still say where it stopped
 
 
@@ -175,7 +176,8 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         try:
             log = self.room.joinpath("log").open("wb")
             with log, self.setup_kernel(env={**os.environ, **own, **self.told}, stdout=log, stderr=log):
-                self.papermill_execute_cells()
+                with self._seldom_saved():
+                    self.papermill_execute_cells()
                 self.set_widgets_metadata()
                 self.nb.metadata["runbook"] = {"state": "completed"}
         except BaseException as error:
@@ -183,6 +185,25 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
             raise
         finally:
             shutil.rmtree(self.room, ignore_errors=True)
+
+    @contextmanager
+    def _seldom_saved(self) -> Iterator[None]:
+        """Papermill writes the record before and after each cell: of a large one, with hundreds of partitions, that took most of the
+        time. It takes a tenth at most; whatever ends the notebook writes it once more."""
+        save, ended, took = self.nb_man.save, 0.0, 0.0
+
+        def seldom(**given: Any) -> None:
+            nonlocal ended, took
+            if (begun := time.monotonic()) - ended > (9 * took if took > SHORT_S else 0):
+                save(**given)
+                ended = time.monotonic()
+                took = ended - begun
+
+        self.nb_man.save = seldom
+        try:
+            yield
+        finally:
+            self.nb_man.save = save
 
     def papermill_execute_cells(self) -> None:
         for index, cell in enumerate(self.nb.cells):
