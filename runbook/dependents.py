@@ -132,7 +132,9 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
             )  # fmt: skip
         if reference.adds_column:
             yield Finding.warning(
-                name, f"{name} gains the column {reference.role_column}: a prepared SELECT * on it fails once (0A000), and a logical subscriber needs the column first.",
+                name, f"{name} gains the column {reference.role_column}: a prepared SELECT * on it fails (0A000) until it is prepared anew, a logical"
+                f" subscriber needs the column first, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
+                "Renew the connections after 04; keep_fill lets 91 leave the trigger that fills it in.",
             )  # fmt: skip
         if plan.server_version == 14 and "ON DELETE CASCADE" in reference.definition:
             yield Finding.warning(

@@ -15,13 +15,14 @@ from runbook.statements import statement
 from runbook.words import counted
 
 
-def statements(run: Run, drop_backup: bool = False) -> Statements:
+def statements(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Statements:
     """All of the step, for one short transaction."""
     if run.plan.restore_from == "source":
         yield statement("changes.switch_off_back", **run.names)
         for leaf in changes.leaves(run):
             yield statement("changes.switch_off_back_truncate", leaf=leaf)
-    for reference in [*added(run), *run.plan.own_roles]:
+    yield from foreign_keys.keep(run) if keep_fill else ()
+    for reference in [] if keep_fill else [*added(run), *run.plan.own_roles]:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
         if run.plan.frequent_value is not None:
             yield statement("rollback.set_default", **names(run, reference))
@@ -33,9 +34,9 @@ def statements(run: Run, drop_backup: bool = False) -> Statements:
         yield statement("backup.drop", **run.names)
 
 
-def preview(run: Run, drop_backup: bool = False) -> Sheet:
+def preview(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Sheet:
     """The statements of this step, with real names."""
-    return Sheet(statements(run, drop_backup))
+    return Sheet(statements(run, drop_backup, keep_fill))
 
 
 @recorded("finish", "approval")
@@ -59,15 +60,18 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
             needed = f"Old code inserted {counted(last['rows'], 'row')} without the role column, the last {hours:.1f} h ago"
             never = f"Nothing has needed the fill trigger yet, but it came only {hours:.1f} h ago"
             raise OutOfOrder(
-                f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, or set"
-                " force_strict to end the trigger's help all the same."
+                f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, set"
+                " force_strict to end the trigger's help all the same, or keep_fill to keep it."
             )
     return action.finish(f"Approved by {who}.", approved_by=who)
 
 
 @recorded("finish", "drop")
-def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
-    """Drop the log, the retired table and, if asked, the backup; referencing tables get the strict form. No way back after it."""
+def drop(
+    action: Action, drop_backup: bool = False, keep_fill: bool = False, lock_timeout_ms: int = 300, budget_s: float = 120
+) -> Evidence:
+    """Drop the log, the retired table and, if asked, the backup; referencing tables get the strict form, or `keep_fill` leaves them
+    their fill trigger. No way back after it."""
     run, session = action.run, action.session
     if run.finished("finish", "approval") is None:
         raise ApprovalMissing(f"Finishing {run.plan.full_name} has not been approved: run 91_finish from its beginning.")
@@ -77,7 +81,7 @@ def drop(action: Action, drop_backup: bool = False, lock_timeout_ms: int = 300, 
         going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", drop_backup)) if goes]
         ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
         with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
-            for each in (*attaching.forget(run, session), *statements(run, drop_backup)):
+            for each in (*attaching.forget(run, session), *statements(run, drop_backup, keep_fill)):
                 session.run(each)
             session.run("ledger.set_state", state="finished", migration=run.migration)
             return action.finish(

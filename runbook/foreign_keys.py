@@ -13,7 +13,7 @@ from runbook.correction import drain, fill_in, stuck
 from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.plan import with_key
+from runbook.plan import fit, with_key
 from runbook.references import added, names, tables
 from runbook.session import Session
 from runbook.sheet import Sheet
@@ -192,6 +192,18 @@ def without_legacy(run: Run) -> Statements:
     """The inverse: no fill trigger."""
     for reference in [*added(run), *run.plan.own_roles]:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
+
+
+def keep(run: Run) -> Statements:
+    """For an application that will never name the role column: the fill trigger stays, with functions beside its table, and counts
+    no longer."""
+    for reference in filled(run):
+        yield statement("foreign_keys.drop_fill", **names(run, reference))
+        beside = {
+            f"{each}_function": sql.Identifier(reference.schema_name, fit(f"{reference.table}_{reference.role_column}_{each}"))
+            for each in ("fill", "named")
+        }
+        yield statement("foreign_keys.create_fill", **{**names(run, reference), **beside, "note": sql.SQL("NULL")})
 
 
 def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, bool]]:

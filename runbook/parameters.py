@@ -86,6 +86,7 @@ class Parameters(BaseModel):
     keep_backup: bool = False
     unneeded_for_h: Annotated[int, Field(ge=0)] = 24
     force_strict: bool = False
+    keep_fill: bool = False
     drop_backup: bool = False
     # 07 and 08: the application's statements, and what fails a look
     queries: str = ""

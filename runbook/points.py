@@ -95,11 +95,12 @@ def copy_table(run: Run, session: Session) -> None:
 def _copy_reference(run: Run, session: Session, reference: Reference, its: dict[str, Any]) -> dict[str, Any]:
     """As `copy_table`, a table that references it, with the composite key and what `legacy_inserts` says; its names."""
     table, number = sql.Identifier("pg_temp", run.plan.table.name), run.plan.references.index(reference)
-    own = {
+    own: dict[str, sql.Composable] = {
         "reference": sql.Identifier("pg_temp", reference.table),
         "source": table,
         "filled": sql.Identifier("pg_temp", "filled"),
     }
+    own["note"] = statement("foreign_keys.note_fill", **own)
     own |= {each: sql.Identifier("pg_temp", f"{each}_{number}") for each in ("fill_function", "named_function")}
     definition = reference.composite.replace(run.plan.source.as_string(None), table.as_string(None))
     named = (

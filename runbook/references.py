@@ -10,7 +10,7 @@ from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import equal, fit, identifiers
 from runbook.session import Session
-from runbook.statements import trusted
+from runbook.statements import statement, trusted
 
 
 def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
@@ -40,7 +40,8 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "reference_log_text": sql.Literal(sql.Identifier(run.staging, run.plan.internal(f"references_{number}")).as_string(None)),
         "reference_function": sql.Identifier(run.staging, f"log_references_{number}"),
         "fill_function": sql.Identifier(run.staging, f"fill_{number}"),
-        "filled": sql.Identifier(run.staging, run.plan.internal("filled")),
+        "filled": (counts := sql.Identifier(run.staging, run.plan.internal("filled"))),
+        "note": statement("foreign_keys.note_fill", filled=counts),
         "named_function": sql.Identifier(run.staging, f"role_named_{number}"),
         "named_setting": sql.Literal(f"runbook.role_named_{run.migration}_{number}".replace("-", "_")),
         "named_trigger": sql.Identifier(fit(f"zzz_runbook_explicit_{reference.role_column}")),  # triggers fire by name: first

@@ -7,9 +7,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import correction, cutover, foreign_keys
+from runbook import correction, cutover, foreign_keys, ledger
 from runbook.errors import LockNotGranted, PromiseBroken
 from tests import migration
+from tests.walk import walk
 
 WRONG = "SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role"
 FILLED = "SELECT count(*) > 0 FROM appointments WHERE user_role <> 'user'"
@@ -163,3 +164,19 @@ def test_a_row_that_somebody_is_writing_is_not_one_that_an_update_cannot_correct
         sql("UPDATE appointments SET user_role = 'admin' WHERE id = %s", one)
         monkeypatch.setattr(foreign_keys, "drain", drained)
         migration.walk(run, migration.FORWARD, first="keys check", last="keys check")
+
+
+def test_for_an_application_that_never_names_the_column_the_fill_trigger_stays(forward, clinic, sql):
+    run = forward()
+    walk(clinic, "06_verify")
+    walk(clinic, "91_finish", approved_by="ann", keep_fill=True)
+    user = sql("SELECT id FROM users WHERE role = 'admin'")[0][0]
+    book = "INSERT INTO appointments (user_id, doc_id, scheduled_at) SELECT %s, doc_id, now() FROM appointments LIMIT 1 RETURNING user_role"
+    assert sql(book, [user]) == [("admin",)]
+    assert sql(book.replace("%s", "(SELECT id FROM users WHERE role = 'doctor' LIMIT 1)")) == [("doctor",)]
+    assert sql("SELECT to_regnamespace('runbook_1'), to_regclass('users_retired')") == [(None, None)]
+    functions = "SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND proname LIKE 'appointments%' ORDER BY 1"
+    assert sql(functions) == [("appointments_user_role_fill",), ("appointments_user_role_named",)]
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        sql(book, ["00000000-0000-0000-0000-000000000000"])
+    assert ledger.of(run.database, "users").state == "finished"
