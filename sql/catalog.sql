@@ -539,7 +539,9 @@ SELECT x.relname AS index, p.parts,
                               AND g.refobjid = i.indrelid AND g.refobjsubid = a.attnum)) ORDER BY a.attnum) AS watched
   FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
  CROSS JOIN LATERAL (
-       SELECT jsonb_agg(jsonb_build_array('k' || n, pg_get_indexdef(i.indexrelid, n, false),
+       SELECT jsonb_agg(jsonb_build_array(coalesce(  -- an error's detail names these: the columns where they are some, each once
+                (SELECT a.attname FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = i.indkey[n - 1] AND a.attnum > 0
+                    AND a.attnum <> ALL (i.indkey[0:n - 2])), 'expression ' || n), pg_get_indexdef(i.indexrelid, n, false),
                 concat_ws(' ', 'COLLATE ' || (SELECT format('%I.%I', cn.nspname, c.collname) FROM pg_collation c JOIN pg_namespace cn ON cn.oid = c.collnamespace
                                                WHERE c.oid = i.indcollation[n - 1]),
                           (SELECT format('%I.%I', o.nspname, c.opcname) FROM pg_opclass c JOIN pg_namespace o ON o.oid = c.opcnamespace

@@ -41,7 +41,14 @@ def refusals(sql: Any) -> list[tuple[str | None, ...]]:
     for statement in (insert("one@x", "doctor"), same_id):
         with pytest.raises(psycopg.errors.UniqueViolation) as refused:
             sql(statement)
-        seen.append((refused.value.sqlstate, refused.value.diag.constraint_name, refused.value.diag.message_primary))
+        seen.append(
+            (
+                refused.value.sqlstate,
+                refused.value.diag.constraint_name,
+                refused.value.diag.message_primary,
+                refused.value.diag.message_detail,
+            )
+        )
     return seen
 
 
@@ -242,7 +249,9 @@ def test_keys_of_an_extensions_type_are_replayed_whatever_the_search_path(server
     sql("UPDATE things SET id = 'n7' WHERE id OPERATOR(ext.=) 'N7'; UPDATE things SET kind = 'y' WHERE id OPERATOR(ext.=) 'N8'")
     migration.walk(run, migration.FORWARD, first="approval")
     verify.check(run)
-    sql("UPDATE things SET id = 'N9' WHERE id OPERATOR(ext.=) 'n9'; UPDATE things SET kind = 'x' WHERE id OPERATOR(ext.=) 'N8'")
+    sql("UPDATE things SET id = 'N9' WHERE id OPERATOR(ext.=) 'n9'")
+    if server.version > 14:  # there a row that is referred to cannot move
+        sql("UPDATE things SET kind = 'x' WHERE id OPERATOR(ext.=) 'N8'")
     migration.back(run)
     assert sql("SELECT count(*), count(*) FILTER (WHERE id::text = 'n7') FROM things") == [(40, 1)]
 
