@@ -153,21 +153,23 @@ def references_of(session: Session, table: Table, key: str) -> tuple[Reference, 
             Reference(
                 name=row["name"], schema_name=row["schema"], table=row["table"], owner=row["owner"], definition=row["definition"],
                 columns=columns, referenced=referenced, role_column=role, role_type=base, adds_column=key not in referenced, not_null=row["not_null"],
-                indexed=row["indexed"], composite=_composite(row, table, key, role), comment=row["comment"],
+                indexed=row["indexed"], composite=_composite(row, table, key, role, session.connection.info.server_version >= 150000), comment=row["comment"],
                 leaves=tuple((schema, name) for schema, name in row["leaves"] or []), operators=tuple(row["operators"]),
             )
         )  # fmt: skip
     return tuple(found)
 
 
-def _composite(row: Row, table: Table, key: str, role: str) -> str:
+def _composite(row: Row, table: Table, key: str, role: str, names_columns: bool) -> str:
     """The definition of the composite key: itself where it has the partition key already; else the old one's actions and
-    timing, and ON UPDATE CASCADE, which carries a changed partition key along. SET NULL names its columns, or it would
-    empty the role column too (PostgreSQL 15)."""
+    timing, and ON UPDATE CASCADE, which carries a changed partition key along. SET NULL names its columns from 15 on; on 14 it
+    empties the role column too, which means nothing without the others."""
     referenced = tuple(row["referenced"])
     if key in referenced:
         return str(row["definition"]).removesuffix(" NOT VALID")
-    on_delete = ACTIONS[row["on_delete"]] + (" ({})" if row["on_delete"] in "nd" else "")
+    on_delete = ACTIONS[row["on_delete"]] + (
+        " ({})" if row["on_delete"] == "d" or (row["on_delete"] == "n" and names_columns) else ""
+    )
     text = sql.SQL("FOREIGN KEY ({}) REFERENCES {} ({}){} ON UPDATE CASCADE ON DELETE {}{}").format(
         sql.SQL(", ").join(map(sql.Identifier, (*row["columns"], role))),
         sql.Identifier(table.schema_name, table.name),

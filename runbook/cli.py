@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -232,7 +233,7 @@ def status(file: Path | None, pairs: Any, database: str | None, as_json: bool) -
     checked = parameters.check(given | ({"database": database} if database else {}))
     found = target(checked.database)
     with found.session("status") as session:
-        rows = session.rows("ledger.overview") if session.value("ledger.exists") else []
+        rows = session.rows("ledger.overview") if ledger.kept(session) else []
     rows = [row for row in rows if checked.table in ("", row["table"], row["table"].partition(".")[2])]
     for row in rows:
         row["step"] = ledger.NOTEBOOKS.get(row["step"], row["step"])
@@ -244,6 +245,8 @@ def status(file: Path | None, pairs: Any, database: str | None, as_json: bool) -
         for row in rows:
             at = f"{row['step']} ({row['action']} {row['action_state']})"
             click.echo(f"{row['table']}: {row['state']}, at {at}. {row['sentence'] or ''}".strip())
+    if found.embedded and not as_json:
+        click.echo(f"Its server: psql {shlex.quote(found.conninfo)}")
 
 
 @main.command("sql", short_help="Print the plan's whole migration as one SQL script.")
@@ -288,7 +291,7 @@ def audit(runs: Path, database: str | None) -> None:
     heads: list[str] = []
     if database:
         with target(database).session("audit") as session:
-            if not session.value("ledger.exists"):
+            if not ledger.kept(session):
                 raise BadInput(f"{database} has no ledger to compare with: name the database that was migrated.")
             heads = [row["head"] for row in session.rows("ledger.heads")]
     said = archive.audit(runs, heads)

@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook import catalog, matviews
 from runbook.facts import Finding
-from runbook.plan import Plan
+from runbook.plan import Plan, identifiers
 from runbook.session import Session
 
 
@@ -146,10 +146,10 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 name, f"On PostgreSQL 14 a changed {plan.key} is a delete and an insert, which {reference.name} refuses while rows of {name} refer to the row.",
                 "Upgrade to 15 or later before values of the key change.",
             )  # fmt: skip
-        if "ON DELETE SET" in reference.composite and plan.server_version == 14 and reference.adds_column:
+        if "ON DELETE SET DEFAULT" in reference.composite and plan.server_version == 14 and reference.adds_column:
             yield Finding.blocker(
                 name,
-                f"{reference.name} is ON DELETE SET NULL, and PostgreSQL 14 would empty {reference.role_column} too.",
+                f"{reference.name} is ON DELETE SET DEFAULT, and PostgreSQL 14 would set {reference.role_column} to its own default.",
                 "Upgrade to 15, or change the foreign key's action first.",
             )
         if reference in plan.selves and reference.adds_column:
@@ -188,7 +188,8 @@ def uniqueness(plan: Plan) -> Iterator[Finding]:
             )  # fmt: skip
         if not index.unique or plan.key in index.columns:
             continue
-        what = ", ".join(index.columns) or index.name
+        plain = index.tail.startswith(f"btree ({identifiers(index.columns).as_string(None)})") and " WHERE " not in index.tail
+        what = ", ".join(index.columns) if plain else index.tail.removeprefix("btree ")
         instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else ""
         if index.name in guards:
             yield Finding.warning(

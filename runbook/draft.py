@@ -162,7 +162,7 @@ def draft(**given: Any) -> Draft:
         raise BadInput(f"key is not named: say by which column of {parameters.table} to partition, with -p key … or in the file.")
     with database.session("plan") as session, locks.attended(database):
         found, schema, name = catalog.find(session, parameters.table, database.name)
-        if session.value("ledger.exists"):
+        if ledger.kept(session):
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
             over = row is not None and row["state"] == "finished" and not session.row("catalog.table", oid=found)["partitioned"]
             if row is not None and row["state"] in ("open", "finished") and not over and _under_way(session, row["id"]):

@@ -23,7 +23,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_locking(session, plan), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_locking(session, plan), *_watched(session), *_unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
         *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -118,6 +118,16 @@ def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
                 row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
                 "Insert that row first, or set null_value to one that is there.",
             )  # fmt: skip
+
+
+def _watched(session: Session) -> Iterator[Finding]:
+    for row in session.rows("catalog.event_triggers"):
+        yield Finding.note(
+            row["name"],
+            f"The event trigger {row['name']} runs whenever something is created, altered or dropped, and by what it refuses a step would be"
+            " stopped, the way back, too.",
+            f"Look at {row['function']}; a rehearsal (`runbook rehearse`) tries all but the swap.",
+        )
 
 
 def _locking(session: Session, plan: Plan) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from psycopg import sql
 
 from runbook import catalog, locks
 from runbook.database import Database, target
-from runbook.errors import AlreadyRunning, ApprovalMissing, OutOfOrder, PlanOutdated, told
+from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
 from runbook.parameters import resolve
 from runbook.plan import Plan, from_json
 from runbook.redaction import known_secrets, redact
@@ -283,6 +283,17 @@ def _finished(session: Session, migration: int, step: str, action: str) -> Evide
     return Evidence(sentence, row["rows"], row["evidence"] or {}, already=True)
 
 
+def kept(session: Session) -> bool:
+    """Whether there is a ledger; raises BadInput where its name belongs to somebody else's table."""
+    there: bool | None = session.value("ledger.exists")
+    if there is None:
+        raise BadInput(
+            f"runbook.migration of {session.connection.info.dbname} is somebody else's table, and the ledger needs its name: rename the"
+            " schema runbook first."
+        )
+    return there
+
+
 def operator() -> str:
     """Who runs this: OS user and host."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
@@ -314,7 +325,7 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
     from runbook.catalog import find
 
     with database.session("open") as session, locks.attended(database):
-        if not session.value("ledger.exists"):
+        if not kept(session):
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
         _, schema, name = find(session, table, database.name)
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()

@@ -66,7 +66,7 @@ def ahead(run: Run) -> Words:
         cost = "the columns and keys that the repair made go; the rows that it put back stay"
     elif now["swapped"]:
         cost = f"{counted(waiting, 'row')} that changed since the cut-over {'is' if waiting == 1 else 'are'} replayed into the original, and one short swap locks the names"
-        cost += f" for some milliseconds ({now['locked_s'] * 1000:,.0f} ms the last time)" if now["locked_s"] else ""
+        cost += f" (for {now['locked_s'] * 1000:,.0f} ms the last time)" if now["locked_s"] else ""
         cost += "; no write is lost"
     elif now["staging"]:
         added = ", and the columns that 04 added," if now["columns_added"] else ""

@@ -40,7 +40,7 @@ POINTS = {
 }  # fmt: skip
 OF_REFERENCES = {
     "insert": ("An insert into {table} that does not name {role}: {legacy}", "name {role}"),
-    "wrong_role": ("A {role} that is not its row's is refused, and never corrected", "take it from the row, as above"),
+    "wrong_role": ("Another {role} than its row's is refused, and never corrected", "take it from the row, as above"),
 }
 OVERRIDING = "OVERRIDING SYSTEM VALUE "
 LEGACY = {"fill": "it is filled in, until the final state refuses it", "strict": "refused, unless the default is right"}
@@ -169,7 +169,7 @@ def show(run: Run) -> Any:
                 if name == "conflict":
                     for index in run.plan.indexes:
                         if index.unique and index.columns and run.plan.key not in index.columns:
-                            target = sql.SQL("({})").format(names["new_pk"]) if index.primary else sql.SQL("")
+                            target = sql.SQL(" ({})").format(names["new_pk"]) if index.primary else sql.SQL("")
                             tell(name, told, names | {"unique_columns": identifiers(index.columns), "target": target})
                 elif name not in skipped:
                     tell(name, told, names)

@@ -10,7 +10,7 @@ from runbook import backup, changes, cutover, foreign_keys, partition, restore
 from runbook.changes import Statements
 from runbook.draft import draft
 from runbook.errors import BadInput
-from runbook.ledger import Run, of
+from runbook.ledger import Run, kept, of
 from runbook.sheet import Sheet
 from runbook.statements import Value, spelled, statement
 
@@ -31,7 +31,7 @@ def planned(given: dict[str, Any]) -> Run:
         run = of(made.database, made.plan.full_name)
     else:
         with made.database.session("sql") as session:
-            last = session.value("ledger.last_id") if session.value("ledger.exists") else 0
+            last = session.value("ledger.last_id") if kept(session) else 0
             taken = {row["name"] for row in session.rows("catalog.schemas")}  # by a script that ran here before
         number = next(each for each in range((last or 0) + 1, 1 << 31) if f"runbook_{each}" not in taken)
         run = Run(made.database, number, made.plan)

@@ -56,7 +56,7 @@ SELECT {its_columns}, (SELECT s.{key} FROM {table} s WHERE {s_is_its}) FROM runb
 INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT ({unique_columns}) DO NOTHING
 
 -- name: conflict_instead
-INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT {target} DO NOTHING
+INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row ON CONFLICT{target} DO NOTHING
 
 -- name: duplicate
 INSERT INTO {table} ({columns}) {overriding}SELECT {columns} FROM runbook_row

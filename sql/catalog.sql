@@ -316,6 +316,10 @@ SELECT 'function of its rows', f.signature, w.definition, 'DROP ROUTINE IF EXIST
        || coalesce('; COMMENT ON ROUTINE ' || f.signature || ' IS ' || quote_literal(obj_description(f.oid, 'pg_proc')), '') AS definition) w
 ORDER BY 1, 2
 
+-- name: event_triggers
+SELECT e.evtname AS name, e.evtfoid::regprocedure::text AS function FROM pg_event_trigger e
+ WHERE e.evtenabled <> 'D' AND e.evtevent IN ('ddl_command_start', 'ddl_command_end', 'sql_drop') ORDER BY 1
+
 -- name: lock_table
 SELECT current_setting('max_locks_per_transaction')::int * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int) AS places,
        current_setting('max_connections')::int AS connections

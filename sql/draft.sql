@@ -47,7 +47,7 @@ SELECT typcategory::text FROM pg_type WHERE oid = {type}::regtype
 
 -- name: time_steps
 -- A step of a day begins at midnight UTC: that is the session's time zone while the plan is made.
-SELECT b::{type}::text AS lower, (b + {step}::interval)::{type}::text AS upper, to_char(b, {form}) AS name
+SELECT b::{type}::text AS lower, (b + {step}::interval)::{type}::text AS upper, to_char(b, {form}) || CASE WHEN b < '0001-01-01' THEN '_bc' ELSE '' END AS name
   FROM generate_series(date_trunc({unit}, coalesce({low}::text::{type}::timestamp, localtimestamp)),
                        date_trunc({unit}, coalesce({high}::text::{type}::timestamp, localtimestamp)) + {ahead} * {step}::interval, {step}::interval) b
  LIMIT {most}

@@ -1,7 +1,9 @@
 -- The ledger: what was planned, done and seen. It lies in the target database, so that any machine can go on.
 
 -- name: exists
-SELECT to_regclass('runbook.migration') IS NOT NULL
+-- NULL where somebody else's table has its name.
+SELECT CASE WHEN to_regclass('runbook.migration') IS NULL THEN false
+            WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('runbook.migration') AND attname = 'plan_hash') THEN true END
 
 -- name: create
 CREATE SCHEMA IF NOT EXISTS runbook;

@@ -98,7 +98,7 @@ def test_each_point_is_shown_before_and_after_and_nothing_is_kept(clinic, last, 
         "A row whose role is NULL": "23514", "COPY of the table": "42809", "COPY FREEZE": "0A000", "A ctid is a place": "18",
         "pg_total_relation_size": "0", "Autovacuum never analyzes": "NULL", "A changed role never fires AFTER UPDATE":
         "BEFORE UPDATE, BEFORE DELETE, BEFORE INSERT, AFTER DELETE, AFTER INSERT, AFTER UPDATE of the statement",
-        "A prepared SELECT": "0A000", "A user_role that is not": "23503", "A row that another session moves": "40001",
+        "A prepared SELECT": "0A000", "Another user_role than": "23503", "A row that another session moves": "40001",
         "A STABLE function": "only at that instant", "An insert into appointments that does not name user_role":
         "23503" if legacy == "strict" else "",
     }  # fmt: skip

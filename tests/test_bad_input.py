@@ -356,3 +356,18 @@ def test_what_only_the_plan_takes_is_not_ignored_after_it(
     assert (done.exit_code, list(tmp_path.iterdir())) == (1, [])
     assert said in done.stderr
     assert run.finished("partition", "shadow") is None
+
+
+def test_a_schema_of_the_ledgers_name_that_is_somebody_elses_is_named(clinic: str, sql: Any) -> None:
+    sql("CREATE SCHEMA runbook; CREATE TABLE runbook.migration (x int)")
+    with pytest.raises(BadInput, match=r"runbook\.migration of test_\d+ is somebody else's table.*rename the schema"):
+        migration.plan(clinic)
+    done = CliRunner().invoke(cli.main, ["status", "--database", clinic])
+    assert done.exit_code == 1 and "somebody else's table" in done.stderr
+
+
+def test_what_stays_unique_is_named_as_its_index_has_it(database: str, sql: Any) -> None:
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, tenant int, zip text, state text);"
+        " CREATE UNIQUE INDEX open ON t (tenant, lower(zip)) WHERE state = 'open'; INSERT INTO t VALUES (1, 'a')")  # fmt: skip
+    said = " ".join(each.sentence for each in runbook.draft(database=database, table="t", key="k", unique="global").plan.findings)
+    assert "(tenant, lower(zip)) WHERE (state = 'open'::text) stays unique in the whole of public.t" in said
