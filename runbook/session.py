@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from runbook.statements import Value, statement
 @dataclass(frozen=True)
 class Statement:
     """One statement as it ran; part of the record. `error` is its SQLSTATE where it failed, else empty; `waited_for` has the
-    locks that it was seen to wait for, with those who held them."""
+    locks that it was seen to wait for, with those who held them; `text` is the whole of it, unless it only reads."""
 
     at: datetime
     name: str
@@ -31,6 +32,10 @@ class Statement:
     rows: int
     error: str = ""
     waited_for: tuple[str, ...] = ()
+    text: str = field(default="", repr=False)
+
+
+READS = re.compile(r"(?:\s*--.*\n)*\s*(?:SELECT|EXPLAIN|SHOW)\b")
 
 
 def write_down(statements: Sequence[Statement]) -> None:
@@ -71,8 +76,8 @@ class Session:
     def run(self, query: str | sql.Composed, prepare: bool = False, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
         """Run `group.name`, or a composed statement; the cursor has its rows. `prepare` keeps its plan for the next time."""
         composed = statement(query, **names) if isinstance(query, str) else query
-        label = query if isinstance(query, str) else first_line(composed.as_string(None))
-        with noted(self.statements, label, self.waits) as rows:
+        text = composed.as_string(None)
+        with noted(self.statements, query if isinstance(query, str) else first_line(text), self.waits, text=text) as rows:
             cursor = self.connection.execute(composed, prepare=prepare)
             rows.append(cursor.rowcount)
         return cursor
@@ -95,7 +100,11 @@ class Session:
                 if not cursor.nextset():
                     break
             for text, number, start, end in zip(texts, rows, times, times[1:], strict=False):
-                parts.append(Statement(began + (start - times[0]), first_line(text), (end - start).total_seconds(), number))
+                parts.append(
+                    Statement(
+                        began + (start - times[0]), first_line(text), (end - start).total_seconds(), number, text=changing(text)
+                    )
+                )
 
     def rows(self, query: str | sql.Composed, /, **names: Value) -> list[dict[str, Any]]:
         """All rows."""
@@ -140,7 +149,7 @@ class Session:
 
 @contextmanager
 def noted(
-    statements: list[Statement], name: str, waits: dict[int, str] | None = None, parts: Sequence[Statement] = ()
+    statements: list[Statement], name: str, waits: dict[int, str] | None = None, parts: Sequence[Statement] = (), text: str = ""
 ) -> Iterator[list[int]]:
     """Notes the statement that runs inside, also when it fails; whoever runs it appends its number of rows. When it was several
     that went well, its `parts`."""
@@ -152,7 +161,7 @@ def noted(
         raise
     finally:
         seconds, waited = time.perf_counter() - started, tuple((waits or {}).values())
-        whole = Statement(at, name, seconds, rows[0] if rows else -1, error, waited)
+        whole = Statement(at, name, seconds, rows[0] if rows else -1, error, waited, changing(text))
         new = list(parts) if parts and not error else [whole]
         statements.extend(new)
         if waits:
@@ -170,6 +179,11 @@ def pid_of(connection: psycopg.Connection[dict[str, Any]]) -> int:
     """The server's process behind a connection."""
     row = connection.execute("SELECT pg_backend_pid() AS pid").fetchone() or {}
     return int(row["pid"])
+
+
+def changing(text: str) -> str:
+    """The text of a statement that is not merely a query; else nothing."""
+    return "" if READS.match(text) else text
 
 
 def first_line(text: str) -> str:
