@@ -93,7 +93,7 @@ SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary AND NOT p.tak
               CASE WHEN p.primary THEN format('(%s)', array_to_string(p.new_key, ', ')) ELSE p.tail END) AS promise,
        coalesce('not so: ' || string_agg(format('%s of %s is %s', p.wanted, p.table,
            CASE WHEN now.name IS NULL THEN 'missing' WHEN now.valid THEN now.definition ELSE 'not valid' END), '; ') FILTER (WHERE NOT same.ok),
-         'on ' || string_agg(p.table, ', ') || CASE WHEN p.apart THEN format(': unique in each partition, no longer in the whole table%s', ' (' || array_to_string(p.own, ', ') || ')') ELSE '' END) AS seen,
+         'on ' || string_agg(p.table, ', ' ORDER BY p.table) || CASE WHEN p.apart THEN format(': unique in each partition, no longer in the whole table%s', ' (' || array_to_string(p.own, ', ') || ')') ELSE '' END) AS seen,
        bool_and(same.ok) AS ok
   FROM planned p LEFT JOIN now ON now.table = p.table AND now.name = p.wanted
  CROSS JOIN LATERAL (SELECT now.name IS NOT NULL AND now.valid AND now.unique = p.unique AND now.primary = (p.primary AND NOT p.takes_null)

@@ -292,3 +292,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def flush_statistics(connection: psycopg.Connection[Any]) -> None:
+    """What this session did is in the statistics then; before 15 they came when it was idle for a while."""
+    if connection.info.server_version >= 150000:
+        connection.execute("SELECT pg_stat_force_next_flush()")
+        return
+    connection.execute("SELECT pg_sleep(1)")
+    connection.execute("SELECT 1")
+    time.sleep(1)

@@ -69,9 +69,7 @@ def look_up(url: str, where: str, times: int) -> None:
         connection.execute("SET enable_seqscan = off")
         for _ in range(times):
             connection.execute(f"SELECT email FROM users WHERE {where}".encode())
-        connection.execute(
-            "SELECT pg_stat_force_next_flush()" if connection.info.server_version >= 150000 else "SELECT pg_sleep(1)"
-        )
+        servers.flush_statistics(connection)
 
 
 def test_index_scans_that_are_not_by_the_key_are_counted(clinic: str, sql: Sql) -> None:

@@ -59,9 +59,11 @@ def test_the_certificate_names_every_promise_with_what_was_seen_who_and_by_which
     for told in (migration.plan.hash, "a test", manifest["operator"], "postgres", folder.name, *files):
         assert told in page
     assert manifest["approved_by"] == "a test"
-    assert f"{len(promises)} promises hold, 0 are broken, 0 could not be tried." in page
+    tried = [promise for promise in promises if promise.verdict != verify.NOT_TRIED]  # on 14 no row can change its role
+    assert len(promises) - len(tried) == (2 if migration.plan.server_version == 14 else 0)
+    assert f"{len(tried)} promises hold, 0 are broken, {len(promises) - len(tried)} could not be tried." in page
     assert not re.search(r"<script|<link|https?://", page)
-    assert "users_patients: unique in each partition, no longer in the whole table (email)" in page, "what was given up is said"
+    assert "on users_admins, users_doctors, users_patients: unique in each partition, no longer in the whole table (email)" in page, "what was given up is said"
 
 
 @pytest.mark.long
@@ -98,7 +100,7 @@ def test_the_promises_are_there_for_machines_too(made: Made) -> None:
     assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("public.users", str(len(promises)), "0")
     assert [case.get("name") for case in suite.iter("testcase")] == [each.promise for each in promises]
     lines = (folder / "promises.md").read_text().splitlines()
-    assert sum(line.endswith("| ✅ pass |") for line in lines) == len(promises)
+    assert sum(line.endswith(("| ✅ pass |", "| ➖ not tried |")) for line in lines) == len(promises)
 
 
 def test_no_name_spoils_what_machines_read(made: Made) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from base64 import b64decode
 
 import pytest
@@ -160,6 +161,9 @@ def test_91_waits_until_nothing_has_needed_the_trigger_for_so_long(migrated, sql
 def test_it_looks_at_a_partition_that_was_just_added(migrated, clinic, sql):
     """Of which some were vacuumed, and one never was."""
     sql("VACUUM ANALYZE users_patients")
+    until = time.monotonic() + 10  # before 15 statistics come when they come
+    while sql("SELECT last_vacuum FROM pg_stat_user_tables WHERE relname = 'users_patients'") == [(None,)]:
+        assert time.monotonic() < until
     sql("CREATE TABLE users_new PARTITION OF users FOR VALUES IN ('new')")
     monitor.look(migrated)
     shown = monitor.partitions(migrated)

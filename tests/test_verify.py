@@ -420,14 +420,16 @@ COUNTED = """
 """
 
 
-def test_a_counter_in_the_row_and_writers_of_those_that_refer_to_it_break_no_promise(database, sql):
+def test_a_counter_in_the_row_and_writers_of_those_that_refer_to_it_break_no_promise(server, database, sql):
     """The cascade fires a trigger that writes the row once more, as counter caches do; meanwhile others let go of the row."""
     sql(COUNTED)
     run = migration.plan(database, "msg", "kind")
     migration.walk(run, migration.FORWARD)
     verify.crud(run)
     tried = {each.promise: each.verdict for each in verify.seen(run) if " of member " in each.promise}
-    assert [verdict for promise, verdict in tried.items() if "follow" in promise or "go as" in promise] == [verify.PASS] * 4
+    follow = verify.PASS if server.version > 14 else verify.NOT_TRIED  # there a row that is referred to cannot move
+    assert [verdict for promise, verdict in tried.items() if "follow" in promise] == [follow] * 2
+    assert [verdict for promise, verdict in tried.items() if "go as" in promise] == [verify.PASS] * 2
     stop = threading.Event()
 
     def write() -> None:
