@@ -126,8 +126,9 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         keys, horizon = losses.replay(run, session, patience)
         total += keys
         if seen is None:
-            seen = _compared(run, session, logging)
+            compared = _compared(run, session, logging)
             stale = matviews.refresh(run, session, anew)
+            seen = compared
         locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
         changes.vacuum(session, run.names["back"], last=True)
         tables, views = swapping.lock_set(run, session)
