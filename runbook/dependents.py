@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook import catalog, matviews
 from runbook.facts import Finding
-from runbook.plan import Plan, identifiers
+from runbook.plan import Plan
 from runbook.session import Session
 
 
@@ -125,21 +125,10 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 name, f"{reference.name} of {name} is ON UPDATE SET and becomes ON UPDATE CASCADE, by which {reference.role_column} follows.",
                 "Check for it in the application, or drop that action first.",
             )  # fmt: skip
-        elif reference.adds_column and " ON UPDATE CASCADE" not in reference.definition:
-            yield Finding.note(
-                name, f"{reference.name} of {name} becomes ON UPDATE CASCADE, by which {reference.role_column} follows: a change of"
-                f" {', '.join(reference.referenced)}, which it refused, goes on to {name} as well.",
-            )  # fmt: skip
         if not reference.indexed:
             yield Finding.warning(
                 name, f"{name} has no index that begins with {reference.columns[0]}: every correction and every delete of a referenced row scans it.",
                 f"CREATE INDEX CONCURRENTLY ON {name} ({reference.columns[0]});",
-            )  # fmt: skip
-        if reference.adds_column:
-            yield Finding.warning(
-                name, f"{name} gains the column {reference.role_column}: a prepared SELECT * on it fails (0A000) until it is prepared anew, a logical"
-                f" subscriber needs the column first, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
-                "Renew the connections after 04; keep_fill lets 91 leave the trigger that fills it in.",
             )  # fmt: skip
         if plan.server_version == 14 and "ON DELETE CASCADE" in reference.definition:
             yield Finding.warning(
@@ -180,6 +169,31 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in: one that refuses or undoes updates stops 04.",
                 f"Where that would be wrong, ALTER TABLE {name} DISABLE TRIGGER {trigger}; until the cut-over, or let it return where current_setting('runbook.correcting', true) = 'on'.",
             )
+    yield from _together(plan)
+
+
+def _together(plan: Plan) -> Iterator[Finding]:
+    """What is so of every table that references it, said once."""
+    adding = [reference for reference in (*plan.references, *plan.selves) if reference.adds_column]
+    if adding:
+        gained = dict.fromkeys(f"{each.schema_name}.{each.table} gains the column {each.role_column}" for each in adding)
+        yield Finding.warning(
+            plan.full_name, f"{'; '.join(gained)}: a prepared SELECT * of it fails (0A000) until it is prepared anew, a logical subscriber needs"
+            f" the column first, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
+            "Renew the connections after 04; keep_fill lets 91 leave the trigger that fills it in.",
+        )  # fmt: skip
+    refusing = [
+        each for each in adding if " ON UPDATE CASCADE" not in each.definition and " ON UPDATE SET " not in each.definition
+    ]
+    if refusing:
+        named = "; ".join(
+            f"{each.name} of {each.schema_name}.{each.table} becomes ON UPDATE CASCADE, by which {each.role_column} follows"
+            for each in refusing
+        )
+        columns = ", ".join(dict.fromkeys(column for each in refusing for column in each.referenced))
+        yield Finding.note(
+            plan.full_name, f"{named}: a change of {columns}, which it refused, goes on to the rows that refer to it."
+        )
 
 
 def uniqueness(plan: Plan) -> Iterator[Finding]:
@@ -193,7 +207,7 @@ def uniqueness(plan: Plan) -> Iterator[Finding]:
             )  # fmt: skip
         if not index.unique or plan.key in index.columns:
             continue
-        plain = index.tail.startswith(f"btree ({identifiers(index.columns).as_string(None)})") and " WHERE " not in index.tail
+        plain = index.tail.replace('"', "") == f"btree ({', '.join(index.columns)})"
         what = ", ".join(index.columns) if plain else index.tail.removeprefix("btree ")
         instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else ""
         if index.name in guards:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from runbook.errors import BadInput, RunbookError
 from runbook.parameters import check, clinic
 from runbook.redaction import redact
 from runbook.statements import folder
+from runbook.words import counted
 
 if TYPE_CHECKING:
     from runbook.engine import Executed
@@ -47,7 +49,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
         _refuse_another_plan(where, given)
     record = begin(out, given)
     lines: list[dict[str, Any]] = []
-    stopped = error_name = ""
+    stopped = error_name = planned = ""
     bar = tqdm(total=len(names), unit="step", disable=not sys.stderr.isatty(), leave=False)
     try:
         with engine.ended_by_signals():
@@ -71,7 +73,10 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                     stopped, error_name = f"{name} stopped at cell {done.failed_cell}: {done.error}", done.error_name
                     break
                 if name == FORWARD[0]:  # the others work by the plan that this run froze, or not at all
-                    given = {"plan": ledger.of(target(where), table).plan.hash} | given
+                    plan = ledger.of(target(where), table).plan
+                    given = {"plan": plan.hash} | given
+                    levels = Counter(each.level for each in plan.findings)
+                    planned = f"Plan {plan.hash[:12]}: {counted(levels['warning'], 'warning')} and {counted(levels['note'], 'note')}, in 00_plan.html.\n"
     except (KeyboardInterrupt, engine.Terminated) as error:
         stopped, error_name = f"{name} was stopped between two cells.", type(error).__name__
     except Exception as error:  # told by whoever called; the record must not say that all went well
@@ -81,7 +86,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
         bar.close()
         head = seal(record, where, table, stopped or "completed")
     if not stopped:
-        click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{result()}".rstrip())
+        click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{planned}{result()}".rstrip())
     click.echo(f"\nRecord: {record.folder}")
     if stopped:
         click.echo(f"{stopped}\n{_way_on(name, error_name)}".rstrip(), err=True)

@@ -63,7 +63,9 @@ def test_the_certificate_names_every_promise_with_what_was_seen_who_and_by_which
     assert len(promises) - len(tried) == (2 if migration.plan.server_version == 14 else 0)
     assert f"{len(tried)} promises hold, 0 are broken, {len(promises) - len(tried)} could not be tried." in page
     assert not re.search(r"<script|<link|https?://", page)
-    assert "on users_admins, users_doctors, users_patients: unique in each partition, no longer in the whole table (email)" in page, "what was given up is said"
+    assert (
+        "on users_admins, users_doctors, users_patients: unique in each partition, no longer in the whole table (email)" in page
+    ), "what was given up is said"
 
 
 @pytest.mark.long

@@ -77,7 +77,7 @@ def test_whoever_keeps_any_statement_waiting_is_named_and_kept_in_the_record(cli
         clerk.rollback()
         assert copying.result(timeout=30).rows == 1000
     kept = [json.loads(line) for line in (tmp_path / "03_restore.statements.jsonl").read_text().splitlines()]
-    assert {"at", "name", "seconds", "rows", "error", "waited_for"} == kept[0].keys()
+    assert {"at", "name", "seconds", "rows", "error", "waited_for", "text"} == kept[0].keys()
     (waited,) = (each for each in kept if each["waited_for"])
     assert waited["name"] == "catalog.definition" and waited["seconds"] > 1
     assert waited["waited_for"][0].startswith(f"AccessShareLock on users: pid {pid} (postgres, a clerk")
