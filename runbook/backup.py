@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from runbook.statements import spelled, statement
 from runbook.words import counted
 
 Sums = list[dict[str, Any]]
+HEAD_LINES = 40  # of a script: its settings are among them
 
 
 def script(run: Run) -> changes.Statements:
@@ -94,7 +98,7 @@ def _as_dump(run: Run, action: Any) -> Evidence:
         session.run("changes.hold", origin=run.names["source"])
         snapshot = session.value("restore.export_snapshot")
         table = run.plan.source.as_string(None)
-        _client(run.database, "pg_dump", "--format=custom", f"--snapshot={snapshot}", f"--table={table}", f"--file={archive}")
+        _dump(run.database, "--format=custom", f"--snapshot={snapshot}", f"--table={table}", f"--file={archive}")
         there = session.rows("backup.sums", **_names(run, "source"))
     digest = _sha256(archive)
     here = _restored(run, session, archive)
@@ -122,9 +126,8 @@ def _restored(run: Run, session: Session, archive: Path) -> Sums:
         try:
             target = Database("scratch", make_conninfo(host.conninfo, dbname=scratch.as_string(None).strip('"')), host.embedded)
             definitions = archive.with_suffix(".schema")
-            _client(
+            _dump(
                 run.database,
-                "pg_dump",
                 "--format=custom",
                 "--schema-only",
                 "--section=pre-data",
@@ -133,7 +136,7 @@ def _restored(run: Run, session: Session, archive: Path) -> Sums:
                 f"--file={definitions}",
             )
             for source, only in ((definitions, "--schema-only"), (archive, "--data-only")):
-                _client(target, "pg_restore", only, "--no-owner", "--no-privileges", "--exit-on-error", "--dbname=", str(source))
+                _restore(target, only, source)
             definitions.unlink()
             with target.session("scratch") as restored:
                 return restored.rows("backup.sums", **_names(run, "source"))
@@ -141,17 +144,47 @@ def _restored(run: Run, session: Session, archive: Path) -> Sums:
             other.run("backup.drop_scratch", scratch=scratch)
 
 
-def _client(database: Database, program: str, *arguments: str) -> None:
-    """Run one of PostgreSQL's clients against the database; the password stays in libpq's own places."""
+def _restore(target: Database, only: str, archive: Path) -> None:
+    """As a script that psql runs: pg_restore itself begins with a setting (transaction_timeout, from its version 17 on) that an
+    older server refuses."""
+    path = client("pg_restore", target)
+    written = [str(path), only, "--no-owner", "--no-privileges", "--file=-", str(archive)]
+    read = [
+        str(path.with_name("psql")),
+        "--no-psqlrc",
+        "--quiet",
+        "--set=ON_ERROR_STOP=1",
+        f"--dbname={make_conninfo(target.conninfo)}",
+    ]
+    environment = postgres.environment() if target.embedded else dict(os.environ)
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(written, stdout=subprocess.PIPE, stderr=said) as restore,
+        subprocess.Popen(read, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=environment) as psql,
+    ):
+        assert restore.stdout and psql.stdin
+        with suppress(BrokenPipeError), psql.stdin:
+            for line in itertools.islice(restore.stdout, HEAD_LINES):
+                psql.stdin.write(b"" if line.startswith(b"SET transaction_timeout") else line)
+            shutil.copyfileobj(restore.stdout, psql.stdin, 1 << 20)
+        restore.stdout.close()
+        if psql.wait() or restore.wait():
+            said.seek(0)
+            raise ServerUnavailable(
+                f"pg_restore failed on {target.name}: {' '.join(said.read().decode(errors='replace').split())[-600:]}"
+            )
+
+
+def _dump(database: Database, *arguments: str) -> None:
+    """Run pg_dump against the database; the password stays in libpq's own places."""
     environment = postgres.environment() if database.embedded else dict(os.environ)
     conninfo = make_conninfo(database.conninfo)
-    listed = [each if each != "--dbname=" else f"--dbname={conninfo}" for each in arguments]
-    if program == "pg_dump":
-        listed.append(f"--dbname={conninfo}")
-    path = client(program, database)
-    done = subprocess.run([str(path), *listed], env=environment, capture_output=True, text=True, check=False)
+    path = client("pg_dump", database)
+    done = subprocess.run(
+        [str(path), *arguments, f"--dbname={conninfo}"], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise ServerUnavailable(f"{program} failed on {database.name}: {' '.join(done.stderr.split())[-600:]}")
+        raise ServerUnavailable(f"pg_dump failed on {database.name}: {' '.join(done.stderr.split())[-600:]}")
 
 
 def client(program: str, database: Database) -> Path:
