@@ -11,8 +11,8 @@ from psycopg import sql
 
 from runbook import attaching, catalog, locks, unique
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
-from runbook.facts import Finding, Partition
-from runbook.growth import Addition, Growth, Key, decide, in_the_way, left_behind, stands
+from runbook.facts import Finding, Key, Partition
+from runbook.growth import Addition, Growth, decide, in_the_way, left_behind, stands
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import resolve
 from runbook.sheet import Sheet

@@ -86,30 +86,14 @@ class Guard(Fact):
     operators: tuple[str, ...] = ()
 
 
-class Reference(Fact):
-    """A foreign key that points at the source, and the composite one that will take its place."""
+class Key(Fact):
+    """A foreign key that points at the table."""
 
     name: str
     schema_name: str
     table: str
-    owner: str
     definition: str
-    columns: tuple[str, ...]
-    referenced: tuple[str, ...]
-    role_column: str
-    role_type: str  # not a domain: a column of a domain with a check would rewrite the table
-    adds_column: bool
-    not_null: bool
-    indexed: bool
-    composite: str
     comment: str | None
-    leaves: tuple[tuple[str, str], ...] = ()  # where it is partitioned itself
-    operators: tuple[str, ...] = ()  # what compares each column: functions have no search_path
-
-    @property
-    def tables(self) -> list[sql.Identifier]:
-        """The tables that hold its rows."""
-        return [sql.Identifier(*leaf) for leaf in self.leaves] or [self.identifier]
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -119,6 +103,27 @@ class Reference(Fact):
     @property
     def identifier(self) -> sql.Identifier:
         return sql.Identifier(self.schema_name, self.table)
+
+
+class Reference(Key):
+    """A foreign key that points at the source, and the composite one that will take its place."""
+
+    owner: str
+    columns: tuple[str, ...]
+    referenced: tuple[str, ...]
+    role_column: str
+    role_type: str  # not a domain: a column of a domain with a check would rewrite the table
+    adds_column: bool
+    not_null: bool
+    indexed: bool
+    composite: str
+    leaves: tuple[tuple[str, str], ...] = ()  # where it is partitioned itself
+    operators: tuple[str, ...] = ()  # what compares each column: functions have no search_path
+
+    @property
+    def tables(self) -> list[sql.Identifier]:
+        """The tables that hold its rows."""
+        return [sql.Identifier(*leaf) for leaf in self.leaves] or [self.identifier]
 
 
 class Carried(Fact):

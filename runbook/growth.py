@@ -13,7 +13,7 @@ from psycopg import sql
 
 from runbook import catalog, division
 from runbook.errors import BadInput
-from runbook.facts import Fact, Finding, Partition
+from runbook.facts import Fact, Finding, Key, Partition
 from runbook.findings import worst_first
 from runbook.ledger import Run
 from runbook.parameters import Parameters
@@ -31,25 +31,6 @@ class Addition(Fact):
     bound: str
     rule: str
     waiting: int
-
-
-class Key(Fact):
-    """A foreign key that points at the table: it has to step aside while rows change their place."""
-
-    name: str
-    schema_name: str
-    table: str
-    definition: str
-    comment: str | None
-
-    @property
-    def place(self) -> tuple[str, str, str]:
-        """Schema, table and name."""
-        return self.schema_name, self.table, self.name
-
-    @property
-    def identifier(self) -> sql.Identifier:
-        return sql.Identifier(self.schema_name, self.table)
 
 
 class Growth(Fact):
