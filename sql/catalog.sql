@@ -179,6 +179,8 @@ taking AS (  -- functions that take or return its rows, on which nothing rests: 
     JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid IN (y.oid, y.typarray) AND d.deptype = 'n'
     JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
    WHERE p.prokind <> 'a' AND pg_has_role(p.proowner, 'MEMBER')
+     AND (pg_get_userbyid(p.proowner) = current_user OR has_schema_privilege(p.proowner, p.pronamespace, 'CREATE')  -- or nobody can give it to its owner
+          OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user))
      AND NOT EXISTS (SELECT FROM pg_depend o WHERE o.refclassid = 'pg_proc'::regclass AND o.refobjid = p.oid
                      OR o.classid = 'pg_proc'::regclass AND o.objid = p.oid AND o.deptype IN ('e', 'x'))),
 reading AS (  -- policies, rules and functions elsewhere, whose text names the table

@@ -37,10 +37,12 @@ def owner(clinic, sql) -> str:
 def test_the_owner_needs_no_superuser(owner, sql):
     me = owner.split("//")[1].split("@")[0]
     sql(f"SET ROLE {me}; CREATE MATERIALIZED VIEW roles AS SELECT role, count(*) FROM users GROUP BY role;"
-        " CREATE STATISTICS names ON first_name, last_name FROM users; RESET ROLE")  # fmt: skip
+        " CREATE STATISTICS names ON first_name, last_name FROM users;"
+        " CREATE FUNCTION label(u users) RETURNS text LANGUAGE sql AS 'SELECT u.email || u.role'; RESET ROLE")  # fmt: skip
     run = migration.forward(owner)
     sql("INSERT INTO users (email, password, first_name, last_name, role) VALUES ('new@x', 'p', 'N', 'N', 'admin')")
     assert sql("SELECT tableowner = %s FROM pg_tables WHERE tablename = 'users'", [me]) == [(True,)]
+    assert sql("SELECT u.label FROM users u WHERE u.email = 'new@x'") == [("new@xadmin",)]
     migration.back(run)
     assert sql("SELECT count(*) FROM users") == sql("SELECT sum(count)::bigint FROM roles") == [(1001,)]
 
