@@ -22,7 +22,7 @@ class Listing:
         from pygments.formatters import HtmlFormatter
         from pygments.lexers import get_lexer_by_name
 
-        plain = HtmlFormatter(noclasses=True, style="xcode", nobackground=True, prestyles="font-family: monospace")
+        plain = HtmlFormatter(noclasses=True, style="default", nobackground=True, prestyles="font-family: monospace")
         shown = str(highlight(self.text, get_lexer_by_name(self.language), plain))
         return f"<details><summary>{escape(self.title)}</summary>{shown}</details>" if self.title else shown
 
