@@ -31,7 +31,7 @@ def refuse_another(run: Run, given: Parameters, named: set[str]) -> None:
         if name == "partitions" and now and was is None:  # one a value, step or remainder: their names must be right
             was, now = dict.fromkeys(sorted(each.name for each in run.plan.partitions)), dict.fromkeys(sorted(now))
         if name == "partitions" and now and was:
-            was, now = _apart(was, now)
+            was, now = _apart(was, now, given.partition_by == "list")
         if was != now:
             raise BadInput(
                 f"{name} is {now!r}, but the plan {run.plan.hash[:12]} of {run.plan.full_name}, which is in force, has {was!r}: go on"
@@ -39,11 +39,11 @@ def refuse_another(run: Run, given: Parameters, named: set[str]) -> None:
             )
 
 
-def _apart(was: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those entries of both that differ; the order of values means nothing."""
+def _apart(was: dict[str, Any], now: dict[str, Any], by_list: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those entries of both that differ; by list the order of values means nothing."""
 
     def plain(each: object) -> object:
-        return sorted(map(str, each)) if isinstance(each, list) else each
+        return sorted(each, key=repr) if isinstance(each, list) and by_list else each
 
     differing = [name for name in {**was, **now} if name not in was or name not in now or plain(was[name]) != plain(now[name])]
     return tuple({name: each[name] for name in differing if name in each} for each in (was, now))  # type: ignore[return-value]

@@ -164,7 +164,8 @@ def over_time(frame: pd.DataFrame, column: str, title: str) -> Picture:
 
 def lock_timeline(swap: Swap) -> Picture:
     """Each attempt of the swap on the clock, in seconds, and in the last one the time for which names were locked."""
-    names, locked = [f"attempt {n}" for n, _ in enumerate(swap.attempts, 1)], [0.0] * (len(swap.attempts) - 1) + [swap.locked_s]
+    names = [f"attempt {n}" for n, _ in enumerate(swap.attempts, 1)]
+    locked = [*([0.0] * len(names)), swap.locked_s][1:] if names else []  # none is known of a script
     lengths = [length for _, length in swap.attempts]
     waiting = Bars("waiting for locks", ORANGE, lengths, [f"{length * 1000:.0f} ms" for length in lengths])
     return _locked("The swap", "seconds since the swap began", names, [start for start, _ in swap.attempts], waiting, locked)

@@ -58,7 +58,12 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
     with run.action("cutover", "swap") as action:
         if action.evidence:
             facts = action.evidence.facts
-            return Swap(action.evidence.sentence, facts["locked_s"], facts["attempts"], facts["replayed"], facts)
+            locked_s, attempts, replayed = (
+                facts.get("locked_s", 0.0),
+                facts.get("attempts", []),
+                facts.get("replayed", 0),
+            )  # of a script none
+            return Swap(action.evidence.sentence, locked_s, attempts, replayed, facts)
         if run.finished("cutover", "approval") is None:
             raise ApprovalMissing(
                 f"The cut-over of {run.plan.full_name} has not been approved: run 05_cutover from its beginning."

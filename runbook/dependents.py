@@ -79,7 +79,7 @@ def _materialized(session: Session, oid: sql.Literal) -> Iterator[Finding]:
         if row["others"]:
             why = f"and {', '.join(row['others'])} with it"
         elif not row["ours"]:
-            why = f"which only {row['owner']} may do"
+            why = f"which its owner {row['owner']}, who may CREATE in its schema, may do, and whoever owns the views that read it"
         elif refused := matviews.refusal(session, row["owner"], row["query"]):
             why = f"and its owner {row['owner']} could not refresh it ({refused})"
         if why:

@@ -170,8 +170,12 @@ class Matview(Fact):
     view_tables: tuple[tuple[str, str], ...]
 
     @property
+    def place(self) -> tuple[str, str]:
+        return self.schema_name, self.name
+
+    @property
     def identifier(self) -> sql.Identifier:
-        return sql.Identifier(self.schema_name, self.name)
+        return sql.Identifier(*self.place)
 
 
 class Named(Fact):

@@ -200,7 +200,9 @@ def keep(run: Run) -> Statements:
     for reference in filled(run):
         yield statement("foreign_keys.drop_fill", **names(run, reference))
         beside = {
-            f"{each}_function": sql.Identifier(reference.schema_name, fit(f"{reference.table}_{reference.role_column}_{each}"))
+            f"{each}_function": sql.Identifier(
+                reference.schema_name, fit(f"{reference.table}_{reference.role_column}_{each}_{run.migration}")
+            )
             for each in ("fill", "named")
         }
         yield statement("foreign_keys.create_fill", **{**names(run, reference), **beside, "note": sql.SQL("NULL")})

@@ -138,7 +138,9 @@ def storage(run: Run) -> Iterator[list[list[sql.Composed]]]:
 def _statistics(run: Run, leaf: sql.Composable, partition: str) -> Statements:
     """Extended statistics of the root are of all partitions together: how many rows of one partition a filter finds, PostgreSQL
     asks that partition's own."""
+    used = set[str]()
     for each in run.plan.carried:
         if each.kind == "statistics" and each.leaf:
-            name = spelled((run.plan.table.schema_name, fit(f"{partition}_{each.name}")))
+            used.add(own := fit(f"{partition}_{each.name}", used))
+            name = spelled((run.plan.table.schema_name, own))
             yield rendered(each.leaf.replace("\1", leaf.as_string(None)).replace("\2", name))

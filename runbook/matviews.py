@@ -1,4 +1,8 @@
-"""Materialized views that read the table: made anew after the swap, and exchanged; the old ones wait for the way back."""
+"""Materialized views that read the table: made anew after the swap, and exchanged; the old ones wait for the way back.
+
+Each has two schemas of its own, where it and its indexes keep their names: one in which the new one is made, one in which the
+old one waits.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from runbook import locks, partition
 from runbook.changes import Statements
 from runbook.facts import Matview, MatviewIndex
 from runbook.ledger import Run
-from runbook.plan import fit
 from runbook.session import Session
 from runbook.statements import rendered, spelled, statement, trusted
 
@@ -20,29 +23,35 @@ def of(session: Session, oid: int) -> tuple[Matview, ...]:
     found = []
     for row in session.rows("matviews.all", oid=oid):
         indexes = [MatviewIndex.model_validate(each) for each in session.rows("catalog.indexes", oid=row["oid"])]
-        views = session.rows("catalog.views", oid=row["oid"])
-        found.append(
-            Matview.model_validate({
-                **row, "indexes": indexes, "views": [each["definition"] for each in views],
-                "view_tables": [(each["schema"], each["name"]) for each in views],
-            })
-        )  # fmt: skip
+        found.append(Matview.model_validate({**row, "indexes": indexes, **_readers(session, row["oid"])}))
     return tuple(found)
 
 
-def _beside(name: str) -> str:
-    return fit(f"{name}_runbook")
+def _readers(session: Session, oid: int) -> dict[str, list[object]]:
+    views = session.rows("catalog.views", oid=oid)
+    return {"views": [each["definition"] for each in views], "view_tables": [(each["schema"], each["name"]) for each in views]}
+
+
+def _place(run: Run, view: Matview, what: str) -> str:
+    number = next(number for number, each in enumerate(run.plan.matviews) if each.place == view.place)
+    return f"{run.staging}_{what}_{number}"
 
 
 def _make(run: Run, view: Matview) -> Statements:
-    """One like it in the staging schema, that reads what has the table's name now."""
-    new = sql.Identifier(run.staging, _beside(view.name))
-    yield statement("matviews.drop", view=new)  # of a run that died
+    """One like it, that reads what has the table's name now."""
+    place = _place(run, view, "new")
+    new = sql.Identifier(place, view.name)
+    yield _forget(place, view)  # of a run that died
+    yield statement("matviews.create_schema", schema=(place,))
     yield statement("matviews.create", view=new, head=trusted(view.head), query=trusted(view.query))
     for index in view.indexes:
         unique = trusted("UNIQUE" if index.unique else "")
-        yield statement("restore.create_index", index=(_beside(index.name),), leaf=new, unique=unique, tail=trusted(index.tail))
-    own = statement("matviews.hand_over", view=new, schema=(run.staging,), owner=(view.owner,), owner_text=view.owner)
+        yield statement("restore.create_index", index=(index.name,), leaf=new, unique=unique, tail=trusted(index.tail))
+        if index.comment:
+            yield statement("partition.comment_index", index=(place, index.name), comment=index.comment)
+        if index.clustered:
+            yield statement("matviews.cluster", view=new, index=(index.name,))
+    own = statement("matviews.hand_over", view=new, schema=(place,), owner=(view.owner,), owner_text=view.owner)
     yield statement("matviews.own", block=spelled(own))
     if view.populated:
         yield statement("matviews.refresh", view=new)
@@ -50,20 +59,15 @@ def _make(run: Run, view: Matview) -> Statements:
 
 
 def _exchange(run: Run, view: Matview) -> Statements:
-    """It takes the name, and all that the old one had; that one goes to the staging schema."""
-    schema, new = view.schema_name, _beside(view.name)
-    yield statement("matviews.set_schema", view=view.identifier, to=(run.staging,))
-    yield statement("matviews.set_schema", view=(run.staging, new), to=(schema,))
-    yield statement("matviews.rename", view=(schema, new), to=(view.name,))
+    """It takes the place, and all that the old one had."""
+    new, old = _place(run, view, "new"), _place(run, view, "old")
+    yield statement("matviews.create_schema", schema=(old,))
+    yield statement("matviews.set_schema", view=view.identifier, to=(old,))
+    yield statement("matviews.set_schema", view=(new, view.name), to=(view.schema_name,))
     yield from partition.revoke(view.identifier, run.plan.table.strangers)
-    for index in view.indexes:
-        yield statement("cutover.rename_index", index=(schema, _beside(index.name)), to=(index.name,))
-        if index.comment:
-            yield statement("partition.comment_index", index=(schema, index.name), comment=index.comment)
-        if index.clustered:
-            yield statement("matviews.cluster", view=view.identifier, index=(index.name,))
     yield rendered(view.rest.replace("\1", spelled(view.identifier)))
     yield from map(rendered, view.views)
+    yield _forget(new, view)
 
 
 def hold(view: Matview) -> sql.Composed:
@@ -74,42 +78,59 @@ def hold(view: Matview) -> sql.Composed:
 def script(run: Run) -> Statements:
     for view in run.plan.matviews:
         yield from _make(run, view)
+        yield rendered("BEGIN")
         yield from _exchange(run, view)
+        yield rendered("COMMIT")
 
 
 def rebuild(run: Run, session: Session, budget_s: float) -> list[str]:
-    """Make anew those that still read the retired table; whoever reads one waits for its exchange only.
+    """Make anew those that still read the retired table, as they are now; whoever reads one waits for its exchange only.
 
     One that somebody dropped or made anew since is left alone. Raises LockNotGranted when the budget is over.
     """
-    made = []
-    for view in run.plan.matviews:
-        if not session.value("matviews.reading", table_text=spelled(run.names["retired"]), view_text=spelled(view.identifier)):
-            continue
-        with session.transaction(lock_timeout="5s", row_security="on"):
-            for each in _make(run, view):
-                session.run(each)
-        patience = locks.Patience(budget_s, 300)
+    made, planned = [], {each.place: each for each in run.plan.matviews}
+    retired = session.value("verify.oid", root=spelled(run.names["retired"]))
+    for place in [each.place for each in _now(session, retired) if each.place in planned] if planned else []:
+        patience, done = locks.Patience(budget_s, 300), list[Matview]()
 
-        def attempt(view: Matview = view, patience: locks.Patience = patience) -> None:
+        def attempt(place: tuple[str, str] = place, patience: locks.Patience = patience, done: list[Matview] = done) -> None:
+            view = next((each for each in _now(session, retired) if each.place == place), None)
+            if view is None:
+                return
+            view = view.model_copy(update={"query": planned[place].query})  # its own names the retired table by now
+            if done[-1:] != [view]:
+                with session.transaction(lock_timeout="5s", row_security="on"):
+                    for each in _make(run, view):
+                        session.run(each)
+                done.append(view)
             views = [sql.Identifier(*each) for each in view.view_tables]
             alone = sql.SQL("ONLY {}").format(run.plan.source)
             with locks.exclusive(session, patience, [alone], views, mode="SHARE UPDATE EXCLUSIVE", sequences=[hold(view)]):
                 for each in _exchange(run, view):
                     session.run(each)
 
-        locks.persist(run.database, session, patience, view.name, attempt)
-        made.append(view.name)
+        locks.persist(run.database, session, patience, ".".join(place), attempt)
+        made.append(".".join(place))
     return made
 
 
+def _now(session: Session, oid: int) -> tuple[Matview, ...]:
+    with session.qualified():
+        return of(session, oid)
+
+
 def waiting(run: Run, session: Session) -> list[Matview]:
-    """Those that were exchanged and still stand; their old ones wait for the way back."""
-
-    def stands(schema: str, name: str) -> bool:
-        return not session.value("cutover.gone", name=spelled((schema, name)))
-
-    return [each for each in run.plan.matviews if stands(run.staging, each.name) and stands(each.schema_name, each.name)]
+    """Those that were exchanged and still stand, with the views that read them now; their old ones wait for the way back."""
+    found = []
+    for view in run.plan.matviews:
+        old = session.value("verify.oid", root=spelled((_place(run, view, "old"), view.name)))
+        now = session.value("verify.oid", root=spelled(view.identifier))
+        if old and now:
+            with session.qualified():
+                readers = _readers(session, now)
+            populated = {"populated": session.value("matviews.populated", oid=now)}
+            found.append(Matview.model_validate(view.model_dump() | readers | populated))
+    return found
 
 
 def refresh(run: Run, session: Session, views: list[Matview]) -> str:
@@ -120,7 +141,7 @@ def refresh(run: Run, session: Session, views: list[Matview]) -> str:
         if view.populated:
             try:
                 with session.transaction(lock_timeout="5s", row_security="on"):
-                    session.run("matviews.refresh", view=(run.staging, view.name))
+                    session.run("matviews.refresh", view=(_place(run, view, "old"), view.name))
             except (errors.ProgrammingError, errors.DataError) as error:
                 said += f" {view.name} shows what it showed at the cut-over ({error.diag.message_primary})."
     return said
@@ -138,18 +159,25 @@ def refusal(session: Session, owner: str, query: str) -> str:
 
 
 def give_back(run: Run, views: Iterable[Matview]) -> Statements:
-    """The old ones take their names back, before the partitioned table goes and with it whoever reads it."""
+    """The old ones take their places back; the new ones go, and whatever a run that died had made of them."""
+    for view in run.plan.matviews:
+        yield _forget(_place(run, view, "new"), view)
     for view in views:
-        schema, new = view.schema_name, _beside(view.name)
-        yield statement("matviews.rename", view=view.identifier, to=(new,))
-        for index in view.indexes:
-            yield statement("cutover.rename_index", index=(schema, index.name), to=(_beside(index.name),))
-        yield statement("matviews.set_schema", view=(run.staging, view.name), to=(schema,))
+        new, old = _place(run, view, "new"), _place(run, view, "old")
+        yield statement("matviews.create_schema", schema=(new,))
+        yield statement("matviews.set_schema", view=view.identifier, to=(new,))
+        yield statement("matviews.set_schema", view=(old, view.name), to=(view.schema_name,))
         yield from map(rendered, view.views)
-        yield statement("matviews.drop", view=(schema, new))
+        yield _forget(new, view)
+        yield _forget(old, view)
 
 
 def forget(run: Run) -> Statements:
-    """The way back is over."""
+    """The way back is over: the old ones go, and what was begun."""
     for view in run.plan.matviews:
-        yield statement("matviews.drop", view=(run.staging, view.name))
+        for what in ("old", "new"):
+            yield _forget(_place(run, view, what), view)
+
+
+def _forget(place: str, view: Matview) -> sql.Composed:
+    return statement("matviews.forget", view=(place, view.name), schema=(place,))

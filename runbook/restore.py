@@ -237,7 +237,7 @@ def compare_all(action: Action) -> Evidence:
 def rows(run: Run) -> pd.DataFrame:
     """Rows per partition, as the comparison counted them: it has none of a partition that is empty."""
     seen = run.finished("restore", "compare")
-    sums = seen.facts["sums"] if seen else {}
+    sums = seen.facts.get("sums", {}) if seen else {}
     names = dict.fromkeys([*(partition.name for partition in run.plan.partitions), *sums])
     return pd.DataFrame([{"name": name, "rows": sums[name]["rows"] if name in sums else 0} for name in names])
 

@@ -66,6 +66,9 @@ def unswap_statements(run: Run, views: Iterable[Matview] = ()) -> Statements:
     """The inverse of swapping.swap_statements: the original takes its name and everything that hung on it back."""
     plan, names = run.plan, run.names
     yield statement("changes.switch_off_back", **names)
+    yield from matviews.give_back(run, views)
+    if any(each.kind == "function of its rows" for each in plan.carried):
+        yield swapping.unchecked()
     yield from composite.drop_old(run)
     yield from foreign_keys.without_legacy(run)
     for reference in added(run):
@@ -84,7 +87,6 @@ def unswap_statements(run: Run, views: Iterable[Matview] = ()) -> Statements:
     for view in plan.views:
         yield rendered(view.definition)
     yield from swapping.positions(run, retire=False)
-    yield from matviews.give_back(run, views)
     yield statement("rollback.drop_partitioned", **names)
     yield from unique.remove(run)
     if swapping.refuses_moves(run):
@@ -162,6 +164,11 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
 
     try:
         evidence = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    except errors.InvalidTableDefinition as error:
+        raise PromiseBroken(
+            f"A view that reads {run.plan.full_name} or a materialized view of it was changed since the cut-over as the original's cannot be"
+            f" ({error.diag.message_primary}): drop it, then run 90_rollback again."
+        ) from None
     except errors.DependentObjectsStillExist as error:
         raise PromiseBroken(
             f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
@@ -199,7 +206,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     def attempt() -> Evidence:
         tables, shadow = unlogged(run, session), swapping.standing(session, [run.names["shadow"]])
         with locks.exclusive(session, patience, tables, ours=shadow, logs=swapping.logs(run, session), dropped=shadow):
-            for each in attaching.forget(run, session):
+            for each in (*attaching.forget(run, session), *matviews.forget(run)):
                 session.run(each)
             for each in take_away(run, [] if retired and retired.facts.get("swapped") else mine):
                 session.run(each)

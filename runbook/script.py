@@ -65,7 +65,7 @@ def _statements(run: Run) -> Statements:
     yield from changes.switch_on(run)
     yield from _noted(run, "partition", "shadow", "log", "check")
     yield from restore.script(run)
-    yield from _noted(run, "restore", "copy", "settle", "index", "check")
+    yield from _noted(run, "restore", "copy", "settle", "index", "replay", "compare", "check")
     yield from foreign_keys.script(run)
     yield from _noted(run, "foreign_keys", "columns", "fill", "check")
     logging = sql.SQL("({})").format(statement("changes.logging_back", **run.names))

@@ -178,9 +178,10 @@ taking AS (  -- functions that take or return its rows, on which nothing rests: 
     FROM source s JOIN pg_type y ON y.oid = s.reltype
     JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid IN (y.oid, y.typarray) AND d.deptype = 'n'
     JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
-   WHERE p.prokind <> 'a' AND pg_has_role(p.proowner, 'MEMBER')
-     AND (pg_get_userbyid(p.proowner) = current_user OR has_schema_privilege(p.proowner, p.pronamespace, 'CREATE')  -- or nobody can give it to its owner
-          OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user))
+    JOIN pg_roles me ON me.rolname = current_user
+   WHERE p.prokind <> 'a'  -- and only what we can make anew and give to its owner
+     AND (me.rolsuper OR NOT p.proleakproof AND pg_has_role(p.proowner, 'USAGE') AND has_schema_privilege(p.pronamespace, 'CREATE')
+          AND has_schema_privilege(p.proowner, p.pronamespace, 'CREATE'))
      AND NOT EXISTS (SELECT FROM pg_depend o WHERE o.refclassid = 'pg_proc'::regclass AND o.refobjid = p.oid
                      OR o.classid = 'pg_proc'::regclass AND o.objid = p.oid AND o.deptype IN ('e', 'x'))),
 reading AS (  -- policies, rules and functions elsewhere, whose text names the table
@@ -370,7 +371,7 @@ SELECT 'blocker' AS level, x.relname::text AS object, format('The index %s is no
 UNION ALL
 SELECT 'blocker', k.conname, format('%s is NOT VALID, which a partition cannot be given so that it stays like that.', k.conname),
        format('ALTER TABLE %s VALIDATE CONSTRAINT %I; first.', k.conrelid::regclass, k.conname)
-  FROM pg_constraint k WHERE k.conrelid = {oid} AND NOT k.convalidated
+  FROM pg_constraint k WHERE k.conrelid = {oid} AND NOT k.convalidated AND k.conparentid = 0  -- before 18 a key to a partitioned table has children
    AND (k.contype = 'n' OR k.contype = 'f' AND current_setting('server_version_num')::int < 180000)
 UNION ALL
 SELECT 'blocker', k.conname, format('%s of %s is NOT ENFORCED, and its composite successor would be.', k.conname, k.conrelid::regclass), 'Drop it first: it keeps nothing.'

@@ -5,7 +5,8 @@
 -- carried over. Ours is what we may drop and own.
 SELECT v.oid::bigint AS oid, n.nspname AS schema_name, v.relname AS name, v.relispopulated AS populated, rtrim(pg_get_viewdef(v.oid), ';') AS query,
        concat(' USING ' || quote_ident(m.amname), ' WITH (' || array_to_string(v.reloptions, ', ') || ')', ' TABLESPACE ' || quote_ident(s.spcname)) AS head,
-       pg_get_userbyid(v.relowner) AS owner, pg_has_role(v.relowner, 'MEMBER') AS ours, pg_table_size(v.oid) AS bytes,
+       pg_get_userbyid(v.relowner) AS owner,
+       pg_has_role(v.relowner, 'USAGE') AND has_schema_privilege(v.relnamespace, 'CREATE') AND t.ours AS ours, pg_table_size(v.oid) AS bytes,
        concat_ws('; ', c.columns, g.grants,
                  format('COMMENT ON MATERIALIZED VIEW %s IS %L', chr(1), obj_description(v.oid, 'pg_class'))) AS rest,
        (SELECT array_agg(DISTINCT pg_describe_object(o.classid, o.objid, o.objsubid)) FROM pg_depend o
@@ -25,17 +26,12 @@ SELECT v.oid::bigint AS oid, n.nspname AS schema_name, v.relname AS name, v.reli
                 CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' END), '; ') AS grants
          FROM (SELECT NULL AS attname, t.* FROM aclexplode(v.relacl) t UNION ALL
                SELECT a.attname, t.* FROM pg_attribute a CROSS JOIN LATERAL aclexplode(a.attacl) t WHERE a.attrelid = v.oid) x WHERE x.grantee <> v.relowner) g
+ CROSS JOIN LATERAL (  -- the views that read it are re-pointed
+       SELECT coalesce(bool_and(pg_has_role(c.relowner, 'USAGE')), true) AS ours FROM pg_depend d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+         JOIN pg_class c ON c.oid = r.ev_class AND c.relkind = 'v' WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = v.oid) t
  WHERE v.relkind = 'm' AND EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
                                     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid} AND r.ev_class = v.oid)
  ORDER BY n.nspname, v.relname
-
--- name: reading
--- Whether it still reads that table.
-SELECT EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
-                WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = to_regclass({table_text}) AND r.ev_class = to_regclass({view_text}))
-
--- name: drop
-DROP MATERIALIZED VIEW IF EXISTS {view}
 
 -- name: create
 CREATE MATERIALIZED VIEW {view} {head} AS {query} WITH NO DATA
@@ -44,13 +40,23 @@ CREATE MATERIALIZED VIEW {view} {head} AS {query} WITH NO DATA
 DO {block}
 
 -- name: hand_over
--- Whoever is to own it must be able to create in its schema; to revoke that from ourselves would lock us out.
+-- Whoever is to own it must be able to create in its schema, which is there for this alone.
 BEGIN
-  IF {owner_text} = current_user THEN RETURN; END IF;
-  GRANT CREATE ON SCHEMA {schema} TO {owner};
-  ALTER MATERIALIZED VIEW {view} OWNER TO {owner};
-  REVOKE CREATE ON SCHEMA {schema} FROM {owner};
+  IF {owner_text} <> current_user THEN
+    GRANT CREATE ON SCHEMA {schema} TO {owner};
+    ALTER MATERIALIZED VIEW {view} OWNER TO {owner};
+  END IF;
 END
+
+-- name: create_schema
+CREATE SCHEMA {schema}
+
+-- name: forget
+DROP MATERIALIZED VIEW IF EXISTS {view};
+DROP SCHEMA IF EXISTS {schema}
+
+-- name: populated
+SELECT relispopulated FROM pg_class WHERE oid = {oid}
 
 -- name: refresh
 -- It reads what its owner may read, by the owner's policies.
@@ -63,9 +69,6 @@ EXPLAIN {query}
 
 -- name: analyze
 ANALYZE {view}
-
--- name: rename
-ALTER MATERIALIZED VIEW {view} RENAME TO {to}
 
 -- name: set_schema
 -- Its indexes go with it.

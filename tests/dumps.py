@@ -36,7 +36,13 @@ def differences(before: dict[tuple[str, str], str], after: dict[tuple[str, str],
         if kind == "TABLE ATTACH":
             added |= {(name, role) for table, role in added if f".{table} ATTACH" in text}
     leaf_indexes = {name for index in plan.indexes for name in index.leaf_names.values()}
-    statistics = {fit(f"{leaf}_{each.name}") for leaf in leaves for each in plan.carried if each.kind == "statistics"}
+    statistics = set[str]()
+    for leaf in leaves:
+        of_leaf = set[str]()
+        for each in plan.carried:
+            if each.kind == "statistics":
+                of_leaf.add(fit(f"{leaf}_{each.name}", of_leaf))
+        statistics |= of_leaf
     ours = {plan.retired, plan.backup, *leaves, *leaf_indexes, *statistics, *(index.retired_name for index in plan.indexes)}
     elsewhere = {index.name for index in plan.indexes if not index.everywhere}
     composite = {f"{reference.table} {reference.name}" for reference in (*plan.references, *plan.selves) if reference.adds_column}

@@ -133,6 +133,7 @@ CARRIED = {
         keeper; ALTER TABLE thing ENABLE ROW LEVEL SECURITY; CREATE POLICY part_of ON thing USING (kind = 'a')
         """,
     "statistics": """
+        CREATE SCHEMA s; CREATE STATISTICS s.linked (mcv) ON kind, at FROM thing; GRANT ALL ON SCHEMA s TO keeper;
         CREATE STATISTICS linked (dependencies, ndistinct) ON kind, name FROM thing; CREATE STATISTICS expr ON (id % 3),
         kind FROM thing; COMMENT ON STATISTICS linked IS 'linked'; ALTER STATISTICS linked SET STATISTICS 300
         """,
@@ -592,6 +593,7 @@ def test_a_materialized_view_shows_what_there_is_in_either_direction(roles: None
 def test_functions_of_its_rows_work_in_either_direction(roles: None, database: str) -> None:
     """As Hasura's computed fields, PostgREST's computed columns and PostGraphile's queries are: called by old sessions, too."""
     execute(database, BASE, "CREATE FUNCTION label(t thing) RETURNS text LANGUAGE sql STABLE AS $$SELECT t.name || t.kind$$;"
+            " CREATE FUNCTION above(t thing) RETURNS text LANGUAGE sql AS 'SELECT label(t)';"
             " CREATE FUNCTION early() RETURNS SETOF thing LANGUAGE sql AS 'SELECT * FROM thing WHERE id < 5';"
             " CREATE FUNCTION first() RETURNS text LANGUAGE plpgsql AS $$DECLARE t thing; BEGIN SELECT * INTO t FROM thing WHERE id = 1;"
             " RETURN label(t); END$$")  # fmt: skip
@@ -626,11 +628,53 @@ def test_whoever_reads_a_materialized_view_is_named_and_it_is_exchanged_later(ro
         reader.execute("SELECT * FROM m")
         with pytest.raises(LockNotGranted, match="report"):
             cutover.validate_foreign_keys(run, budget_s=1)
+    back(run)  # also from there, where a new one had been made
+    assert "runbook_" not in schema_names(database)
+    run = plan(database, "thing", "kind", unique="per_partition")
+    walk(run, FORWARD, last="swap")
     execute(database, "DELETE FROM part; DELETE FROM thing WHERE id > 10")
     walk(run, FORWARD, first="validate")
     with psycopg.connect(database) as connection:
         assert connection.execute("SELECT * FROM m").fetchone() == (10,)
     back(run)
+
+
+def test_materialized_views_of_one_name_do_not_meet_and_what_was_done_to_them_since_counts(roles: None, database: str) -> None:
+    """Since the plan, since the cut-over: on the way there and on the way back it is as it was last."""
+    made = "CREATE MATERIALIZED VIEW {0} AS SELECT kind, count(*) AS n FROM public.thing GROUP BY kind; CREATE UNIQUE INDEX i ON {0} (kind);"
+    made += " CREATE VIEW {0}_top AS SELECT n FROM {0}"
+    execute(database, BASE, "CREATE SCHEMA s1; CREATE SCHEMA s2", made.format("s1.mv"), made.format("s2.mv"),
+            "CREATE MATERIALIZED VIEW s1.thing AS SELECT count(*) FROM public.thing")  # fmt: skip
+    run = plan(database, "thing", "kind", unique="per_partition")
+    walk(run, FORWARD, last="swap")
+    execute(database, "CREATE INDEX late ON s1.mv (n); GRANT SELECT ON s1.mv TO reader; DROP VIEW s2.mv_top;"
+            " CREATE OR REPLACE VIEW s1.mv_top AS SELECT n, kind FROM s1.mv")  # fmt: skip
+    walk(run, FORWARD, first="validate")
+    with psycopg.connect(database, autocommit=True) as connection:
+        assert connection.execute(
+            "SELECT to_regclass('s1.late'), has_table_privilege('reader', 's1.mv', 'SELECT')"
+        ).fetchone() == ("s1.late", True)
+        assert connection.execute(
+            "SELECT (SELECT sum(n) FROM s1.mv_top), (SELECT sum(n) FROM s2.mv), (SELECT count FROM s1.thing)"
+        ).fetchone() == (40, 40, 40)
+    execute(
+        database,
+        "DROP INDEX s1.late; ALTER INDEX s1.i RENAME TO other; DROP VIEW s1.mv_top; CREATE VIEW s2.mv_top AS SELECT 1 + n AS m FROM s2.mv",
+    )
+    back(run)
+    with psycopg.connect(database, autocommit=True) as connection:
+        assert connection.execute("SELECT to_regclass('s1.late'), to_regclass('s1.i'), to_regclass('s1.mv_top')").fetchone() == (
+            "s1.late",
+            "s1.i",
+            None,
+        )
+        assert connection.execute("SELECT (SELECT sum(m) FROM s2.mv_top), (SELECT count FROM s1.thing)").fetchone() == (42, 40)
+    assert "runbook_1" not in schema_names(database)
+
+
+def schema_names(database: str) -> str:
+    with psycopg.connect(database) as connection:
+        return " ".join(name for (name,) in connection.execute("SELECT nspname FROM pg_namespace").fetchall())
 
 
 @pytest.mark.long

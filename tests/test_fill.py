@@ -176,7 +176,7 @@ def test_for_an_application_that_never_names_the_column_the_fill_trigger_stays(f
     assert sql(book.replace("%s", "(SELECT id FROM users WHERE role = 'doctor' LIMIT 1)")) == [("doctor",)]
     assert sql("SELECT to_regnamespace('runbook_1'), to_regclass('users_retired')") == [(None, None)]
     functions = "SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND proname LIKE 'appointments%' ORDER BY 1"
-    assert sql(functions) == [("appointments_user_role_fill",), ("appointments_user_role_named",)]
+    assert sql(functions) == [("appointments_user_role_fill_1",), ("appointments_user_role_named_1",)]
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
         sql(book, ["00000000-0000-0000-0000-000000000000"])
     assert ledger.of(run.database, "users").state == "finished"
