@@ -128,8 +128,7 @@ def waiting(run: Run, session: Session) -> list[Matview]:
         if old and now:
             with session.qualified():
                 readers = _readers(session, now)
-            populated = {"populated": session.value("matviews.populated", oid=now)}
-            found.append(Matview.model_validate(view.model_dump() | readers | populated))
+            found.append(Matview.model_validate(view.model_dump() | readers | session.row("matviews.standing", oid=now)))
     return found
 
 

@@ -55,8 +55,8 @@ CREATE SCHEMA {schema}
 DROP MATERIALIZED VIEW IF EXISTS {view};
 DROP SCHEMA IF EXISTS {schema}
 
--- name: populated
-SELECT relispopulated FROM pg_class WHERE oid = {oid}
+-- name: standing
+SELECT relispopulated AS populated, pg_get_userbyid(relowner) AS owner FROM pg_class WHERE oid = {oid}
 
 -- name: refresh
 -- It reads what its owner may read, by the owner's policies.
