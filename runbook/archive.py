@@ -1,4 +1,4 @@
-"""The record on disk: a folder and a manifest for each run, chained to the run before, and the audit of them all."""
+"""The record on disk: a folder and a manifest for each run, chained to the run before."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Run:
         """Notes that this notebook runs now (by hand: is about to be saved again, the cells that it shows `begun` then); returns
         where its record belongs."""
         self._step(notebook).update({"notebook": notebook, "state": "running", "begun": begun or _now()})
-        for file in _of(notebook, self.folder):
+        for file in of(notebook, self.folder):
             self.manifest["files"].pop(file.name, None)
         self._write()
         return self.folder / notebook
@@ -116,7 +116,7 @@ class Run:
         } | outcome
         if not rendered:
             render_html(executed.notebook)
-        files = _of(executed.notebook.name, self.folder)
+        files = of(executed.notebook.name, self.folder)
         if self.manifest.get("by_hand"):  # the kernel lives on, and with it its statements
             files = [file for file in files if not file.name.endswith(STATEMENTS)]
         self._hash(*files)
@@ -145,9 +145,9 @@ class Run:
             state = "completed"
         self.manifest |= {"state": state, "sealed": True}
         unlink_missing(self.folder)
-        self._hash(*_files(self.folder))
+        self._hash(*files(self.folder))
         with _alone(runs):
-            self.manifest |= {"previous": _end(runs), "ended": _now()}
+            self.manifest |= {"previous": end(runs), "ended": _now()}
             head = self._write(facts)
             write_whole(runs / "HEAD", f"{head}  {self.folder.name}/manifest.json\n")
             os.close(self._held)
@@ -156,78 +156,12 @@ class Run:
 
     def _hash(self, *files: Path) -> None:
         folder = self.folder.resolve()
-        self.manifest["files"] |= {file.resolve().relative_to(folder).as_posix(): _sha256(file) for file in files}
+        self.manifest["files"] |= {file.resolve().relative_to(folder).as_posix(): sha256(file) for file in files}
 
     def _write(self, facts: Mapping[str, Any] | None = None) -> str:
         self.manifest |= redacted(facts or {}, self.secrets)
         write_whole(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
-        return _sha256(self.folder / "manifest.json")
-
-
-def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
-    """A sentence for whatever was changed, removed, added or re-ordered under `runs`; empty when all is as recorded.
-
-    `heads` are the sha256 of manifests that someone else keeps (the ledger): they vouch for the last run too.
-    """
-    if not runs.is_dir():
-        return [f"{runs} does not exist."]
-    said: list[str] = []
-    found = list(manifests(runs, said))
-    for folder, manifest, _ in found:
-        said += _audit_files(folder, manifest)
-    digests = {manifest["run"]: digest for _, manifest, digest in found}
-    left = {manifest["run"]: manifest for _, manifest, _ in found if manifest["sealed"]}
-    entry, after = _end(runs), "HEAD"
-    if left and not entry:
-        said.append("HEAD, which names the last run, is missing or cannot be read.")
-        entry = _latest(left, digests)
-    while entry or left:  # from the last run back to the first, each named by the one sealed after it
-        if entry is None:
-            run = _latest(left, digests)["run"]
-            said.append(f"{run} is not in the chain that ends in HEAD: it was added, or runs were re-ordered.")
-            left.pop(run)
-            continue
-        said += _differs(entry, digests, after)
-        if entry["run"] not in left:  # a gap: go on with what lies before it
-            entry = _latest(left, digests) if left else None
-            continue
-        manifest = left.pop(entry["run"])
-        for broken in manifest["broken_off"]:
-            said += _differs(broken, digests, manifest["run"])
-        after, entry = manifest["run"], manifest["previous"]
-    known = set(digests.values())
-    return said + [f"No run here has the manifest {head}, which the ledger names." for head in heads if head not in known]
-
-
-def _latest(left: dict[str, dict[str, Any]], digests: dict[str, str]) -> dict[str, str]:
-    run = max(left, key=lambda name: str(left[name]["ended"]))
-    return {"run": run, "manifest": digests[run]}
-
-
-def _differs(entry: dict[str, str], digests: dict[str, str], after: str) -> list[str]:
-    if entry["run"] not in digests:
-        return [f"{entry['run']} is missing: it was removed, though {after} names it."]
-    if digests[entry["run"]] != entry["manifest"]:
-        return [f"{entry['run']}/manifest.json was changed: it is not the one that {after} names."]
-    return []
-
-
-def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    if manifest["run"] != folder.name:
-        yield f"{folder.name} holds the record of {manifest['run']}: it was renamed, or exchanged with another."
-    there = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
-    for name, digest in manifest["files"].items():
-        if name not in there:
-            yield f"{folder.name}/{name} was removed."
-        elif _sha256(there[name]) != digest:
-            yield f"{folder.name}/{name} was changed."
-    # A run that still works, or broke off, has a notebook that is not hashed yet; by hand there may be several.
-    known = set(manifest["files"])
-    if not manifest["sealed"]:
-        known |= {file.name for step in manifest["steps"] if step["state"] == "running" for file in _of(step["notebook"], folder)}
-        known |= {name for name in there if name.endswith(STATEMENTS) or name in HALF}
-    for name in there.keys() - known:
-        yield f"{folder.name}/{name} was added."
+        return sha256(self.folder / "manifest.json")
 
 
 def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path, dict[str, Any], str]]:
@@ -240,7 +174,7 @@ def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path,
             manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
             if not {"run", "sealed", "steps", "files", "previous", "broken_off", "ended"} <= manifest.keys():
                 raise ValueError
-            yield entry, manifest, _sha256(entry / "manifest.json")
+            yield entry, manifest, sha256(entry / "manifest.json")
         except FileNotFoundError:
             said.append(f"{entry.name} has no manifest.json: it was removed, or the folder was added.")
         except NotADirectoryError:
@@ -262,7 +196,7 @@ def in_progress(folder: Path) -> bool:
     return False
 
 
-def _end(runs: Path) -> dict[str, str] | None:
+def end(runs: Path) -> dict[str, str] | None:
     """The run that was sealed last, as HEAD names it: its line is what `sha256sum -c` reads."""
     head = (runs / "HEAD").read_text(encoding="utf-8") if (runs / "HEAD").is_file() else ""
     match = re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n", head)
@@ -285,16 +219,16 @@ def _alone(runs: Path) -> Iterator[None]:
         os.close(held)
 
 
-def _of(notebook: str, folder: Path) -> list[Path]:
+def of(notebook: str, folder: Path) -> list[Path]:
     """What belongs to one notebook: itself, its page, its statements, and what is being written of them."""
     return [file for file in folder.iterdir() if file.name.removeprefix(".").split(".")[0] == Path(notebook).stem]
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / "manifest.json")
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -19,8 +19,7 @@ def remembered(given: Parameters) -> dict[str, Any]:
 
 
 def refuse_another(run: Run, given: Parameters, named: set[str]) -> None:
-    """Raises BadInput when one of the parameters that were `named`, or one by which all else is decided, is another than the
-    plan was made with."""
+    """Raises BadInput when one of the parameters that were `named` is another than the plan was made with."""
     seen = run.finished("plan", "check")
     before: dict[str, Any] = (seen.facts.get("given") if seen else None) or {name: getattr(run.plan, name) for name in DECISIVE}
     swapped = run.finished("cutover", "swap") is not None

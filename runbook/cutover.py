@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from psycopg import sql
 
@@ -58,12 +59,8 @@ def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
     with run.action("cutover", "swap") as action:
         if action.evidence:
             facts = action.evidence.facts
-            locked_s, attempts, replayed = (
-                facts.get("locked_s", 0.0),
-                facts.get("attempts", []),
-                facts.get("replayed", 0),
-            )  # of a script none
-            return Swap(action.evidence.sentence, locked_s, attempts, replayed, facts)
+            known: dict[str, Any] = {"locked_s": 0.0, "attempts": [], "replayed": 0} | facts  # of a swap by the script nothing is
+            return Swap(action.evidence.sentence, known["locked_s"], known["attempts"], known["replayed"], facts)
         if run.finished("cutover", "approval") is None:
             raise ApprovalMissing(
                 f"The cut-over of {run.plan.full_name} has not been approved: run 05_cutover from its beginning."

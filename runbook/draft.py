@@ -17,6 +17,7 @@ from runbook.facts import Finding, Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, resolve
 from runbook.plan import Plan, fit
+from runbook.provenance import operator
 from runbook.session import Session
 from runbook.statements import trusted
 
@@ -141,7 +142,7 @@ class Draft:
             run = ledger.Run(self.database, number, self.plan)
             action = session.value(
                 "ledger.begin_action", migration=number, step="plan", action="check",
-                operator=ledger.operator(),
+                operator=operator(),
             )  # fmt: skip
             ledger.Action(run, session, action).finish(
                 f"Plan {self.plan.hash[:12]} for {self.plan.full_name} by {self.plan.key} is frozen.",

@@ -6,27 +6,25 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
-from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
 from runbook.archive import write_whole
-from runbook.kernel import Kernel, folded, shown
+from runbook.kernel import Kernel, folded, reason, shown
 from runbook.redaction import known_secrets, passwords, redact, redacted_notebook
+from runbook.signals import Terminated, ended_by_signals
 
 # Papermill looks RecordEngine up while it is itself being imported by the lines below, before the class can
 # exist. For that moment it gets None; the last line of this module registers the class.
@@ -43,10 +41,6 @@ del __getattr__
 IPC_PATH_BYTES = 100  # a socket's path has 107; the kernel adds "-5"
 SHORT_S = 0.05  # a record that is written within that is written each time
 LAST_WORDS_S = 3.0  # how long an interrupted kernel may still say where it stopped
-
-
-class Terminated(SystemExit):
-    """The process was told to end; its code is the shell's, 128 and the signal's number."""
 
 
 @dataclass(frozen=True)
@@ -233,29 +227,8 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         self.nb_man.cell_complete(cell, cell_index=self.at)
 
     def _reason(self, error: BaseException) -> tuple[str, str]:
-        name = type(error).__name__
-        match error:
-            case CellExecutionError(ename="SystemExit"):
-                return "SystemExit", "The cell called sys.exit: a notebook ends with its last cell, or with an error."
-            case CellExecutionError():
-                shown = [out for out in self.nb.cells[self.at].get("outputs", ()) if out.output_type == "error"]
-                last = shown[-1] if shown else error  # what the reader sees; the kernel's reply can be another
-                return last.ename, last.evalue or last.ename
-            case CellTimeoutError():
-                return name, f"The cell ran into its limit of {self.timeout} seconds and was stopped."
-            case DeadKernelError():
-                process = getattr(getattr(self.km, "provisioner", None), "process", None)
-                code = process.poll() if process else None
-                how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
-                return name, f"The kernel died while the cell ran ({how})."
-            case KeyboardInterrupt():
-                return name, "Interrupted (SIGINT) while the cell ran."
-            case Terminated():
-                return name, f"Told to end ({signal.Signals(int(error.code or 128) - 128).name}) while the cell ran."
-            case NoSuchKernel():
-                return name, f"There is no kernel named {error.name!r} here: the notebook's kernel is to be python3."
-        told = (self.room / "log").read_text(errors="replace").strip().splitlines()[-1:]
-        return name, ": ".join([str(error) or name, *told])
+        process = getattr(getattr(self.km, "provisioner", None), "process", None)
+        return reason(error, self.nb.cells[self.at].get("outputs", ()), process, self.timeout, self.room / "log")
 
     def _hear_last_words(self, cell: NotebookNode) -> None:
         """Interrupts the kernel and lets it finish its output, so that the record says where it stopped."""
@@ -306,25 +279,6 @@ class _Record(LocalHandler):  # type: ignore[misc]
             write_whole(Path(self.folder, path), text)
         else:
             self.usual.write(text, path)
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP become an exception, so that the record is finished; a handler of the caller stays."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated(128 + number)
-
-    taken = []
-    if threading.current_thread() is threading.main_thread():
-        taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
 
 
 papermill_engines.register("runbook", RecordEngine)

@@ -24,6 +24,7 @@ from runbook.database import target
 from runbook.errors import BadInput, RunbookError
 from runbook.parameters import check, clinic
 from runbook.redaction import redact
+from runbook.signals import Terminated, ended_by_signals
 from runbook.statements import folder
 from runbook.words import counted
 
@@ -52,7 +53,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     stopped = error_name = planned = ""
     bar = tqdm(total=len(names), unit="step", disable=not sys.stderr.isatty(), leave=False)
     try:
-        with engine.ended_by_signals():
+        with ended_by_signals():
             for name in names:
                 bar.set_description(name)
                 before = _history(where, table)
@@ -77,7 +78,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                     given = {"plan": plan.hash} | given
                     levels = Counter(each.level for each in plan.findings)
                     planned = f"Plan {plan.hash[:12]}: {counted(levels['warning'], 'warning')} and {counted(levels['note'], 'note')}, in 00_plan.html.\n"
-    except (KeyboardInterrupt, engine.Terminated) as error:
+    except (KeyboardInterrupt, Terminated) as error:
         stopped, error_name = f"{name} was stopped between two cells.", type(error).__name__
     except Exception as error:  # told by whoever called; the record must not say that all went well
         stopped = redact(f"{name} stopped: {type(error).__name__}: {error}", record.secrets)

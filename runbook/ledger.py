@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +15,12 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, locks
+from runbook import catalog, drift, locks
 from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
 from runbook.parameters import resolve
 from runbook.plan import Plan, from_json
+from runbook.provenance import operator
 from runbook.redaction import known_secrets, redact
 from runbook.session import Session
 from runbook.statements import Value
@@ -201,7 +200,7 @@ class Run:
             return
         with session.qualified():
             if catalog.fingerprint(session, self.plan.table.oid) != self.plan.fingerprint:
-                changes = _what_changed(session, self.plan)
+                changes = drift.since(session, self.plan)
                 raise PlanOutdated(
                     f"{self.plan.full_name} was altered since the plan {self.plan.hash[:12]} was made ({changes}):"
                     " roll back with 90_rollback, then plan again with 00_plan."
@@ -223,33 +222,6 @@ def recorded(
         return acting
 
     return decorate
-
-
-def _described(kind: str, not_null: bool, default: str | None) -> str:
-    return f"{kind}{' NOT NULL' if not_null else ''}{f' DEFAULT {default}' if default is not None else ''}"
-
-
-def _what_changed(session: Session, plan: Plan) -> str:
-    found = session.rows("catalog.columns", oid=plan.table.oid)
-    if not found:
-        return "the table is gone"
-    before = {column.name: (column.type, column.not_null, column.default) for column in plan.columns}
-    now = {row["name"]: (row["type"], row["not_null"], row["default"]) for row in found}
-    changes = [f"column {name} added" for name in now.keys() - before.keys()]
-    changes += [f"column {name} dropped" for name in before.keys() - now.keys()]
-    changes += [
-        f"column {name} was {_described(*before[name])}, is {_described(*now[name])}"
-        for name in before.keys() & now.keys()
-        if before[name] != now[name]
-    ]
-    indexes = {row["name"] for row in session.rows("catalog.indexes", oid=plan.table.oid)}
-    changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]
-    changes += [f"index {name} dropped" for name in {index.name for index in plan.indexes} - indexes]
-    keys = {(row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=plan.table.oid)}
-    planned = {reference.place for reference in (*plan.references, *plan.selves)}
-    changes += [f"{schema}.{table} references it now by {name}" for schema, table, name in keys - planned]
-    changes += [f"the foreign key {name} of {schema}.{table} is gone" for schema, table, name in planned - keys]
-    return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"
 
 
 def claim(session: Session, plan: Plan) -> None:
@@ -292,11 +264,6 @@ def kept(session: Session) -> bool:
             " schema runbook first."
         )
     return there
-
-
-def operator() -> str:
-    """Who runs this: OS user and host."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def open(database: str = "embedded", table: str = "", plan: str = "", *, ended: bool = False) -> Run:

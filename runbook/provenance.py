@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import socket
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,11 @@ def os_user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user may have no name
         return str(os.getuid())
+
+
+def operator() -> str:
+    """Who runs this: OS user and host."""
+    return f"{os_user()}@{socket.gethostname()}"
 
 
 def library(name: str) -> str:

@@ -17,7 +17,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from runbook.archive import Run, audit, write_whole
+from runbook.archive import Run, write_whole
+from runbook.audit import audit
 from runbook.engine import Executed, execute
 from runbook.pages import index, render_html
 from runbook.redaction import known_secrets, redact
@@ -36,7 +37,9 @@ def executed(path: Path, *cells: nbformat.NotebookNode, error: str = "") -> Exec
 
 
 def make(runs: Path, table: str = "users", *, error: str = "") -> Run:
-    run = Run.begin(runs, table, {"table": table, "partitions": {"users_admins": ["admin"]}}, approved_by="Ann")
+    run = Run.begin(
+        runs, table, {"table": table, "database": "service=shop", "partitions": {"users_admins": ["admin"]}}, approved_by="Ann"
+    )
     run.add(executed(run.start("00_plan.ipynb")))
     run.add(executed(run.start("03_restore.ipynb"), error=error))
     run.head = run.seal(plan_hash="abc123", server="PostgreSQL 18.4", database_user="dba", result="done")  # type: ignore[attr-defined]
@@ -387,6 +390,8 @@ def test_the_index_lists_every_run_with_what_failed_first(tmp_path: Path) -> Non
         "&lt;orders&gt;",
         "03_restore: orders has 3 rows &amp; more",
         "as dba on",
+        'data-is="Database">service=shop<',
+        "abc123, approved by Ann",
         "2.5 s",
         "completed",
         "failed",

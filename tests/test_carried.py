@@ -544,6 +544,15 @@ def test_what_cannot_be_carried_over_stops_the_plan(server: Server, roles: None,
     assert dump(database, "--exclude-schema=runbook") == before
 
 
+def test_event_triggers_are_named_in_the_plan(roles: None, database: str) -> None:
+    execute(database, BASE, CARRIED["event trigger"])
+    notes = [
+        each.sentence for each in plan(database, "thing", "kind", unique="per_partition").plan.findings if each.object == "secure"
+    ]
+    execute(database, "DROP EVENT TRIGGER secure")
+    assert len(notes) == 1 and notes[0].startswith("The event trigger secure runs whenever")
+
+
 @pytest.mark.long
 def test_a_trigger_is_on_each_partition_what_it_was_on_the_table(roles: None, database: str) -> None:
     """Before 16 what is said of the root's trigger does not reach the partitions'."""

@@ -17,7 +17,8 @@ from xml.etree import ElementTree
 import pytest
 
 from runbook import certificate, ledger, verify
-from runbook.archive import Run, audit
+from runbook.archive import Run
+from runbook.audit import audit
 from runbook.errors import PromiseBroken
 from runbook.ledger import Run as Migration
 from tests import migration as actions

@@ -14,6 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from runbook import engine
 from runbook.engine import Executed, execute
 
 
@@ -238,3 +239,22 @@ def test_plain_papermill_with_this_engine_leaves_the_same_record(tmp_path: Path)
     assert done.returncode == 1
     assert "tr0ub4dor" not in done.stderr + tmp_path.joinpath("b.ipynb").read_text()
     assert_failed_at_cell_2(tmp_path / "b.ipynb", "OSError", "postgresql://ann:***@db is not there")
+
+
+def test_a_record_that_takes_long_to_write_is_written_seldom_and_whole_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, really = [0], engine.write_whole
+
+    def slowly(path: Path, text: str) -> None:
+        written[0] += 1
+        time.sleep(0.2)
+        really(path, text)
+
+    monkeypatch.setattr(engine, "write_whole", slowly)
+    result = execute(write(tmp_path / "a.ipynb", *(f"print({n})" for n in range(30))), tmp_path / "b.ipynb", {})
+    assert result.error == "" and written[0] < 30, "twice a cell without"
+    notebook = read(tmp_path / "b.ipynb")
+    assert set(states(notebook)) == {"completed"} and "29\n" in [
+        out.text for cell in notebook.cells for out in cell.get("outputs", ())
+    ]

@@ -19,7 +19,7 @@ import nbformat
 import psycopg
 import pytest
 
-from runbook.archive import audit
+from runbook.audit import audit
 from runbook.desk import Files, outcome
 from tests.browser import chromium, keep
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, notebook

@@ -101,6 +101,7 @@ def each_step_prints_a_line_and_the_last_line_is_the_records_head(database: str,
     assert [line.split()[:2] for line in lines[: len(FORWARD)]] == [[name, "done"] for name in FORWARD]
     assert "1,000 rows" in lines[1], "the backup's rows"
     assert "1,000 rows" in lines[3], "the restored rows"
+    assert re.search(r"^Plan [0-9a-f]{12}: \d+ warnings? and \d+ notes?, in 00_plan\.html\.$", result.stdout, re.MULTILINE)
     head = lines[-1].removeprefix("Head:   ")
     assert (runs / "HEAD").read_text().startswith(head)
     assert query(database, "SELECT head FROM runbook.record ORDER BY id DESC LIMIT 1") == [(head,)]

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from runbook import cli, embedded
-from runbook.archive import audit
+from runbook.audit import audit
 from runbook.database import target
 from runbook.errors import PromiseBroken
 from runbook.rehearsal import Watch

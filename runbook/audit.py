@@ -1,0 +1,75 @@
+"""The audit of the record: whatever was changed, removed, added or re-ordered in it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from runbook.archive import HALF, STATEMENTS, end, files, manifests, of, sha256
+
+
+def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
+    """A sentence for whatever was changed, removed, added or re-ordered under `runs`; empty when all is as recorded.
+
+    `heads` are the sha256 of manifests that someone else keeps (the ledger): they vouch for the last run too.
+    """
+    if not runs.is_dir():
+        return [f"{runs} does not exist."]
+    said: list[str] = []
+    found = list(manifests(runs, said))
+    for folder, manifest, _ in found:
+        said += _audit_files(folder, manifest)
+    digests = {manifest["run"]: digest for _, manifest, digest in found}
+    left = {manifest["run"]: manifest for _, manifest, _ in found if manifest["sealed"]}
+    entry, after = end(runs), "HEAD"
+    if left and not entry:
+        said.append("HEAD, which names the last run, is missing or cannot be read.")
+        entry = _latest(left, digests)
+    while entry or left:  # from the last run back to the first, each named by the one sealed after it
+        if entry is None:
+            run = _latest(left, digests)["run"]
+            said.append(f"{run} is not in the chain that ends in HEAD: it was added, or runs were re-ordered.")
+            left.pop(run)
+            continue
+        said += _differs(entry, digests, after)
+        if entry["run"] not in left:  # a gap: go on with what lies before it
+            entry = _latest(left, digests) if left else None
+            continue
+        manifest = left.pop(entry["run"])
+        for broken in manifest["broken_off"]:
+            said += _differs(broken, digests, manifest["run"])
+        after, entry = manifest["run"], manifest["previous"]
+    known = set(digests.values())
+    return said + [f"No run here has the manifest {head}, which the ledger names." for head in heads if head not in known]
+
+
+def _latest(left: dict[str, dict[str, Any]], digests: dict[str, str]) -> dict[str, str]:
+    run = max(left, key=lambda name: str(left[name]["ended"]))
+    return {"run": run, "manifest": digests[run]}
+
+
+def _differs(entry: dict[str, str], digests: dict[str, str], after: str) -> list[str]:
+    if entry["run"] not in digests:
+        return [f"{entry['run']} is missing: it was removed, though {after} names it."]
+    if digests[entry["run"]] != entry["manifest"]:
+        return [f"{entry['run']}/manifest.json was changed: it is not the one that {after} names."]
+    return []
+
+
+def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    if manifest["run"] != folder.name:
+        yield f"{folder.name} holds the record of {manifest['run']}: it was renamed, or exchanged with another."
+    there = {file.relative_to(folder).as_posix(): file for file in files(folder)}
+    for name, digest in manifest["files"].items():
+        if name not in there:
+            yield f"{folder.name}/{name} was removed."
+        elif sha256(there[name]) != digest:
+            yield f"{folder.name}/{name} was changed."
+    # A run that still works, or broke off, has a notebook that is not hashed yet; by hand there may be several.
+    known = set(manifest["files"])
+    if not manifest["sealed"]:
+        known |= {file.name for step in manifest["steps"] if step["state"] == "running" for file in of(step["notebook"], folder)}
+        known |= {name for name in there if name.endswith(STATEMENTS) or name in HALF}
+    for name in there.keys() - known:
+        yield f"{folder.name}/{name} was added."

@@ -1,0 +1,34 @@
+"""What became of the table since it was planned."""
+
+from __future__ import annotations
+
+from runbook.plan import Plan
+from runbook.session import Session
+
+
+def _described(kind: str, not_null: bool, default: str | None) -> str:
+    return f"{kind}{' NOT NULL' if not_null else ''}{f' DEFAULT {default}' if default is not None else ''}"
+
+
+def since(session: Session, plan: Plan) -> str:
+    """What was changed of the table since the plan, in words."""
+    found = session.rows("catalog.columns", oid=plan.table.oid)
+    if not found:
+        return "the table is gone"
+    before = {column.name: (column.type, column.not_null, column.default) for column in plan.columns}
+    now = {row["name"]: (row["type"], row["not_null"], row["default"]) for row in found}
+    changes = [f"column {name} added" for name in now.keys() - before.keys()]
+    changes += [f"column {name} dropped" for name in before.keys() - now.keys()]
+    changes += [
+        f"column {name} was {_described(*before[name])}, is {_described(*now[name])}"
+        for name in before.keys() & now.keys()
+        if before[name] != now[name]
+    ]
+    indexes = {row["name"] for row in session.rows("catalog.indexes", oid=plan.table.oid)}
+    changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]
+    changes += [f"index {name} dropped" for name in {index.name for index in plan.indexes} - indexes]
+    keys = {(row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=plan.table.oid)}
+    planned = {reference.place for reference in (*plan.references, *plan.selves)}
+    changes += [f"{schema}.{table} references it now by {name}" for schema, table, name in keys - planned]
+    changes += [f"the foreign key {name} of {schema}.{table} is gone" for schema, table, name in planned - keys]
+    return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"
