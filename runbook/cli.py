@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from psycopg.conninfo import conninfo_to_dict
 
 from runbook import __version__, archive, embedded, ledger, parameters, rehearsal
 from runbook.audit import audit as audited
@@ -170,7 +171,8 @@ def status(file: Path | None, pairs: Any, database: str | None, as_json: bool) -
             at = f"{row['step']} ({row['action']} {row['action_state']})"
             click.echo(f"{row['table']}: {row['state']}, at {at}. {row['sentence'] or ''}".strip())
     if found.embedded and not as_json:
-        click.echo(f"Its server: psql {shlex.quote(found.conninfo)}")
+        where = conninfo_to_dict(found.conninfo)
+        click.echo(f"Its server: psql -h {shlex.quote(str(where['host']))} -U {where['user']} {where['dbname']}")
 
 
 @main.command("sql", short_help="Print the plan's whole migration as one SQL script.")

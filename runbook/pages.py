@@ -52,7 +52,7 @@ INDEX = """<!DOCTYPE html>
 <title>Runs</title><style>
  body {{ font: 16px/1.5 sans-serif; margin: 1.5em; color: #1a1a1a }} table {{ border-collapse: collapse }}
  th, td {{ text-align: left; vertical-align: top; padding: .4em .8em; border-bottom: 1px solid #ccc; overflow-wrap: break-word }}
- td[data-is=Database], td[data-is=Plan] {{ overflow-wrap: anywhere }}
+ td[data-is=Database], td[data-is=Plan] {{ overflow-wrap: anywhere; min-width: 8em }}
  @media screen and (min-width: 701px) {{ td:first-child {{ white-space: nowrap }} }}
  @media print {{ th, td {{ padding: .3em }} td {{ overflow-wrap: anywhere }} }}
  .failed, .broken, .unfinished {{ color: #9b0019; font-weight: bold }} .completed {{ color: #00602b; font-weight: bold }}
