@@ -19,7 +19,14 @@ from runbook.statements import trusted
 Value = str | None
 Wanted = dict[str, list[PartitionValue] | str]
 MOST = 1000  # partitions; more of them make every plan slow and exhaust the lock table
-FORMS = {"day": "YYYY_MM_DD", "week": 'IYYY"w"IW', "month": "YYYY_MM", "year": "YYYY"}
+FORMS = {
+    "hour": "YYYY_MM_DD_HH24",
+    "day": "YYYY_MM_DD",
+    "week": 'IYYY"w"IW',
+    "month": "YYYY_MM",
+    "quarter": 'YYYY"q"Q',
+    "year": "YYYY",
+}
 FINITE = {"D": "isfinite({})", "N": "{}::text NOT IN ('NaN', 'Infinity', '-Infinity')"}  # what steps can reach
 
 
@@ -151,9 +158,7 @@ def _range(session: Session, given: Parameters, table: Table, key: Column) -> Di
     if given.every:
         wanted = steps(session, given, table.name, key, extent["low"], extent["high"]) | wanted
     elif given.partitions is None:
-        raise BadInput(
-            'partition_by is "range": say every (day, week, month, year or a number), or give partitions their bounds.'
-        )
+        raise BadInput(f'partition_by is "range": say every ({", ".join(FORMS)} or a number), or give partitions their bounds.')
     found = range_bounds(session, wanted, key)
     bounds = [bound for each in found for bound in each.values if bound is not None]
     rows = session.rows("draft.range_counts", **place, bounds=bounds, filled=filled) if bounds else []
@@ -187,13 +192,14 @@ def steps(session: Session, given: Parameters, table: str, key: Column, low: Val
     """Steps as `every` says, from that of `low` to `ahead` beyond that of `high`, each with its bounds."""
     every, kind = str(given.every), session.value("draft.category", type=key.type)
     place = {"type": trusted(key.type), "low": low, "high": high, "ahead": given.ahead, "most": MOST + 1}
-    if kind == "D" and every in FORMS:
-        rows = session.rows("draft.time_steps", **place, unit=every, step=f"1 {every}", form=FORMS[every])
+    if kind == "D" and every in FORMS and (key.type, every) != ("date", "hour"):
+        step = "3 months" if every == "quarter" else f"1 {every}"  # an interval knows no quarters
+        rows = session.rows("draft.time_steps", **place, unit=every, step=step, form=FORMS[every])
     elif kind == "N" and every.isdecimal() and int(every) > 0:
         rows = session.rows("draft.number_steps", **place, step=int(every))
     else:
         raise BadInput(
-            f"every is {given.every!r}, which does not fit {key.name} ({key.type}): a date or time takes day, week, month or year, a"
+            f"every is {given.every!r}, which does not fit {key.name} ({key.type}): a date or time takes {', '.join(FORMS)} (hour: a time only), a"
             " number takes a positive whole number."
         )
     return {fit(f"{table}_{row['name']}"): [row["lower"], row["upper"]] for row in rows}

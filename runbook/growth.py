@@ -128,9 +128,8 @@ def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Ro
     )
     for row in keys:
         table = f"{row['schema']}.{row['table']}"
-        if row[
-            "partitioned"
-        ]:  # adding it again would read the whole table under its lock, or PostgreSQL takes no NOT VALID key there
+        if row["partitioned"]:
+            # Adding it again would read the whole table under its lock, or PostgreSQL takes no NOT VALID key there.
             key = sql.Identifier(row["name"]).as_string(None)
             yield Finding.blocker(
                 table,

@@ -68,6 +68,8 @@ CASES = {
     "date by week, with a default": Case("date", f"({DAY})::date", by_range(every="week", ahead=0, partitions={"rest": "default"}), 5),
     "timestamp by day": Case("timestamp", DAY, by_range(every="day", ahead=0), 23),
     "timestamptz by month": Case("timestamptz", f"({DAY}) AT TIME ZONE 'UTC'", by_range(every="month", ahead=2), 4),
+    "timestamp by hour": Case("timestamp", "timestamp '2024-02-28 21:30' + n * interval '7 minutes'", by_range(every="hour", ahead=0), 8),
+    "date by quarter": Case("date", f"({DAY})::date", by_range(every="quarter", ahead=2), 3),
     "timestamptz by year": Case("timestamptz(0)", f"({DAY}) AT TIME ZONE 'UTC'", by_range(every="year"), 4),
     "uuid by range": Case("uuid", "md5(n::text)::uuid", by_range(partitions={"low": [None, "80000000-0000-0000-0000-000000000000"], "rest": "default"}), 2),
     "text by hash": Case("text", "n::text", by_hash(), 3),
@@ -223,6 +225,12 @@ def test_a_key_that_cannot_be_compared_is_refused(database, sql, key_type):
     for given in ({"partitions": {"rest": "default"}}, by_hash(2), by_range(partitions={"rest": "default"})):
         with pytest.raises((BadInput, PlanBlocked), match=r"cannot be divided|refuses to partition"):
             migration.plan(database, "things", "kind", **given)
+
+
+def test_a_day_has_no_hours(database, sql):
+    prepare(sql, "date", f"({DAY})::date")
+    with pytest.raises(BadInput, match=r"every is 'hour', which does not fit kind \(date\)"):
+        migration.plan(database, "things", "kind", **by_range(every="hour"))
 
 
 KEYS = {
