@@ -545,6 +545,23 @@ def test_a_log_that_was_long_makes_no_later_replay_read_the_whole_table(forward,
     assert sql(reads) == before
 
 
+def test_few_changes_are_looked_up_where_the_planner_would_read_the_tables_whole(forward, clinic, sql):
+    run = forward("keys check")
+    reads = "SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname IN ('users', 'users_patients', 'appointments')"
+    with run.database.session() as session:
+        changes.replay(run, session)
+        sql("UPDATE users SET role = 'doctor' WHERE id IN (SELECT id FROM users WHERE role = 'user' LIMIT 30)")
+        servers.flush_statistics(session.connection)
+        before = sql(reads)
+        assert changes.replay(run, session)[0] == 30
+        servers.flush_statistics(session.connection)
+        assert sql(reads) == before
+        sql("UPDATE users SET phone = '2'")
+        assert changes.replay(run, session)[0] == 1000, "and of many it is not so"
+        servers.flush_statistics(session.connection)
+    assert sql(reads) > before
+
+
 def test_changes_that_come_faster_than_they_are_replayed_are_the_reason_that_is_given(forward, clinic, sql, monkeypatch):
     run = forward("approval")
     for name in ("SHORT_TAIL", "UNDER_LOCKS"):
