@@ -166,7 +166,8 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
         for trigger in [] if reference in plan.selves else row.get("update_triggers") or []:
             yield Finding.warning(
                 name,
-                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in: one that refuses or undoes updates stops 04.",
+                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in: what it writes, such as the time or an audit row,"
+                " is written for each of these rows and stays, after the way back, too; one that refuses or undoes updates stops 04.",
                 f"Where that would be wrong, ALTER TABLE {name} DISABLE TRIGGER {trigger}; until the cut-over, or let it return where current_setting('runbook.correcting', true) = 'on'.",
             )
     yield from _together(plan)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +29,7 @@ FORMS = {
     "quarter": 'YYYY"q"Q',
     "year": "YYYY",
 }
+LAST = {"smallint": 2**15 - 1, "integer": 2**31 - 1, "bigint": 2**63 - 1}
 FINITE = {"D": "isfinite({})", "N": "{}::text NOT IN ('NaN', 'Infinity', '-Infinity')"}  # what steps can reach
 
 
@@ -49,34 +52,44 @@ def divide(session: Session, given: Parameters, table: Table, key: Column) -> Di
     """The partitions that the parameters ask for; raises BadInput when they contradict each other or the key's type."""
     _refuse_contradictions(given, table)
     maker = {"list": _list, "range": _range, "hash": _hash}[given.partition_by]
-    try:
+    with refused(table.name, key, given.partition_by):
         found = maker(session, given, table, key)
-    except (psycopg.errors.UndefinedFunction, psycopg.DataError) as error:
-        if " function " in str(error.diag.context):  # of an index, which the planner looks into
-            raise BadInput(
-                f"{table.name} has an index or a default with a function that looks for others by the search_path"
-                f" ({error.diag.message_primary}): ALTER FUNCTION … SET search_path = …; first."
-            ) from None
-        raise BadInput(
-            f"{key.name} ({key.type}) cannot be divided by {given.partition_by} like that ({error.diag.message_primary}): choose"
-            " another key, partition_by, every or partitions."
-        ) from None
     if wrong := [each.name for each in found.partitions if not each.name or len(each.name.encode()) > 63 or "\0" in each.name]:
         raise BadInput(f"{wrong[0]!r} cannot be a partition's name: give it 1 to 63 bytes.")
     if sum(partition.bound == "DEFAULT" for partition in found.partitions) > 1:
         raise BadInput("partitions has more than one default partition: keep one.")
     if not found.partitions:
         raise BadInput(f"{table.name} has no rows to take the partitions from: name them in partitions.")
-    if len(found.partitions) > MOST:
+    refuse_too_many(len(found.partitions), table.name, given)
+    return found
+
+
+@contextmanager
+def refused(table: str, key: Column, how: str) -> Iterator[None]:
+    """Raises BadInput for what the key's type does not take."""
+    try:
+        yield
+    except (psycopg.errors.UndefinedFunction, psycopg.DataError) as error:
+        if " function " in str(error.diag.context):  # of an index, which the planner looks into
+            raise BadInput(
+                f"{table} has an index or a default with a function that looks for others by the search_path"
+                f" ({error.diag.message_primary}): ALTER FUNCTION … SET search_path = …; first."
+            ) from None
+        raise BadInput(
+            f"{key.name} ({key.type}) cannot be divided by {how} like that ({error.diag.message_primary}): choose"
+            " another key, partition_by, every or partitions."
+        ) from None
+
+
+def refuse_too_many(number: int, table: str, given: Parameters) -> None:
+    """Raises BadInput for more partitions than serve anybody."""
+    if number > MOST:
         aside = (
             ' Of rows that lie far off, name a partition of their own: {"name": [null, "2020-01-01"]}, or delete them.'
             if given.every
             else ""
         )
-        raise BadInput(
-            f"That makes more than {MOST:,} partitions of {table.name}, and so many serve nobody: make them larger.{aside}"
-        )
-    return found
+        raise BadInput(f"That makes more than {MOST:,} partitions of {table}, and so many serve nobody: make them larger.{aside}")
 
 
 def _refuse_contradictions(given: Parameters, table: Table) -> None:
@@ -156,7 +169,7 @@ def _range(session: Session, given: Parameters, table: Table, key: Column) -> Di
             finite = sql.SQL("{} AND NOT ({})").format(finite, sql.SQL(" AND ").join([trusted("true"), *within]))
     extent = session.row("draft.extent", **place, finite=finite if given.every else trusted("true"))
     if given.every:
-        wanted = steps(session, given, table.name, key, extent["low"], extent["high"]) | wanted
+        wanted = {**steps(session, given, table.name, key, extent["low"], extent["high"]), **wanted}
     elif given.partitions is None:
         raise BadInput(f'partition_by is "range": say every ({", ".join(FORMS)} or a number), or give partitions their bounds.')
     found = range_bounds(session, wanted, key)
@@ -188,7 +201,9 @@ def range_bounds(session: Session, wanted: Wanted, key: Column) -> list[Partitio
     return found
 
 
-def steps(session: Session, given: Parameters, table: str, key: Column, low: Value, high: Value) -> Wanted:
+def steps(
+    session: Session, given: Parameters, table: str, key: Column, low: Value, high: Value
+) -> dict[str, list[PartitionValue]]:
     """Steps as `every` says, from that of `low` to `ahead` beyond that of `high`, each with its bounds."""
     every, kind = str(given.every), session.value("draft.category", type=key.type)
     place = {"type": trusted(key.type), "low": low, "high": high, "ahead": given.ahead, "most": MOST + 1}
@@ -196,7 +211,7 @@ def steps(session: Session, given: Parameters, table: str, key: Column, low: Val
         step = "3 months" if every == "quarter" else f"1 {every}"  # an interval knows no quarters
         rows = session.rows("draft.time_steps", **place, unit=every, step=step, form=FORMS[every])
     elif kind == "N" and every.isdecimal() and int(every) > 0:
-        rows = session.rows("draft.number_steps", **place, step=int(every))
+        rows = session.rows("draft.number_steps", **place, step=int(every), last=LAST.get(key.type))
     else:
         raise BadInput(
             f"every is {given.every!r}, which does not fit {key.name} ({key.type}): a date or time takes {', '.join(FORMS)} (hour: a time only), a"

@@ -59,9 +59,10 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
         if hours < unneeded_for_h:
             needed = f"Old code inserted {counted(last['rows'], 'row')} without the role column, the last {hours:.1f} h ago"
             never = f"Nothing has needed the fill trigger yet, but it came only {hours:.1f} h ago"
+            refused = " (old code's inserts are refused then)" if action.run.plan.frequent_value is None else ""
             raise OutOfOrder(
                 f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, set"
-                " force_strict to end the trigger's help all the same, or keep_fill to keep it."
+                f" force_strict to end the trigger's help all the same{refused}, or keep_fill to keep it."
             )
     return action.finish(f"Approved by {who}.", approved_by=who)
 

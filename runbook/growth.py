@@ -16,7 +16,8 @@ from runbook.errors import BadInput
 from runbook.facts import Fact, Finding, Key, Partition
 from runbook.findings import worst_first
 from runbook.ledger import Run
-from runbook.parameters import Parameters
+from runbook.parameters import Parameters, PartitionValue
+from runbook.plan import fit
 from runbook.session import Session
 from runbook.statements import spelled, trusted
 from runbook.words import counted
@@ -61,6 +62,7 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
     default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
     key = next(column for column in catalog.columns_of(session, oid) if column.name == plan.key)
     wanted = [each for each in _wanted(run, session, oid, given, key) if not stands(each, tree)]
+    division.refuse_too_many(len(tree) + len(wanted), plan.table.name, given)
     rules, refused = _rehearse(run, session, tree, wanted)
     if refused:
         found.append(Finding.blocker(plan.full_name, refused, "Correct add."))
@@ -154,20 +156,41 @@ def stands(wanted: Partition, tree: list[Row]) -> bool:
 
 
 def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Any) -> list[Partition]:
-    """The partitions that are asked for; by steps: from the last bound to `ahead` beyond the last row, or now."""
+    """The partitions that are asked for; by steps: from where the present ones end to `ahead` beyond the last row, or now."""
     plan = run.plan
     asked: division.Wanted = dict(given.add or {})
-    if plan.partition_by == "range" and given.every and session.value("additions.ends", oid=oid):
-        kind, named = session.value("draft.category", type=key.type), sql.Identifier(key.name)
-        low = session.value("additions.last_bound", oid=oid, type=trusted(key.type))
-        finite = trusted(division.FINITE.get(kind, "true").format(spelled(named)))
-        now = sql.SQL("localtimestamp::{}" if kind == "D" else "NULL").format(trusted(key.type))
-        high = session.value("additions.highest", root=plan.source, key=named, finite=finite, now=now)
-        asked = division.steps(session, given, plan.table.name, key, low, high) | asked
+    if plan.partition_by == "range" and given.every:
+        with division.refused(plan.table.name, key, "range"):
+            asked = {**_steps(run, session, oid, given, key, division.range_bounds(session, asked, key)), **asked}
     if not asked and not given.every:
         raise BadInput('add is empty: name the partitions to add, as {"users_nurses": ["nurse"]}, or by range say every.')
     maker = division.list_bounds if plan.partition_by == "list" else division.range_bounds
     return maker(session, asked, key)
+
+
+def _steps(
+    run: Run, session: Session, oid: int, given: Parameters, key: Any, named: list[Partition]
+) -> dict[str, list[PartitionValue]]:
+    """What steps add to the partitions that are there and those that are `named`, up to the next of these."""
+    type_, column = trusted(key.type), sql.Identifier(key.name)
+    kind = session.value("draft.category", type=key.type)
+    there = session.rows("additions.ranges", oid=oid)
+    taken = [(row["low"], row["high"]) for row in there]
+    taken += [(each.values[0], each.values[1]) for each in named if each.values]
+    ranges: dict[str, Any] = {"type": type_, "lows": [low for low, _ in taken], "highs": [high for _, high in taken]}
+    now = sql.SQL("localtimestamp::{}" if kind == "D" else "NULL").format(type_)
+    front = session.row("additions.front", **ranges, now=now) if taken else {"ends": None, "next": None}
+    if taken and front["ends"] is None:
+        return {}
+    finite: sql.Composable = trusted(division.FINITE.get(kind, "true").format(spelled(column)))
+    if front["next"] is not None:
+        finite = sql.SQL("{} AND {} < {}::{}").format(finite, column, sql.Literal(front["next"]), type_)
+    high = session.value("additions.highest", root=run.plan.source, key=column, finite=finite, now=now)
+    steps = division.steps(session, given, run.plan.table.name, key, front["ends"], high)
+    froms, tos = ([None if bounds[side] is None else str(bounds[side]) for bounds in steps.values()] for side in (0, 1))
+    rows = session.rows("additions.uncovered", **ranges, ends=front["ends"], names=list(steps), froms=froms, tos=tos)
+    names = [row["name"] for row in there]  # of a part of this step, it may be
+    return {fit(row["name"], names): [row["low"], row["high"]] for row in rows}
 
 
 def _rehearse(run: Run, session: Session, tree: list[Row], wanted: list[Partition]) -> tuple[dict[str, str], str]:

@@ -10,7 +10,7 @@ from psycopg import sql
 
 from runbook.errors import RunbookError
 
-Value: TypeAlias = sql.Composable | tuple[str, ...] | str | int | float | bool | list[str] | list[int] | None
+Value: TypeAlias = sql.Composable | tuple[str, ...] | str | int | float | bool | list[str] | list[int] | list[str | None] | None
 PACKAGE = Path(__file__).parent
 
 

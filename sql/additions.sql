@@ -20,15 +20,32 @@ SELECT pg_get_partition_constraintdef({leaf}::regclass) AS rule
 -- Rows that the default partition holds because the new one is not there yet.
 SELECT count(*) AS rows FROM ONLY {default} WHERE {rule}
 
--- name: last_bound
--- Where the highest partition ends; NULL when nothing ends.
-SELECT (max(CAST(substring(pg_get_expr(c.relpartbound, c.oid) FROM 'TO \(''?(.*?)''?\)$') AS {type})))::text AS upper
-  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
- WHERE i.inhparent = {oid} AND pg_get_expr(c.relpartbound, c.oid) <> 'DEFAULT' AND pg_get_expr(c.relpartbound, c.oid) NOT LIKE '%(MAXVALUE)'
+-- name: ranges
+-- What each partition takes; NULL for a side that does not end.
+SELECT c.relname AS name, nullif(substring(b.bound FROM 'FROM \(''?(.*?)''?\) TO '), 'MINVALUE') AS low, nullif(substring(b.bound FROM ' TO \(''?(.*?)''?\)$'), 'MAXVALUE') AS high
+  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid CROSS JOIN LATERAL (SELECT pg_get_expr(c.relpartbound, c.oid) AS bound) b
+ WHERE i.inhparent = {oid} AND b.bound <> 'DEFAULT'
 
--- name: ends
-SELECT count(*) = 0 AS ends FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
- WHERE i.inhparent = {oid} AND pg_get_expr(c.relpartbound, c.oid) LIKE '%(MAXVALUE)'
+-- name: front
+-- Partitions one after the other, without a gap between them, are a row; it is gone on with the one in which now lies, or that began
+-- last before it, and of numbers with the longest: what lies far off has a partition of its own. `next` is where the following row begins.
+WITH range AS (SELECT low::{type} AS low, high::{type} AS high FROM unnest({lows}::text[], {highs}::text[]) r (low, high)),
+     first AS (SELECT low, high, lag(high) OVER (ORDER BY low NULLS FIRST) IS DISTINCT FROM low AS first FROM range),
+     numbered AS (SELECT low, high, sum(first::int) OVER (ORDER BY low NULLS FIRST) AS number FROM first),
+     found AS (SELECT number, count(*) AS partitions, min(low) AS begins, bool_or(low IS NULL) AS from_ever,
+                      CASE WHEN NOT bool_or(high IS NULL) THEN max(high) END AS ends FROM numbered GROUP BY number)
+SELECT ends::text AS ends, lead AS next FROM (SELECT *, lead(begins) OVER (ORDER BY number)::text AS lead FROM found) f
+ ORDER BY from_ever OR coalesce(begins <= {now}, true) DESC, CASE WHEN {now} IS NULL THEN partitions END DESC NULLS LAST, number DESC LIMIT 1
+
+-- name: uncovered
+-- What is to be added of each step: from where the partitions end that it goes on from, to where the next one begins.
+WITH taken AS (SELECT low::{type} AS low, high::{type} AS high FROM unnest({lows}::text[], {highs}::text[]) r (low, high)),
+     begun AS (SELECT name, number, greatest(low::{type}, {ends}::text::{type}) AS low, high::{type} AS high
+                 FROM unnest({names}::text[], {froms}::text[], {tos}::text[]) WITH ORDINALITY s (name, low, high, number)),
+     ended AS (SELECT name, number, low, least(high, (SELECT min(t.low) FROM taken t WHERE t.low >= s.low)) AS high FROM begun s)
+SELECT name, low::text, high::text FROM ended s
+ WHERE (high IS NULL OR low IS NULL OR low < high)
+   AND NOT EXISTS (SELECT FROM taken t WHERE coalesce(t.low <= s.low, true) AND coalesce(t.high > s.low, true)) ORDER BY number
 
 -- name: highest
 -- The last row's key, or now.

@@ -426,7 +426,16 @@ SELECT DISTINCT 'blocker', t.tgname::text, format('The trigger %s sets %s BEFORE
        format('Let the application, or a default of %s, give the value, and leave it out of %s.', {key}, t.tgfoid::regprocedure)
   FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
  WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 3 = 3
-   AND p.prosrc ~* format('\m(NEW\s*\.\s*"?%1$s"?\s*:=|INTO\s+NEW\s*\.\s*"?%1$s\M)', regexp_replace({key}, '([^[:alnum:]_])', '\\\1', 'g'))
+   -- Without comments. With = it is an assignment where a statement begins.
+   AND regexp_replace(p.prosrc, '--[^\n]*|/\*.*?\*/', ' ', 'g') ~* format(
+       '\m(NEW\s*\.\s*"?%1$s"?\s*:=|INTO\s+NEW\s*\.\s*"?%1$s\M)|(;|\m(BEGIN|THEN|ELSE|LOOP)\M)\s*NEW\s*\.\s*"?%1$s"?\s*=',
+       regexp_replace({key}, '([^[:alnum:]_])', '\\\1', 'g'))
+UNION ALL
+SELECT DISTINCT 'warning', t.tgname::text, format('%s, which the trigger %s calls BEFORE the row is written, makes the whole row anew: were that to give it another %s, or one where it has none, PostgreSQL would refuse the row.', t.tgfoid::regprocedure, t.tgname, {key}),
+       format('Look into it, and let the application, or a default of %s, give the value.', {key})
+  FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 3 = 3
+   AND regexp_replace(p.prosrc, '--[^\n]*|/\*.*?\*/', ' ', 'g') ~* '\mNEW\s*:=|\mINTO\s+NEW\s*($|[^.\s])|(;|\m(BEGIN|THEN|ELSE|LOOP)\M)\s*NEW\s*='
 UNION ALL
 SELECT DISTINCT 'blocker', c.oid::regclass::text, format('%s, which references it, is fed by the subscription %s, whose changes no trigger sees.', c.oid::regclass, u.subname),
        'Migrate the publisher''s tables, or make the subscription anew after it.'

@@ -53,9 +53,12 @@ SELECT b::{type}::text AS lower, (b + {step}::interval)::{type}::text AS upper, 
  LIMIT {most}
 
 -- name: number_steps
-SELECT b::{type}::text AS lower, (b + {step})::{type}::text AS upper, replace(b::text, '-', 'minus_') AS name
+-- A step in which the type's own numbers begin or end has no bound there.
+SELECT CASE WHEN b >= -coalesce({last}::numeric, 'Infinity') THEN b::{type}::text END AS lower,
+       CASE WHEN b + {step} <= coalesce({last}::numeric, 'Infinity') THEN (b + {step})::{type}::text END AS upper, replace(b::text, '-', 'minus_') AS name
   FROM generate_series(floor(coalesce({low}, '0')::numeric / {step}) * {step},
                        floor(coalesce({high}, '0')::numeric / {step}) * {step} + {ahead} * {step}::numeric, {step}::numeric) b
+ WHERE b <= coalesce({last}::numeric, 'Infinity')
  LIMIT {most}
 
 -- name: free

@@ -279,6 +279,64 @@ def test_a_new_partition_is_granted_what_all_others_are(clinic, sql, secured):
     assert granted == sql(GRANTED.format("users_admins")) and bool(granted) != secured
 
 
+MONTHS = {"t_2020_01": ["2020-01-01", "2020-02-01"], "t_2020_02": ["2020-02-01", "2020-03-01"]}
+FAR = {"t_far": ["2999-01-01", None]}
+
+
+def steps(sql: Any, database: str, key_type: str, rows: str, partitions: dict[str, Any], **given: Any) -> dict[str, str]:
+    """What 20 adds by steps to a table with these rows and partitions."""
+    sql(
+        f"CREATE TABLE t (id int PRIMARY KEY, at {key_type} NOT NULL); INSERT INTO t SELECT row_number() OVER (), v FROM ({rows}) r (v)"
+    )
+    run = migration.forward(database, table="t", key="at", partition_by="range", partitions=partitions)
+    return {each.name: each.bound for each in add(run, **given).growth.additions}
+
+
+@pytest.mark.parametrize(
+    ("partitions", "rows", "asked"),
+    [
+        (MONTHS | FAR, "VALUES (date '2020-02-03'), ('2999-12-31')", {}),
+        (MONTHS | {"t_far": ["2999-01-01", "3000-01-01"]}, "VALUES (date '2020-02-03'), ('2999-12-31')", {}),
+        (MONTHS | {"rest": "default"}, "VALUES (date '2020-02-03'), ('2999-12-31')", {"add": FAR}),
+    ],
+    ids=["that has no end", "that has one", "that is added"],
+)
+def test_what_lies_far_off_has_a_partition_of_its_own_and_keeps_none_from_the_next_months(database, sql, partitions, rows, asked):
+    added = steps(sql, database, "date", rows, partitions, every="year", ahead=1, **asked)
+    this = sql("SELECT extract(year FROM now())::int")[0][0]
+    years = {f"t_{year}": f"FOR VALUES FROM ('{year}-01-01') TO ('{year + 1}-01-01')" for year in range(2021, this + 2)}
+    first = {"t_2020": "FOR VALUES FROM ('2020-03-01') TO ('2021-01-01')"}
+    assert {name: bound for name, bound in added.items() if name != "t_far"} == first | years
+    sql("INSERT INTO t VALUES (99, now())")
+
+
+def test_what_lies_far_off_and_has_none_is_not_gone_after(database, sql):
+    with pytest.raises(BadInput, match=r"more than 1,000 partitions of t, .* name a partition of their own"):
+        steps(sql, database, "date", "VALUES (date '2020-02-03'), ('2999-12-31')", MONTHS | {"rest": "default"}, every="month")
+
+
+def test_a_gap_before_the_last_partitions_stays_one(database, sql):
+    """What retention dropped does not come back."""
+    partitions = {"t_0": [0, 100], "t_200": [200, 300], "t_300": [300, 350]}
+    added = steps(sql, database, "int", "VALUES (1), (210), (340)", partitions, every=100, ahead=1)
+    assert list(added.values()) == ["FOR VALUES FROM ('350') TO ('400')", "FOR VALUES FROM ('400') TO ('500')"]
+
+
+@pytest.mark.parametrize("key_type", ["smallint", "int", "bigint"])
+def test_where_the_numbers_end_the_last_partition_has_no_end(database, sql, key_type):
+    last = {"smallint": 2**15, "int": 2**31, "bigint": 2**63}[key_type] - 1
+    step = (last + 1) // 4
+    sql(
+        f"CREATE TABLE t (id int PRIMARY KEY, at {key_type} NOT NULL); INSERT INTO t VALUES (1, {-last}), (2, {step}), (3, {last})"
+    )
+    given = {"partition_by": "range", "every": step}
+    draft = migration.plan(database, "t", "at", ahead=3, **given)
+    bounds = [each.bound for each in draft.plan.partitions]
+    assert (len(bounds), bounds[0][:26], bounds[-1][-13:]) == (8, "FOR VALUES FROM (MINVALUE)", "TO (MAXVALUE)")
+    migration.walk(draft, migration.FORWARD)
+    assert add(draft, every=step, ahead=3).growth.additions == ()
+
+
 @pytest.mark.long
 def test_it_works_after_91_and_for_the_next_months(database, sql):
     sql(

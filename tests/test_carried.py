@@ -297,6 +297,14 @@ BLOCKED = {
         CREATE TRIGGER t BEFORE INSERT OR UPDATE ON thing FOR EACH ROW EXECUTE FUNCTION kinds()
         """,
     ),
+    "trigger that sets the key with the other sign": (
+        "The trigger t sets kind BEFORE the row is written",
+        """
+        CREATE FUNCTION kinds() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN IF NEW.kind IS NULL THEN /* as it was */ new."kind" = ''a''; END IF; RETURN NEW; END';
+        CREATE TRIGGER t BEFORE INSERT ON thing FOR EACH ROW EXECUTE FUNCTION kinds()
+        """,
+    ),
     "view of ONLY the table": (
         "public.few reads ONLY public.thing",
         """
@@ -542,6 +550,26 @@ def test_what_cannot_be_carried_over_stops_the_plan(server: Server, roles: None,
         plan(database, "thing", "kind", unique="per_partition")
     assert sentence in str(refused.value)
     assert dump(database, "--exclude-schema=runbook") == before
+
+
+@pytest.mark.parametrize(
+    ("body", "warned"),
+    [
+        ("NEW := same(NEW);", True),
+        ("NEW = same(NEW);", True),
+        ("SELECT * INTO NEW FROM thing LIMIT 1;", True),
+        ("SELECT 'x' INTO NEW.name;", False),
+        ("IF NEW.kind = 'a' THEN NEW.name = 'x'; END IF; -- NEW.kind := 'b';\n", False),
+    ],
+)
+def test_a_trigger_that_makes_the_whole_row_anew_is_named_in_the_plan(database: str, body: str, warned: bool) -> None:
+    execute(
+        database, BASE.replace("GRANT", "--"), "CREATE FUNCTION same(thing) RETURNS thing LANGUAGE sql AS 'SELECT $1'",
+        f"CREATE FUNCTION made() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {body} RETURN NEW; END$$",
+        "CREATE TRIGGER made BEFORE INSERT ON thing FOR EACH ROW EXECUTE FUNCTION made()",
+    )  # fmt: skip
+    found = [each for each in plan(database, "thing", "kind", unique="per_partition").plan.findings if each.object == "made"]
+    assert any(each.level == "warning" and "makes the whole row anew" in each.sentence for each in found) is warned
 
 
 def test_event_triggers_are_named_in_the_plan(roles: None, database: str) -> None:
