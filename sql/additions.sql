@@ -35,7 +35,8 @@ WITH range AS (SELECT low::{type} AS low, high::{type} AS high FROM unnest({lows
      found AS (SELECT number, count(*) AS partitions, min(low) AS begins, bool_or(low IS NULL) AS from_ever,
                       CASE WHEN NOT bool_or(high IS NULL) THEN max(high) END AS ends FROM numbered GROUP BY number)
 SELECT ends::text AS ends, lead AS next FROM (SELECT *, lead(begins) OVER (ORDER BY number)::text AS lead FROM found) f
- ORDER BY from_ever OR coalesce(begins <= {now}, true) DESC, CASE WHEN {now} IS NULL THEN partitions END DESC NULLS LAST, number DESC LIMIT 1
+ ORDER BY from_ever OR coalesce(begins <= {now}, true) DESC, CASE WHEN {now} IS NULL THEN partitions END DESC NULLS LAST,
+          CASE WHEN {now} IS NULL THEN -number ELSE number END DESC LIMIT 1
 
 -- name: uncovered
 -- What is to be added of each step: from where the partitions end that it goes on from, to where the next one begins.

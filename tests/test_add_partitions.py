@@ -310,6 +310,12 @@ def test_what_lies_far_off_has_a_partition_of_its_own_and_keeps_none_from_the_ne
     sql("INSERT INTO t VALUES (99, now())")
 
 
+def test_numbers_far_off_are_no_end_to_go_on_from(database, sql):
+    partitions = {"t_0": [0, 100], "t_far": [2_000_000_000, 2_100_000_000]}
+    added = steps(sql, database, "int", "VALUES (1), (2000000001)", partitions, every=100, ahead=2)
+    assert added == {"t_100": "FOR VALUES FROM ('100') TO ('200')", "t_200": "FOR VALUES FROM ('200') TO ('300')"}
+
+
 def test_what_lies_far_off_and_has_none_is_not_gone_after(database, sql):
     with pytest.raises(BadInput, match=r"more than 1,000 partitions of t, .* name a partition of their own"):
         steps(sql, database, "date", "VALUES (date '2020-02-03'), ('2999-12-31')", MONTHS | {"rest": "default"}, every="month")
