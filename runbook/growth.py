@@ -180,13 +180,13 @@ def _steps(
     ranges: dict[str, Any] = {"type": type_, "lows": [low for low, _ in taken], "highs": [high for _, high in taken]}
     now = sql.SQL("localtimestamp::{}" if kind == "D" else "NULL").format(type_)
     front = session.row("additions.front", **ranges, now=now) if taken else {"ends": None, "next": None}
-    if taken and front["ends"] is None:
-        return {}
     finite: sql.Composable = trusted(division.FINITE.get(kind, "true").format(spelled(column)))
     if front["next"] is not None:
         finite = sql.SQL("{} AND {} < {}::{}").format(finite, column, sql.Literal(front["next"]), type_)
     high = session.value("additions.highest", root=run.plan.source, key=column, finite=finite, now=now)
     steps = division.steps(session, given, run.plan.table.name, key, front["ends"], high)
+    if taken and front["ends"] is None:
+        return {}
     froms, tos = ([None if bounds[side] is None else str(bounds[side]) for bounds in steps.values()] for side in (0, 1))
     rows = session.rows("additions.uncovered", **ranges, ends=front["ends"], names=list(steps), froms=froms, tos=tos)
     names = [row["name"] for row in there]  # of a part of this step, it may be

@@ -310,6 +310,13 @@ def test_what_lies_far_off_has_a_partition_of_its_own_and_keeps_none_from_the_ne
     sql("INSERT INTO t VALUES (99, now())")
 
 
+def test_where_the_last_partition_has_no_end_there_is_nothing_to_add(database, sql):
+    partitions = {"t_0": [None, 100], "t_100": [100, None]}
+    assert steps(sql, database, "int", "VALUES (1), (2000000001)", partitions, every=100) == {}
+    with pytest.raises(BadInput, match=r"every is 'month', which does not fit at \(integer\)"):
+        add(runbook.open(database, "t"), every="month")
+
+
 def test_numbers_far_off_are_no_end_to_go_on_from(database, sql):
     partitions = {"t_0": [0, 100], "t_far": [2_000_000_000, 2_100_000_000]}
     added = steps(sql, database, "int", "VALUES (1), (2000000001)", partitions, every=100, ahead=2)
