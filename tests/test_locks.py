@@ -529,37 +529,37 @@ def test_many_active_sessions_pause_the_copy_and_it_says_so(clinic, sql, capsys)
     assert "goes on" in out
 
 
+def read_whole(session, sql):
+    """How often one of the clinic's tables was read from its beginning to its end, so far."""
+    servers.flush_statistics(session.connection)
+    tables = "('users', 'users_patients', 'appointments')"
+    return sql(f"SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname IN {tables}")[0][0]
+
+
 def test_a_log_that_was_long_makes_no_later_replay_read_the_whole_table(forward, clinic, sql):
     """It did, and under writers so many changes came meanwhile that no replay was the last one."""
     run = forward("keys check")
-    reads = "SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname IN ('users', 'users_patients')"
     with run.database.session() as session, transaction(clinic, "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM doctors"):
         # What is replayed cannot be cleaned away: somebody has an old snapshot.
         sql("INSERT INTO users (email, password, first_name, last_name) SELECT n, '', '', '' FROM generate_series(1, 30000) n")
         assert changes.replay(run, session)[0] == 30_000
         sql("UPDATE users SET phone = '2' WHERE id IN (SELECT id FROM users LIMIT 20)")
-        servers.flush_statistics(session.connection)
-        before = sql(reads)
+        before = read_whole(session, sql)
         assert changes.replay(run, session)[0] == 20
-        servers.flush_statistics(session.connection)
-    assert sql(reads) == before
+        assert read_whole(session, sql) == before
 
 
 def test_few_changes_are_looked_up_where_the_planner_would_read_the_tables_whole(forward, clinic, sql):
     run = forward("keys check")
-    reads = "SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname IN ('users', 'users_patients', 'appointments')"
     with run.database.session() as session:
         changes.replay(run, session)
         sql("UPDATE users SET role = 'doctor' WHERE id IN (SELECT id FROM users WHERE role = 'user' LIMIT 30)")
-        servers.flush_statistics(session.connection)
-        before = sql(reads)
+        before = read_whole(session, sql)
         assert changes.replay(run, session)[0] == 30
-        servers.flush_statistics(session.connection)
-        assert sql(reads) == before
+        assert read_whole(session, sql) == before
         sql("UPDATE users SET phone = '2'")
         assert changes.replay(run, session)[0] == 1000, "and of many it is not so"
-        servers.flush_statistics(session.connection)
-    assert sql(reads) > before
+        assert read_whole(session, sql) > before
 
 
 def test_changes_that_come_faster_than_they_are_replayed_are_the_reason_that_is_given(forward, clinic, sql, monkeypatch):
