@@ -13,7 +13,7 @@ from runbook import advice, asked, catalog, findings, ledger, locks, matviews, p
 from runbook.database import Database, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
-from runbook.facts import Finding, Named
+from runbook.facts import Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, resolve
 from runbook.plan import Plan, fit
@@ -241,9 +241,8 @@ def _decide(session: Session, found: int, parameters: Parameters, database: Data
     )  # fmt: skip
     judged = findings.worst_first([*findings.judge(session, plan, row, division, database.name), *advice.given(session, plan)])
     where = f"{plan.full_name}.{plan.key}"  # a value without a partition may come of bounds that cannot be
-    if all(each.level != "blocker" or each.object == where for each in judged) and (refused := partition.rehearse(session, plan)):
-        way_out = "Correct key, partition_by, partitions or null_value; or what it names."
-        judged = (Finding(level="blocker", object=plan.full_name, sentence=refused, way_out=way_out), *judged)
+    if all(each.level != "blocker" or each.object == where for each in judged):
+        judged = findings.worst_first([*partition.rehearse(session, plan), *judged])
     return Draft(database, plan.model_copy(update={"findings": judged}), counted=division.counted, given=parameters)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from runbook import dependents, partition
 from runbook.division import Division
-from runbook.facts import Finding
+from runbook.facts import Finding, Named
 from runbook.plan import Plan, identifiers
 from runbook.session import Session
 from runbook.statements import spelled, trusted
@@ -156,15 +158,42 @@ def _looking(session: Session, plan: Plan) -> Iterator[Finding]:
 
 
 def _unlisted(session: Session, plan: Plan) -> Iterator[Finding]:
-    """What an enum or a boolean can be and no row is yet."""
+    """What an enum, a boolean or a check lets the key be and no row is yet."""
+    if plan.partition_by != "list" or plan.takes_any_value:
+        return
     taken = {value for partition in plan.partitions for value in partition.values}
-    if plan.partition_by == "list" and not plan.takes_any_value:
-        labels = [row["label"] for row in session.rows("draft.labels", type=plan.key_type)]
-        if left := ", ".join(repr(label) for label in labels if label not in taken):
-            yield Finding.warning(
-                f"{plan.full_name}.{plan.key}", f"No partition takes {left}, which {plan.key} ({plan.key_type}) can be: such a row will be refused (23514).",
-                'Add a partition for them, or a default partition ({"name": "default"}).',
-            )  # fmt: skip
+    can_be = {row["label"]: plan.key_type for row in session.rows("draft.labels", type=plan.key_type)}
+    for check in plan.checks:
+        can_be |= dict.fromkeys(_allowed(session, plan, check), check.name)
+    if left := [value for value in can_be if value not in taken]:
+        by = ", ".join(dict.fromkeys(can_be[value] for value in left))
+        yield Finding.warning(
+            f"{plan.full_name}.{plan.key}", f"No partition takes {', '.join(map(repr, left))}, which {plan.key} ({by}) can be: such a row will be refused (23514).",
+            'Add a partition for them, or a default partition ({"name": "default"}).',
+        )  # fmt: skip
+
+
+EQUALS = re.compile(r"^[^~]*[^<>!~]= [^~]*$")  # and no pattern
+LITERAL = re.compile(r"'((?:[^']|'')*)'|(?<![\w.(])(-?\d+)(?![\w.])")  # not what varchar(50) has
+
+
+def _allowed(session: Session, plan: Plan, check: Named) -> list[str]:
+    """The values that a check names and allows, as the key's type prints them; none where other columns decide, too."""
+    named = LITERAL.findall(check.definition) if EQUALS.match(check.definition) else ()
+    literals = [number or text.replace("''", "'") for text, number in named]
+    condition = check.definition.removeprefix("CHECK ").removesuffix(" NO INHERIT").removesuffix(" NOT VALID")
+    allowed = []
+    for literal in dict.fromkeys(literals):
+        try:
+            with session.connection.transaction():
+                allowed += session.rows(
+                    "draft.allowed", key=(plan.key,), type=trusted(plan.key_type), value=literal, condition=trusted(condition)
+                )
+        except (psycopg.DataError, psycopg.IntegrityError):  # no value of this type
+            continue
+        except psycopg.ProgrammingError:  # no such column
+            return []
+    return [row["value"] for row in allowed]
 
 
 def _without_primary_key(plan: Plan) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
 import psycopg
@@ -11,7 +11,7 @@ from psycopg import sql
 
 from runbook import changes, locks, references, unique
 from runbook.errors import PromiseBroken
-from runbook.facts import Column
+from runbook.facts import Column, Finding
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Plan
 from runbook.session import Session
@@ -85,34 +85,63 @@ def tables(plan: Plan, staging: str) -> Statements:
         yield statement("partition.create_partition", **names, leaf=leaf, bound=trusted(each.bound), tablespace=space)
 
 
-def rehearse(session: Session, plan: Plan) -> str:
+def rehearse(session: Session, plan: Plan) -> Iterator[Finding]:
     """Make the tables and their keys as temporary ones, with some rows, and take them back: the server itself judges bounds,
-    types, checks and keys.
-
-    Returns its refusal as a sentence, else nothing. Only ACCESS SHARE is taken on the source.
-    """
-    shadow = plan.names("pg_temp")["shadow"]
-    keys = {index.name: index.constraint_definition or "" for index in plan.indexes if index.constraint and index.everywhere}
-    keys |= {index.name: plan.new_primary_constraint for index in plan.indexes if index.primary}
+    types, checks, keys and the partition key's default. Only ACCESS SHARE is taken on the source."""
+    refused = ""
     try:
         with session.connection.transaction(force_rollback=True):
-            for each in tables(plan, "pg_temp"):
-                session.run(each)
-            if refused := _try_rows(session, plan):
-                return refused
-            for name, definition in keys.items():
-                session.run("restore.add_constraint", table=shadow, constraint=(name,), definition=trusted(definition))
+            refused = _refused(session, plan)
+            if not refused and not plan.takes_any_value and (default := _refused_default(session, plan)):
+                yield default
     except psycopg.errors.InsufficientPrivilege:  # to make temporary tables: then 02 is the first to know
-        return ""
+        return
     except psycopg.errors.OutOfMemory:
-        return (
+        refused = (
             f"{len(plan.partitions)} partitions of {plan.full_name} are more than the server's lock table holds: make fewer, or raise"
             " max_locks_per_transaction and restart the server."
         )
     except psycopg.Error as error:
         detail = f" ({error.diag.message_detail.rstrip('.')})" if error.diag.message_detail else ""
-        return f"PostgreSQL refuses to partition {plan.full_name} by {plan.key} like that: {error.diag.message_primary or error}{detail}."
+        refused = f"PostgreSQL refuses to partition {plan.full_name} by {plan.key} like that: {error.diag.message_primary or error}{detail}."
+    if refused:
+        yield Finding.blocker(plan.full_name, refused, "Correct key, partition_by, partitions or null_value; or what it names.")
+
+
+def _refused(session: Session, plan: Plan) -> str:
+    """Why some rows or the keys are refused, as a sentence, else nothing."""
+    shadow = plan.names("pg_temp")["shadow"]
+    for each in tables(plan, "pg_temp"):
+        session.run(each)
+    if refused := _try_rows(session, plan):
+        return refused
+    keys = {index.name: index.constraint_definition or "" for index in plan.indexes if index.constraint and index.everywhere}
+    keys |= {index.name: plan.new_primary_constraint for index in plan.indexes if index.primary}
+    for name, definition in keys.items():
+        session.run("restore.add_constraint", table=shadow, constraint=(name,), definition=trusted(definition))
     return ""
+
+
+def _refused_default(session: Session, plan: Plan) -> Finding | None:
+    """What an INSERT that leaves the key out will meet; a sequence is not asked, which would count."""
+    key = next(column for column in plan.columns if column.name == plan.key)
+    if key.default is None or "nextval(" in key.default:
+        return None
+    only = [trusted("d" if column == key else "NULL") for column in plan.copied]  # nor are other columns' defaults
+    names = {**plan.names("pg_temp"), "columns": plan.listed()["columns"], "only": sql.SQL(", ").join(only)}
+    names |= {"default": trusted(key.default), "type": trusted(key.type)}
+    try:
+        with session.connection.transaction(force_rollback=True):
+            session.run("partition.try_default", **names)
+    except psycopg.errors.CheckViolation as error:
+        if not error.diag.constraint_name:  # the row met no partition; what else refuses it does so already
+            return Finding.warning(
+                f"{plan.full_name}.{plan.key} DEFAULT", f"The default of {plan.key} ({key.default}) fits no partition: an INSERT that leaves {plan.key} out will be refused (23514).",
+                f'Add a partition for it, or a default partition ({{"name": "default"}}); or ALTER TABLE {plan.full_name} ALTER {plan.key} SET DEFAULT … first.',
+            )  # fmt: skip
+    except psycopg.Error:  # as where it reads what only the application's sessions set
+        pass
+    return None
 
 
 def refused_by_path(session: Session, plan: Plan) -> tuple[str, str]:

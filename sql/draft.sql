@@ -72,6 +72,10 @@ SELECT typname FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
 -- name: exists
 SELECT EXISTS (SELECT FROM {table} WHERE {column} = {value}::{type})
 
+-- name: allowed
+-- A value that a check of the key alone allows.
+SELECT {key}::text AS value FROM (SELECT {value}::text::{type} AS {key}) k WHERE {condition}
+
 -- name: labels
 -- Every value that a type can have, where these are few.
 SELECT enumlabel::text AS label FROM pg_enum WHERE enumtypid = {type}::regtype

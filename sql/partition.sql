@@ -29,6 +29,11 @@ CREATE TEMPORARY TABLE runbook_sample AS SELECT {s_columns} FROM ONLY {source} s
 SET LOCAL search_path TO DEFAULT;
 INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {s_columns} FROM ONLY {source} s WHERE {some} LIMIT {size}
 
+-- name: try_default
+-- The row looks for its partition before anything else is asked of it.
+SET LOCAL search_path TO DEFAULT;
+INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {only} FROM (SELECT ({default})::{type} AS d) made WHERE d IS NOT NULL
+
 -- name: insert_sample
 INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT * FROM pg_temp.runbook_sample
 

@@ -344,6 +344,9 @@ BEGIN
                WHERE NOT (c ->> 'generated')::boolean) AS columns,
              (SELECT string_agg(CASE WHEN c ->> 'name' = m.plan ->> 'key' THEN '$2::' || (c ->> 'type') ELSE 'NULL' END, ', ' ORDER BY n)
                 FROM jsonb_array_elements(m.plan -> 'columns') WITH ORDINALITY x(c, n) WHERE NOT (c ->> 'generated')::boolean) AS only_key,
+             (SELECT string_agg(quote_ident(c ->> 'name'), ', ' ORDER BY n) FROM jsonb_array_elements(m.plan -> 'columns') WITH ORDINALITY x(c, n)
+               WHERE NOT (c ->> 'generated')::boolean AND c ->> 'name' <> m.plan ->> 'key') AS without_key,
+             (SELECT c ->> 'default' FROM jsonb_array_elements(m.plan -> 'columns') c WHERE c ->> 'name' = m.plan ->> 'key') AS "default",
              (SELECT array_agg(e.enumlabel::text) FROM pg_enum e WHERE e.enumtypid = to_regtype(m.plan ->> 'key_type')) AS labels,
              CASE WHEN (m.plan ->> 'server_version')::int > 14 THEN '23503' END AS fault
         FROM runbook.migration m
@@ -391,7 +394,16 @@ BEGIN
            NULL AS fault, NULL AS refusal, NULL AS key_name, NULL::text[] AS labels
       FROM t, pick, jsonb_array_elements(plan -> 'partitions') WITH ORDINALITY p(p, place)
     UNION ALL
-    SELECT 2, 0, format('A changed %s moves the row', key),
+    SELECT 2, 0, format('A row that leaves %s out gets its default', key),
+           CASE WHEN plan -> 'findings' @> jsonb_build_array(jsonb_build_object('object', concat(plan -> 'table' ->> 'schema_name', '.', plan -> 'table' ->> 'name', '.', key, ' DEFAULT'))) THEN
+             ARRAY['SELECT ''{{"seen": "no partition takes it, as the plan says"}}''::jsonb']
+           ELSE ARRAY[
+             format(pick, root, CASE plan ->> 'partition_by' WHEN 'list' THEN format('s.%I = %s', key, "default") ELSE 'true' END),
+             format('WITH gone AS (DELETE FROM %s s WHERE %s RETURNING *) INSERT INTO %1$s AS s (%3$s) OVERRIDING SYSTEM VALUE SELECT %3$s FROM gone'
+                    ' RETURNING jsonb_build_object(''seen'', ''it lies in '' || s.tableoid::regclass, ''ok'', true)', root, here, without_key)] END, NULL, NULL, NULL, NULL
+      FROM t, pick WHERE "default" NOT LIKE '%nextval(%'  -- which would count
+    UNION ALL
+    SELECT 2, 1, format('A changed %s moves the row', key),
            CASE WHEN another IS NOT NULL THEN ARRAY[
              format(pick, root, movable),
              format('UPDATE %s s SET %I = %s WHERE %s RETURNING jsonb_build_object(''seen'', ''it moved to '' || s.tableoid::regclass, ''ok'', s.tableoid <> ($1 ->> ''table'')::oid)',

@@ -300,6 +300,46 @@ def test_what_a_type_can_be_and_no_partition_takes_is_named(database, sql):
         assert [left in each for each in said if each.startswith("No partition takes")] == [True] * bool(left)
 
 
+@pytest.mark.parametrize(("column", "left"), [
+    ("state text NOT NULL CHECK (state IN ('new', 'it''s', 'done'))", "\"it's\", 'done', which state (things_state_check)"),
+    ("state varchar(50) NOT NULL CHECK (state = 'new' OR state = 'gone')", "'gone', which state"),
+    ("state text NOT NULL CHECK (state = 'new' OR state LIKE 'of %')", ""),
+    ("state text NOT NULL CHECK (state <> 'odd' AND length(state) < 50)", ""),
+    ("state text NOT NULL CHECK (state IN ('new', 'done') AND id > 0)", ""),  # not the key's alone
+])  # fmt: skip
+def test_what_a_check_allows_and_no_partition_takes_is_named(database, sql, column, left):
+    sql(f"CREATE TABLE things (id int PRIMARY KEY, {column}); INSERT INTO things VALUES (1, 'new')")
+    said = [each.sentence for each in runbook.draft(database=database, table="things", key="state").plan.findings]
+    assert [left in each for each in said if each.startswith("No partition takes")] == [True] * bool(left)
+
+
+@pytest.mark.parametrize(("state", "given", "warned"), [
+    ("text DEFAULT 'new'", {}, True), ("text DEFAULT 'done'", {}, False), ("text DEFAULT NULL", {}, False),
+    ("text DEFAULT 'new'", {"partitions": {"done": ["done"], "rest": "default"}}, False),
+    ("text DEFAULT current_setting('app.state')", {}, False),
+    ("text DEFAULT current_setting('app.state', true)", {}, False),
+    ("date DEFAULT current_date", by_range(partitions={"old": ["2020-01-01", "2021-01-01"]}), True),
+    ("date DEFAULT current_date", by_range(partitions={"old": ["2020-01-01", None]}), False),
+    ("serial", by_range(every=10), False),
+])  # fmt: skip
+def test_a_default_that_no_partition_takes_is_named(database, sql, state, given, warned):
+    """Else every INSERT that leaves the key out fails after the cut-over."""
+    sql(f"CREATE TABLE things (id serial PRIMARY KEY, state {state})")
+    value = {"text": "done", "date": "2020-06-01"}.get(state.split()[0], 1)
+    sql(f"INSERT INTO things (state) VALUES ('{value}')")
+    found = runbook.draft(database=database, table="things", key="state", **given).plan.findings
+    assert [each.level for each in found if "fits no partition" in each.sentence] == ["warning"] * warned
+    assert sql("SELECT last_value FROM things_id_seq") == [(1,)], "no sequence counts because somebody looks"
+
+
+def test_what_the_plan_says_of_a_default_fails_no_verification(database, sql):
+    sql("CREATE TABLE things (id int PRIMARY KEY, state text DEFAULT 'new'); INSERT INTO things VALUES (1, 'done')")
+    run = migration.forward(database, table="things", key="state")
+    verify.check(run)
+    seen = {each.promise: each for each in verify.seen(run)}["A row that leaves state out gets its default"]
+    assert (seen.verdict, seen.seen) == ("not tried", "no partition takes it, as the plan says")
+
+
 @pytest.mark.long
 def test_the_plan_says_that_a_referenced_row_cannot_move_on_14(database, sql):
     sql("CREATE TABLE things (id int PRIMARY KEY, kind int NOT NULL); INSERT INTO things VALUES (1, 1), (2, 2)")
