@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -13,7 +13,7 @@ from psycopg import sql
 
 from runbook import catalog, division
 from runbook.errors import BadInput
-from runbook.facts import Fact, Finding, Key, Partition
+from runbook.facts import Column, Fact, Finding, Key, Partition
 from runbook.findings import worst_first
 from runbook.ledger import Run
 from runbook.parameters import Parameters, PartitionValue
@@ -155,7 +155,7 @@ def stands(wanted: Partition, tree: list[Row]) -> bool:
     )
 
 
-def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Any) -> list[Partition]:
+def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Column) -> list[Partition]:
     """The partitions that are asked for; by steps: from where the present ones end to `ahead` beyond the last row, or now."""
     plan = run.plan
     asked: division.Wanted = dict(given.add or {})
@@ -168,22 +168,28 @@ def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Any) -
     return maker(session, asked, key)
 
 
+def ranges_of(session: Session, key: Column, taken: Sequence[tuple[str | None, str | None]]) -> dict[str, Any]:
+    """Bounds, with the key's type and what now is to it, as statements take them."""
+    lows, highs = zip(*taken, strict=True) if taken else ((), ())
+    now = "localtimestamp::{}" if session.value("draft.category", type=key.type) == "D" else "NULL"
+    type_ = trusted(key.type)
+    return {"type": type_, "now": sql.SQL(now).format(type_), "lows": [*lows], "highs": [*highs]}
+
+
 def _steps(
-    run: Run, session: Session, oid: int, given: Parameters, key: Any, named: list[Partition]
+    run: Run, session: Session, oid: int, given: Parameters, key: Column, named: list[Partition]
 ) -> dict[str, list[PartitionValue]]:
     """What steps add to the partitions that are there and those that are `named`, up to the next of these."""
-    type_, column = trusted(key.type), sql.Identifier(key.name)
-    kind = session.value("draft.category", type=key.type)
-    there = session.rows("additions.ranges", oid=oid)
+    column, there = sql.Identifier(key.name), session.rows("additions.ranges", oid=oid)
     taken = [(row["low"], row["high"]) for row in there]
     taken += [(each.values[0], each.values[1]) for each in named if each.values]
-    ranges: dict[str, Any] = {"type": type_, "lows": [low for low, _ in taken], "highs": [high for _, high in taken]}
-    now = sql.SQL("localtimestamp::{}" if kind == "D" else "NULL").format(type_)
-    front = session.row("additions.front", **ranges, now=now) if taken else {"ends": None, "next": None}
+    ranges = ranges_of(session, key, taken)
+    front = session.row("additions.front", **ranges) if taken else {"ends": None, "next": None}
+    kind = session.value("draft.category", type=key.type)
     finite: sql.Composable = trusted(division.FINITE.get(kind, "true").format(spelled(column)))
     if front["next"] is not None:
-        finite = sql.SQL("{} AND {} < {}::{}").format(finite, column, sql.Literal(front["next"]), type_)
-    high = session.value("additions.highest", root=run.plan.source, key=column, finite=finite, now=now)
+        finite = sql.SQL("{} AND {} < {}::{}").format(finite, column, sql.Literal(front["next"]), ranges["type"])
+    high = session.value("additions.highest", root=run.plan.source, key=column, finite=finite, now=ranges["now"])
     steps = division.steps(session, given, run.plan.table.name, key, front["ends"], high)
     if taken and front["ends"] is None:
         return {}

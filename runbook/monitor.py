@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ import psycopg
 from runbook import queries
 from runbook.application import filled
 from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.growth import ranges_of
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.points import partitioned, stage
 from runbook.session import Session
@@ -38,7 +40,7 @@ def look(action: Action, file: str = "") -> Evidence:
     known = names if before is None else before["values"]
     share, asked = _pruning(run, session, {leaf["name"] for leaf in leaves}, file)
     facts: dict[str, Any] = {
-        "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
+        "ahead": None if rest else _ahead(run, session), "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
         "default_rows": sum(row["rows"] for row in values), "new_values": [each for each in names if each not in known],
         "pruning_percent": share, "statements": asked, "filled_rows": int(filled(run)["since yesterday"].sum()),
         "log_bytes": session.value("monitor.log", back=spelled(run.names["back"])),
@@ -52,10 +54,26 @@ def _told(facts: dict[str, Any]) -> str:
     log, share = facts["log_bytes"], facts["pruning_percent"]
     return (
         f"{facts['default_rows']:,} in a DEFAULT one, {len(facts['new_values'])} new values; "
+        + (f"{counted(facts['ahead'], 'partition is', 'partitions are')} still to come; " if facts["ahead"] is not None else "")
         + (f"{share:.0f} % of {facts['statements']:,} calls prune" if share is not None else "what prunes is not known")
         + f"; {counted(facts['filled_rows'], 'row')} needed the fill trigger since yesterday; "
         + (f"the log of the way back has {log / MIB:,.1f} MiB" if log is not None else "there is no way back any more")
     )
+
+
+def _ahead(run: Run, session: Session) -> int | None:
+    """How many partitions without a row come after now and the last row, without a gap; None where they do not end."""
+    key = next(column for column in run.plan.columns if column.name == run.plan.key)
+    there = session.rows("additions.ranges", oid=session.value("verify.oid", root=spelled(run.plan.source)))
+    if run.plan.partition_by != "range" or not there:
+        return None
+    ranges = ranges_of(session, key, [(row["low"], row["high"]) for row in there])
+    ends = session.row("additions.front", **ranges)["ends"]
+    if ends is None:
+        return None
+    later = session.rows("monitor.later", **ranges, names=[row["name"] for row in there], ends=ends)
+    schema = run.plan.table.schema_name
+    return len(list(takewhile(lambda row: not session.value("additions.has_rows", leaf=(schema, row["name"])), later)))
 
 
 def _pruning(run: Run, session: Session, partitions: set[str], file: str) -> tuple[float | None, int]:
@@ -105,14 +123,17 @@ def _seen(run: Run) -> dict[str, Any]:
 @recorded("monitor", "check", again=True)
 def check(
     action: Action, max_default_rows: int = 0, max_new_values: int = 0, max_dead_percent: int = 50, min_pruning_percent: int = 0,
-    max_filled_rows: int | None = None, max_log_mib: int = 1024,
+    max_filled_rows: int | None = None, max_log_mib: int = 1024, min_ahead: int = 1,
 ) -> Evidence:  # fmt: skip
     """Raises PromiseBroken, with a sentence for each, where the last look passed a threshold."""
     run, seen = action.run, _seen(action.run)
     dead = [f"{leaf['name']} ({leaf['dead']:,} of {leaf['dead'] + leaf['rows']:,})" for leaf in seen["partitions"]
             if leaf["dead"] > FEW_DEAD and 100 * leaf["dead"] > max_dead_percent * (leaf["dead"] + leaf["rows"])]  # fmt: skip
     share, log, new = seen["pruning_percent"], (seen["log_bytes"] or 0) / MIB, seen["new_values"]
+    ahead = seen.get("ahead")
     passed = {
+        f"{counted(ahead or 0, 'partition is', 'partitions are')} still to come (min_ahead is {min_ahead}): add the next ones with 20_add_partitions, for a row"
+        " beyond them is refused.": ahead is not None and ahead < min_ahead,
         f"{counted(seen['default_rows'], 'row lies', 'rows lie')} in the DEFAULT partition (max_default_rows is {max_default_rows:,}): give their values"
         " a partition.": seen["default_rows"] > max_default_rows,
         f"New values of {run.plan.key} came that have no partition: {', '.join(new[:10])} (max_new_values is {max_new_values})."

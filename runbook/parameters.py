@@ -96,6 +96,7 @@ class Parameters(BaseModel):
     min_pruning_percent: Annotated[int, Field(ge=0, le=100)] = 0
     max_filled_rows: Annotated[int | None, Field(ge=0)] = None
     max_log_mib: Annotated[int, Field(ge=0)] = 1024
+    min_ahead: Annotated[int, Field(ge=0)] = 1
 
 
 def check(given: dict[str, Any]) -> Parameters:

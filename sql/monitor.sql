@@ -29,3 +29,8 @@ SELECT a.id, a.started_at AS at, p.name, p.rows, p.dead, p.bytes / 1e6 AS "MB", 
 -- name: first_values
 SELECT a.evidence -> 'values' AS "values" FROM runbook.action a
  WHERE a.migration = {migration} AND a.step = 'monitor' AND a.action = 'look' AND a.state = 'done' ORDER BY a.id LIMIT 1
+
+-- name: later
+-- The partitions that begin after now, up to where they end; the last one first.
+SELECT name FROM unnest({names}::text[], {lows}::text[], {highs}::text[]) r (name, low, high)
+ WHERE coalesce(low::{type} > {now}, low IS NOT NULL AND {now} IS NULL) AND high::{type} <= {ends}::text::{type} ORDER BY low::{type} DESC

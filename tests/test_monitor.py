@@ -168,3 +168,33 @@ def test_it_looks_at_a_partition_that_was_just_added(migrated, clinic, sql):
     monitor.look(migrated)
     shown = monitor.partitions(migrated)
     assert set(shown["vacuumed"].astype(str)) > {"never"}
+
+
+TODAY, FAR = "2000-01-01", ["9000-01-01", None]
+TIMES = {"past": [None, TODAY], "this": [TODAY, "3000-01-01"], "next": ["3000-01-01", "3001-01-01"]}
+
+
+@pytest.mark.parametrize(("type_", "row", "partitions", "ahead"), [
+    ("date", TODAY, TIMES, 1),
+    ("date", TODAY, TIMES | {"far": FAR}, 1),  # what lies beyond a gap takes none of the next rows
+    ("date", TODAY, {"past": [None, TODAY], "this": [TODAY, "3000-01-01"]}, 0),
+    ("timestamptz", "2000-01-01", {"past": [None, "2000-02-01"], "then": ["2000-02-01", "2000-03-01"]}, 0),  # now is beyond them
+    ("date", "3000-01-01", TIMES, 0),  # a row lies in the last
+    ("date", TODAY, TIMES | {"rest": "default"}, None),
+    ("date", TODAY, TIMES | {"later": ["3001-01-01", None]}, None),
+    ("int", "5", {"a": [0, 10], "b": [10, 20], "c": [20, 30]}, 2),
+    ("int", "15", {"a": [0, 10], "b": [10, 20]}, 0),
+])  # fmt: skip
+def test_partitions_that_run_out_are_said_before_a_row_is_refused(database, sql, type_, row, partitions, ahead):
+    sql(f"CREATE TABLE logs (id int PRIMARY KEY, at {type_} NOT NULL); INSERT INTO logs VALUES (1, '{row}')")
+    run = migration.forward(database, table="logs", key="at", partition_by="range", partitions=partitions)
+    assert seen(run)["ahead"] == ahead
+    if ahead == 0:
+        with pytest.raises(
+            PromiseBroken, match=r"0 partitions are still to come \(min_ahead is 1\): add the next ones with 20_add"
+        ):
+            monitor.check(run)
+    monitor.check(run, min_ahead=ahead or 0)
+    if ahead:
+        with pytest.raises(PromiseBroken, match="still to come"):
+            monitor.check(run, min_ahead=ahead + 1)
