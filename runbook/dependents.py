@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from psycopg import sql
 
-from runbook import catalog, matviews
+from runbook import catalog, ledger, matviews
 from runbook.facts import Finding
 from runbook.plan import Plan
 from runbook.session import Session
@@ -171,6 +171,13 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"Where that would be wrong, ALTER TABLE {name} DISABLE TRIGGER {trigger}; until the cut-over, or let it return where current_setting('runbook.correcting', true) = 'on'.",
             )
     yield from _together(plan)
+    others = {f"{each.schema_name}.{each.table}" for each in plan.references if each.adds_column}
+    for row in session.rows("ledger.swapped", tables=sorted(others)) if others and ledger.kept(session) else []:
+        yield Finding.warning(
+            row["source"],
+            f"The migration of {row['source']} is still open: while this one is, its way back waits, and where this one is finished it ends.",
+            "Finish that first, or take both back in turn, this one before it.",
+        )
 
 
 def _together(plan: Plan) -> Iterator[Finding]:

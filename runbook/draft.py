@@ -173,6 +173,10 @@ def draft(**given: Any) -> Draft:
                 return _decide(session, found, parameters, database)
         except psycopg.errors.InsufficientPrivilege as error:
             me = session.connection.info.user
+            if session.value("catalog.row_security", oid=found):
+                raise PlanBlocked(
+                    f"Row-level security is forced on {schema}.{name}, so that {me} may not copy it: ALTER ROLE {me} BYPASSRLS;"
+                ) from None
             raise PlanBlocked(
                 f"{me} may not read all that the plan rests on ({error.diag.message_primary}): GRANT SELECT ON {schema}.{name} TO {me}; or,"
                 f" as every later step needs it, make {me} a member of the table's owner."

@@ -27,8 +27,12 @@ def since(session: Session, plan: Plan) -> str:
     indexes = {row["name"] for row in session.rows("catalog.indexes", oid=plan.table.oid)}
     changes += [f"index {name} added" for name in indexes - {index.name for index in plan.indexes}]
     changes += [f"index {name} dropped" for name in {index.name for index in plan.indexes} - indexes]
-    keys = {(row["schema"], row["table"], row["name"]) for row in session.rows("catalog.incoming", oid=plan.table.oid)}
+    incoming = session.rows("catalog.incoming", oid=plan.table.oid)
+    keys = {(row["schema"], row["table"], row["name"]) for row in incoming}
     planned = {reference.place for reference in (*plan.references, *plan.selves)}
     changes += [f"{schema}.{table} references it now by {name}" for schema, table, name in keys - planned]
     changes += [f"the foreign key {name} of {schema}.{table} is gone" for schema, table, name in planned - keys]
+    whole = {reference.place for reference in plan.references if not reference.leaves}
+    changes += [f"{row['schema']}.{row['table']}, which references it, is partitioned now" for row in incoming
+                if row["leaves"] and (row["schema"], row["table"], row["name"]) in whole]  # fmt: skip
     return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"

@@ -50,6 +50,11 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
             f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: if 20_add_partitions was stopped,"
             " run it again; else look with 06_verify."
         )
+    if undone := [row["source"] for row in action.session.rows("rollback.undoes", **run.names)]:
+        raise OutOfOrder(
+            f"The way back of {', '.join(undone)} would end with this one: {run.plan.full_name} gave it a column that its original does not have."
+            " Finish that first, or roll this one back."
+        )
     who = run.approver(
         approved_by, f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
     )

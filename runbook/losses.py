@@ -9,7 +9,7 @@ from psycopg import errors, sql
 
 from runbook import catalog, changes, locks
 from runbook.changes import BACK, Rewritten
-from runbook.errors import PromiseBroken
+from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import Run
 from runbook.session import Session
 
@@ -77,6 +77,20 @@ def unlike(run: Run, session: Session) -> str:
     )
 
 
+def refuse_out_of_turn(run: Run, session: Session) -> None:
+    """Raises OutOfOrder while another open migration rests on this one: of two that share a table the later goes back first."""
+    for row in session.rows("rollback.entangled", **run.names):
+        shared = (
+            f"the original of {row['holder']} has {row['role_column']}, which goes with this one"
+            if row["knows_it"]
+            else f"it gave {row['holder']} the column {row['role_column']}, which the original does not have"
+        )
+        raise OutOfOrder(
+            f"The migration of {row['later']} came after that of {run.plan.full_name} and is still open: {shared}. Roll {row['later']} back first"
+            f"{', or finish it,' if row['knows_it'] else ','} then run 90_rollback again."
+        )
+
+
 def refuse(run: Run, session: Session) -> None:
     """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has not."""
     with session.qualified():  # as the plan has them
@@ -85,7 +99,6 @@ def refuse(run: Run, session: Session) -> None:
     before |= {each.role_column: each.role_type.partition(" COLLATE ")[0] for each in run.plan.own_roles}
     if differing := sorted({name for name, _ in now.items() ^ before.items()}):
         raise PromiseBroken(
-            f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Make "
-            f"{run.plan.retired}"
-            " the same or take the change back, then run 90_rollback again."
+            f"{run.plan.full_name} was altered since the cut-over, and the original was not: {', '.join(differing)}. Take the change back, then run"
+            " 90_rollback again; or keep it, and end the way back with 91_finish."
         )

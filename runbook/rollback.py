@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from psycopg import errors, sql
@@ -112,12 +113,13 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         return action.finish(closed, swapped=False)
     if not _swapped(run):
         return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=False)
+    losses.refuse_out_of_turn(run, session)
     losses.refuse(run, session)
     unlike = losses.unlike(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
     logging = session.row("ledger.remembered", **run.names)["triggers"]
     total, seen, stale, anew = 0, None, "", matviews.waiting(run, session)
-    statements = list(unswap_statements(run, anew))
+    statements = list(unswap_statements(_as_it_is(run, session), anew))
 
     def attempt() -> Evidence:
         nonlocal total, logging, seen, stale
@@ -172,10 +174,23 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     except errors.DependentObjectsStillExist as error:
         raise PromiseBroken(
             f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
-            f" {' '.join((error.diag.message_detail or str(error)).split()).replace(run.staging, run.plan.table.schema_name)}. Drop them first, then run 90_rollback again."
+            f" {' '.join((error.diag.message_detail or str(error)).split()).replace(f'{run.staging}.', f'{run.plan.table.schema_name}.')}. Drop them first, then run 90_rollback again."
         ) from None
     sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}{stale}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
+
+
+def _as_it_is(run: Run, session: Session) -> Run:
+    """The run, with the leaves of a referencing table that became partitioned since the cut-over: its key has to be made by leaf."""
+
+    def now(reference: Reference) -> Reference:
+        names = reference_names(run, reference)
+        if reference.leaves or not session.value("foreign_keys.partitioned", **names):
+            return reference
+        rows = session.rows("foreign_keys.tables", **names)
+        return reference.model_copy(update={"leaves": tuple((row["schema"], row["name"]) for row in rows)})
+
+    return replace(run, plan=run.plan.model_copy(update={"references": tuple(map(now, run.plan.references))}))
 
 
 def _compared(run: Run, session: Session, logging: str) -> compare.Comparison:
@@ -197,8 +212,10 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
         return action.finish(closed)
     if _swapped(run):
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
+    if run.plan.restore_from == "source":
+        losses.refuse_out_of_turn(run, session)
     patience = locks.Patience(budget_s, lock_timeout_ms)
-    _validate(run, session, budget_s)
+    _validate(_as_it_is(run, session), session, budget_s)
     # A role column that this migration did not add is the application's own.
     mine = [each for each in added(run) if session.value("foreign_keys.logged", **reference_names(run, each))]
     retired = run.finished("rollback", "swap")

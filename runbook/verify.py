@@ -80,7 +80,13 @@ def _look(run: Run, part: str) -> Iterator[Look]:
     with run.action("verify", part, again=True) as action:
         names: dict[str, Value] = {**run.names, "root": spelled(run.plan.source), "d_hash": run.plan.hashed("d")}
         look = Look(action.session, {**names, "unique_keys": statement("verify.unique_keys", **run.names)})
-        yield look
+        try:
+            yield look
+        except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as missing:
+            raise PromiseBroken(
+                f"{run.plan.full_name} is not what it was planned to be ({missing.diag.message_primary}): somebody altered it, or what belongs"
+                " to it, after the cut-over; take that back, or go by 08_monitor from now on."
+            ) from None
         broken = sum(each.verdict == FAIL for each in look.promises)
         count = counted(len(look.promises), "promise")
         sentence = f"{count} of {part} looked at, {broken} broken." if look.promises else f"The {part} was measured."
@@ -230,7 +236,7 @@ def seen(run: Run) -> list[Promise]:
     """Every promise as it was last seen, in whatever kernel; a part that nobody looked at is not tried."""
     nobody = {"promises": [{"sql": "", "seen": "nobody has looked yet: run 06_verify", "verdict": NOT_TRIED}]}
     looks = {row["part"]: row["evidence"] for row in run.frame("verify.looks").to_dict("records")}
-    return [Promise(**{"promise": part, **each}) for part in PARTS for each in (looks.get(part) or nobody)["promises"]]
+    return [Promise(**{"promise": part, **each}) for part in PARTS for each in {**nobody, **looks.get(part, {})}["promises"]]
 
 
 def promises(run: Run) -> Any:

@@ -140,7 +140,8 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
                   AND i.indkey[0] = ANY (k.conkey)) AS indexed,
        (SELECT array_agg(a.attname) FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum > 0 AND NOT a.attisdropped) AS all_columns,
        (SELECT array_agg(t.tgname ORDER BY t.tgname) FROM pg_trigger t WHERE t.tgrelid = k.conrelid AND NOT t.tgisinternal
-           AND t.tgname NOT LIKE 'runbook\_%' AND t.tgtype & 16 = 16) AS update_triggers,
+           AND t.tgname NOT LIKE ALL ('{{runbook\\_%,zzz\\_runbook\\_%}}') AND t.tgtype & 16 = 16  -- nor the guards' of an earlier migration
+           AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.oid = t.tgfoid AND p.prosecdef AND 'enable_seqscan=off' = ANY (p.proconfig))) AS update_triggers,
        obj_description(k.oid, 'pg_constraint') AS comment,
        (SELECT json_agg(json_build_array(ln.nspname, l.relname) ORDER BY l.oid) FROM pg_partition_tree(k.conrelid) t
           JOIN pg_class l ON l.oid = t.relid JOIN pg_namespace ln ON ln.oid = l.relnamespace WHERE t.isleaf AND c.relkind = 'p') AS leaves
@@ -525,8 +526,9 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM ({lines}) 
   UNION ALL
   SELECT concat_ws(' ', 'index', pg_get_indexdef(indexrelid), indisvalid) FROM pg_index WHERE indrelid = {oid}
   UNION ALL
-  SELECT concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass) FROM pg_constraint
-   WHERE conrelid = {oid} OR confrelid = {oid} AND conparentid = 0
+  SELECT concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass,
+                   (SELECT 'partitioned' FROM pg_class r WHERE r.oid = conrelid AND r.relkind = 'p' AND conrelid <> {oid})) FROM pg_constraint
+   WHERE (conrelid = {oid} OR confrelid = {oid}) AND conparentid = 0  -- not what each partition of another table has of it
   UNION ALL
   SELECT concat_ws(' ', kind, name, definition) FROM ({carried}) c
   UNION ALL
@@ -535,6 +537,10 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM ({lines}) 
   UNION ALL
   SELECT DISTINCT concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
+
+-- name: row_security
+-- Whether policies bind its owner, too, and so us.
+SELECT relforcerowsecurity AND row_security_active(oid) FROM pg_class WHERE oid = {oid}
 
 -- name: filenode
 -- Which file the table lies in: another one means rewritten or truncated, and that the copy must start again.

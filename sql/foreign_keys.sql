@@ -53,6 +53,9 @@ SELECT n.nspname::text AS schema, c.relname::text AS name, k.convalidated AS val
   LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conname = {constraint_text}
  WHERE c.relkind = 'r' ORDER BY 1, 2
 
+-- name: partitioned
+SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass({reference_text})
+
 -- name: keyed
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference_text}) AND conname = {constraint_text})
 

@@ -89,6 +89,11 @@ UPDATE runbook.action SET evidence = jsonb_build_object('locked_s', {seconds}::f
 -- Only where it is not done: a commit may have arrived although its answer did not.
 UPDATE runbook.action SET state = 'failed', finished_at = clock_timestamp(), sentence = {sentence} WHERE id = {id} AND state = 'started'
 
+-- name: swapped
+-- Open migrations of these tables that are past their cut-over.
+SELECT m.source FROM runbook.migration m WHERE m.source = ANY ({tables}) AND m.state = 'open'
+   AND EXISTS (SELECT FROM runbook.action a WHERE a.migration = m.id AND (a.step, a.action, a.state) = ('cutover', 'swap', 'done')) ORDER BY 1
+
 -- name: finished_action
 SELECT a.sentence, a.rows, a.evidence, a.finished_at, a.operator FROM runbook.action a
  WHERE a.migration = {migration} AND a.step = {step} AND a.action = {action} AND a.state = 'done'

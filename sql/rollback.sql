@@ -6,6 +6,27 @@ DELETE FROM {back} k WHERE ({k_keys}) IS NULL;
 INSERT INTO {back} SELECT {either_pk} FROM {source} s FULL JOIN {retired} d ON {d_is_s}
  WHERE ({s_pk}) IS NULL OR ({d_pk}) IS NULL OR NOT {s_row}::record *= {d_filled_row}::record
 
+-- name: entangled
+-- Open migrations of which one's table refers to the other's by a role column. The one that has the column in its plan came later,
+-- and its original needs what belongs to it; where neither did before its cut-over, the one that added it came later.
+WITH swapped AS (SELECT migration AS id FROM runbook.action WHERE (step, action, state) = ('cutover', 'swap', 'done')),
+     added AS (SELECT migration AS id FROM runbook.action WHERE (step, action, state) = ('foreign_keys', 'columns', 'done')),
+     pair AS (SELECT u.id AS referenced, u.source AS referenced_table, a.id AS referencing, a.source AS referencing_table, r ->> 'role_column' AS role_column,
+                     a.plan -> 'columns' @> jsonb_build_array(jsonb_build_object('name', r -> 'role_column')) AS knows_it
+                FROM runbook.migration u CROSS JOIN jsonb_array_elements(u.plan -> 'references') r
+                JOIN runbook.migration a ON (a.plan -> 'table' ->> 'schema_name', a.plan -> 'table' ->> 'name') = (r ->> 'schema_name', r ->> 'table')
+               WHERE (r ->> 'adds_column')::boolean AND u.state = 'open' AND a.state = 'open' AND a.id IN (SELECT id FROM swapped) AND u.id IN (SELECT id FROM added))
+SELECT referencing_table AS later, role_column, referencing_table AS holder, true AS knows_it FROM pair WHERE referenced = {migration} AND knows_it
+UNION ALL SELECT referenced_table, role_column, referencing_table, false FROM pair WHERE {migration} = referencing AND NOT knows_it
+
+-- name: undoes
+-- Open migrations whose way back ends with this one.
+SELECT a.source FROM runbook.migration u CROSS JOIN jsonb_array_elements(u.plan -> 'references') r
+  JOIN runbook.migration a ON (a.plan -> 'table' ->> 'schema_name', a.plan -> 'table' ->> 'name') = (r ->> 'schema_name', r ->> 'table')
+ WHERE u.id = {migration} AND (r ->> 'adds_column')::boolean AND a.state = 'open'
+   AND EXISTS (SELECT FROM runbook.action WHERE migration = a.id AND (step, action, state) = ('cutover', 'swap', 'done'))
+   AND NOT a.plan -> 'columns' @> jsonb_build_array(jsonb_build_object('name', r -> 'role_column'))
+
 -- name: columns
 SELECT attname AS name, format_type(atttypid, atttypmod) AS type FROM pg_attribute
  WHERE attrelid = {table_text}::regclass AND attnum > 0 AND NOT attisdropped

@@ -114,7 +114,12 @@ SELECT format('Key %s of %s is composite%s', r ->> 'name', r ->> 'table', CASE W
 -- name: constraints
 SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce(now.definition, 'missing') AS seen,
        coalesce(now.validated >= (p.k ->> 'validated')::boolean
-         AND replace(now.definition, ' NOT VALID', '') = replace(p.k ->> 'definition', ' NOT VALID', ''), false) AS ok
+         AND (replace(now.definition, ' NOT VALID', '') = replace(p.k ->> 'definition', ' NOT VALID', '') OR EXISTS (
+              -- or a later migration, of the table that is referred to, gave it the partition key
+              SELECT FROM runbook.migration o, jsonb_array_elements(o.plan -> 'references') r
+               WHERE o.id <> m.id AND o.state IN ('open', 'finished') AND r ->> 'name' = now.name AND r ->> 'schema_name' = m.plan -> 'table' ->> 'schema_name'
+                 AND r ->> 'table' = m.plan -> 'table' ->> 'name' AND translate(replace(now.definition, ' NOT VALID', ''), '" ', '') =
+                     replace(replace(translate(r ->> 'composite', '" ', ''), 'ONUPDATENOACTION', ''), 'ONDELETENOACTION', ''))), false) AS ok
   FROM runbook.migration m
  CROSS JOIN LATERAL (SELECT 'Check', c FROM jsonb_array_elements(m.plan -> 'checks') c
                      UNION ALL SELECT 'Foreign key', f FROM jsonb_array_elements(m.plan -> 'outgoing') f
@@ -556,7 +561,7 @@ END $latencies$
 SELECT * FROM pg_temp.latencies()
 
 -- name: looks
--- The last look at each part, and whether it is younger than the last check.
+-- The last look at each part, and whether it is younger than the last check; one that failed has seen nothing.
 SELECT DISTINCT ON (a.action) a.action AS part, a.evidence,
        a.state = 'done' AND a.id > coalesce((SELECT max(c.id) FROM runbook.action c
          WHERE c.migration = {migration} AND c.step = 'verify' AND c.action = 'check'), 0) AS fresh
