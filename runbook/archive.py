@@ -18,6 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from runbook.provenance import LIBRARIES, checkout, library, os_user
 from runbook.redaction import known_secrets, passwords, redact, redacted
 
@@ -40,6 +42,32 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+class Entry(BaseModel):
+    """A run, as another one names it."""
+
+    run: str
+    manifest: str
+
+
+class Step(BaseModel):
+    """What was done with one notebook; it says more."""
+
+    notebook: str
+    state: str
+
+
+class Manifest(BaseModel):
+    """What every manifest has; it says more."""
+
+    run: str
+    sealed: bool
+    ended: str
+    steps: list[Step]
+    files: dict[str, str]
+    previous: Entry | None
+    broken_off: list[Entry]
 
 
 class Run:
@@ -149,9 +177,9 @@ class Run:
         with _alone(runs):
             self.manifest |= {"previous": end(runs), "ended": _now()}
             head = self._write(facts)
-            write_whole(runs / "HEAD", f"{head}  {self.folder.name}/manifest.json\n")
+            page = index(runs)
+            write_whole(runs / "HEAD", f"{head}  {self.folder.name}/manifest.json\n{sha256(page)}  {page.name}\n")
             os.close(self._held)
-            index(runs)
         return head
 
     def _hash(self, *files: Path) -> None:
@@ -172,15 +200,14 @@ def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path,
             continue
         try:
             manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-            if not {"run", "sealed", "steps", "files", "previous", "broken_off", "ended"} <= manifest.keys():
-                raise ValueError
+            Manifest.model_validate(manifest, strict=True)
             yield entry, manifest, sha256(entry / "manifest.json")
         except FileNotFoundError:
             said.append(f"{entry.name} has no manifest.json: it was removed, or the folder was added.")
         except NotADirectoryError:
             if entry.name not in ("HEAD", "index.html"):
                 said.append(f"{entry.name} belongs to no run: it was added.")
-        except (ValueError, AttributeError):
+        except ValueError:
             said.append(f"{entry.name}/manifest.json was changed: it cannot be read.")
 
 
@@ -196,10 +223,20 @@ def in_progress(folder: Path) -> bool:
     return False
 
 
+def _head(runs: Path) -> re.Match[str] | None:
+    head = (runs / "HEAD").read_text(encoding="utf-8", errors="replace") if (runs / "HEAD").is_file() else ""
+    return re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n(?:([0-9a-f]{64})  index\.html\n)?", head)
+
+
+def list_of_runs(runs: Path) -> str:
+    """The sha256 of index.html as the run that was sealed last left it; empty where that is not known."""
+    match, last = _head(runs), end(runs)
+    return match[3] or "" if match and last and match[2] == last["run"] else ""
+
+
 def end(runs: Path) -> dict[str, str] | None:
-    """The run that was sealed last, as HEAD names it: its line is what `sha256sum -c` reads."""
-    head = (runs / "HEAD").read_text(encoding="utf-8") if (runs / "HEAD").is_file() else ""
-    match = re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n", head)
+    """The run that was sealed last, as HEAD names it: its lines are what `sha256sum -c` reads."""
+    match = _head(runs)
     end = {"run": match[2], "manifest": match[1]} if match else None
     # A run that was killed after its last manifest and before HEAD: it follows the one that HEAD names.
     known = list(manifests(runs)) if match or not (runs / "HEAD").exists() else []

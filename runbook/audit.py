@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runbook.archive import HALF, STATEMENTS, end, files, manifests, of, sha256
+from runbook.archive import HALF, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
 
 
 def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
@@ -40,6 +40,8 @@ def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
         for broken in manifest["broken_off"]:
             said += _differs(broken, digests, manifest["run"])
         after, entry = manifest["run"], manifest["previous"]
+    if (page := list_of_runs(runs)) and not ((there := runs / "index.html").is_file() and sha256(there) == page):
+        said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
     known = set(digests.values())
     return said + [f"No run here has the manifest {head}, which the ledger names." for head in heads if head not in known]
 
@@ -64,6 +66,8 @@ def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     for name, digest in manifest["files"].items():
         if name not in there:
             yield f"{folder.name}/{name} was removed."
+        elif there[name].is_symlink():
+            yield f"{folder.name}/{name} was replaced by a link."
         elif sha256(there[name]) != digest:
             yield f"{folder.name}/{name} was changed."
     # A run that still works, or broke off, has a notebook that is not hashed yet; by hand there may be several.
@@ -71,5 +75,6 @@ def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     if not manifest["sealed"]:
         known |= {file.name for step in manifest["steps"] if step["state"] == "running" for file in of(step["notebook"], folder)}
         known |= {name for name in there if name.endswith(STATEMENTS) or name in HALF}
-    for name in there.keys() - known:
+    known |= {parent.as_posix() for name in known for parent in Path(name).parents}
+    for name in (there.keys() | {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir()}) - known:
         yield f"{folder.name}/{name} was added."

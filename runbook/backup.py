@@ -119,7 +119,7 @@ def _restored(run: Run, session: Session, archive: Path) -> Sums:
     """What the archive holds once it is restored: beside the original, or on the embedded server without the right to that."""
     allowed = session.value(sql.SQL("SELECT rolcreatedb OR rolsuper FROM pg_roles WHERE rolname = current_user").format())
     scratch = sql.Identifier(f"runbook_scratch_{run.migration}")
-    host = run.database if allowed else Database("embedded", embedded.start(0), embedded=True)
+    host = run.database if allowed else Database("embedded", embedded.serve(), embedded=True)
     with host.session("scratch") as other:
         other.run("backup.drop_scratch", scratch=scratch)
         other.run("backup.create_scratch", scratch=scratch)

@@ -26,6 +26,8 @@ def find(session: Session, table: str, database: str) -> tuple[int, str, str]:
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:12]) or 'no tables at all'}."
         raise BadInput(f"{table} is not a table of {database}: {hint}")
     row = session.row("catalog.table", oid=found)
+    if row["schema"] in ("pg_catalog", "information_schema"):
+        raise BadInput(f"{row['schema']}.{row['name']} is the server's own: name a table of yours.")
     return found, row["schema"], row["name"]
 
 

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from runbook import verify
 from runbook.archive import Run as Record
 from runbook.archive import write_whole
-from runbook.ledger import Run
+from runbook.ledger import NOTEBOOKS, Run
 from runbook.redaction import redact, redacted
 from runbook.words import counted
 
@@ -60,7 +60,7 @@ def write(record: Record, run: Run) -> None:
     with run.database.session("certificate") as session, session.qualified():
         whole = redacted(session.value("ledger.whole", migration=run.migration), record.secrets)
     write_whole(record.folder / "evidence.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    record.manifest["approved_by"] = _approver(whole) or record.manifest["approved_by"]
+    record.manifest["approved_by"] = _accepted(record.manifest, whole)
     if not any(step["notebook"] == "06_verify.ipynb" for step in record.manifest["steps"]):
         return
     promises = [verify.Promise(**redacted(vars(each), record.secrets)) for each in verify.seen(run)]
@@ -98,6 +98,16 @@ def _approver(whole: dict[str, Any], *steps: str) -> str:
     """Who approved last: of these steps, or of any."""
     done = [each for each in whole["actions"] if (each["action"], each["state"]) == ("approval", "done")]
     return next((each["evidence"]["approved_by"] for each in reversed(done) if not steps or each["step"] in steps), "")
+
+
+def _accepted(said: dict[str, Any], whole: dict[str, Any]) -> str:
+    """Who approved what this record did, or else the plan: a name is nobody's approval before a gate has taken it."""
+    gates = {f"{NOTEBOOKS[step]}.ipynb": step for step in ("cutover", "add", "finish")}
+    found = [(each["state"], _approver(whole, gates[each["notebook"]])) for each in said["steps"] if each["notebook"] in gates]
+    asked = str(said["parameters"].get("approved_by", "")).strip()
+    if not found:
+        return _approver(whole, "cutover")
+    return next((who for state, who in reversed(found) if who and (state == "completed" or who == asked)), "")
 
 
 def _section(number: int, promise: verify.Promise, address: str) -> str:

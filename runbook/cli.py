@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def print_sql(file: Path | None, pairs: Any, database: str | None, users: int | 
     from runbook import script
 
     given = gather(file, pairs, database, users)
-    planned = script.planned(given)
+    with redirect_stdout(sys.stderr):  # whom it waits for is no part of the script
+        planned = script.planned(given)
     click.echo(f"-- Plan {planned.plan.hash} of {planned.plan.full_name}, by the runbook {__version__}.")
     click.echo(repr(script.whole(planned)))
 
@@ -227,7 +229,8 @@ def audit(runs: Path, database: str | None) -> None:
         click.echo(sentence)
     if said:
         sys.exit(1)
-    click.echo(f"{runs} is as it was recorded.")
+    vouched = "" if database else " Nobody but its own HEAD vouches for the last run: with --database the ledger does."
+    click.echo(f"{runs} is as it was recorded.{vouched}")
 
 
 @main.command()

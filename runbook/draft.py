@@ -172,13 +172,14 @@ def draft(**given: Any) -> Draft:
             with session.transaction("REPEATABLE READ"), session.qualified():
                 return _decide(session, found, parameters, database)
         except psycopg.errors.InsufficientPrivilege as error:
-            me = session.connection.info.user
-            if session.value("catalog.row_security", oid=found):
+            who = session.row("catalog.reader", oid=found)
+            me, table = who["me"], who["table"]
+            if who["bound"]:
                 raise PlanBlocked(
-                    f"Row-level security is forced on {schema}.{name}, so that {me} may not copy it: ALTER ROLE {me} BYPASSRLS;"
+                    f"Row-level security is forced on {table}, so that {me} may not copy it: ALTER ROLE {me} BYPASSRLS;"
                 ) from None
             raise PlanBlocked(
-                f"{me} may not read all that the plan rests on ({error.diag.message_primary}): GRANT SELECT ON {schema}.{name} TO {me}; or,"
+                f"{me} may not read all that the plan rests on ({error.diag.message_primary}): GRANT SELECT ON {table} TO {me}; or,"
                 f" as every later step needs it, make {me} a member of the table's owner."
             ) from None
 

@@ -46,6 +46,13 @@ def start(users: int | None = None) -> str:
         return server.conninfo(DATABASE)
 
 
+def serve() -> str:
+    """Start the server if none runs, whatever lies in it, and return the conninfo of its maintenance database."""
+    with _locked() as server:
+        postgres.bring_up(server)
+        return server.conninfo("postgres")
+
+
 def stop() -> bool:
     """Stop the server and end its sessions; False when none was running."""
     if not postgres.home().is_dir():

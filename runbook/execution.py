@@ -141,7 +141,7 @@ def begin(out: Path, given: dict[str, Any], **facts: Any) -> archive.Run:
     ours = folder("notebooks").resolve()
     if ours in (out.resolve(), *out.resolve().parents):
         raise BadInput(f"{out} lies inside the notebooks' own folder: choose another with --out.")
-    return archive.Run.begin(out, str(given["table"]), given, approved_by=str(given.get("approved_by", "")), **facts)
+    return archive.Run.begin(out, str(given["table"]), given, **facts)
 
 
 def own(name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -235,7 +235,14 @@ def _names(session: Session, plan: Plan) -> Iterator[Finding]:
 
 def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
     may = session.row("catalog.privileges", oid=plan.table.oid)
-    me, schema = may["me"], plan.table.schema_name
+    me, schema = may["me"], may["schema"]
+
+    def become(owner: str) -> str:
+        """How to get an owner's rights; of a superuser's nobody should."""
+        if owner in may["superusers"]:
+            return f"Let a role that is no superuser own it, or work as {owner}."
+        return f"GRANT {session.value('catalog.quoted', name=owner)} TO {me};"
+
     if may["read_only"]:  # whatever the role's default is: the session has set that off
         yield Finding.blocker(
             may["database"],
@@ -243,7 +250,7 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
             "Name the primary; of several hosts, target_session_attrs=read-write finds it.",
         )
     if not may["owner"]:
-        yield Finding.blocker(plan.full_name, f"{me} does not own {plan.full_name}.", f"GRANT {may['owner_name']} TO {me};")
+        yield Finding.blocker(plan.full_name, f"{me} does not own {plan.full_name}.", become(may["owner_name"]))
     if not may["schema_create"]:
         yield Finding.blocker(
             schema,
@@ -254,7 +261,7 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
         yield Finding.blocker(
             may["database"],
             f"{me} may not create the schema runbook.",
-            f"GRANT CREATE ON DATABASE {may['database']} TO {me};",
+            f"GRANT CREATE ON DATABASE {may['own_database']} TO {me};",
         )
     for reference in plan.references:
         if not may["superuser"] and not session.value("catalog.owned", oid=sql.SQL("to_regclass({})").format(
@@ -262,8 +269,14 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
             yield Finding.blocker(
                 reference.table,
                 f"{me} does not own {reference.schema_name}.{reference.table}, which references it.",
-                f"GRANT {reference.owner} TO {me};",
+                become(reference.owner),
             )
+    unreadable = [row["name"] for row in session.rows("draft.unreadable")] if plan.backup_method == "dump" else []
+    if unreadable:
+        yield Finding.blocker(
+            may["database"], f"pg_dump reads the definitions of all tables, and {me} may not read {', '.join(unreadable)}.",
+            f'GRANT pg_read_all_data TO {me}; or set backup_method to "table".',
+        )  # fmt: skip
     if not may["sees_activity"]:
         yield Finding.warning(
             me, f"{me} cannot see other users' queries and snapshots: blockers are named by pid only, and old snapshots cannot be waited for.",

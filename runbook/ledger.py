@@ -102,9 +102,9 @@ class Run:
     def approver(self, approved_by: str, refusal: str) -> str:
         """Who approves, for the record. Raises ApprovalMissing with the `refusal` when nobody is named; the embedded example
         approves itself, and says so."""
-        if not approved_by and not self.database.embedded:
+        if not approved_by.strip() and not self.database.embedded:
             raise ApprovalMissing(refusal)
-        return approved_by or "the embedded example itself"
+        return approved_by.strip() or "the embedded example itself"
 
     def overview(self) -> Any:
         """The strip of the steps: what the ledger says of each, and the plan's hash."""

@@ -75,7 +75,7 @@ class Parameters(BaseModel):
     fail_on: Literal["blocker", "warning"] = "blocker"
     users: Annotated[int | None, Field(ge=0)] = None
     # how a step goes about it
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
     range_mib: Count = 32
     batch_rows: Count = 2000
     max_replica_lag_s: Annotated[int, Field(ge=0)] = 0

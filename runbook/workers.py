@@ -40,6 +40,12 @@ def most(workers: int) -> int:
     return workers or 2
 
 
+def _room(run: Run) -> int:
+    """How many sessions more leave the application as many as we take: who asks for more gets these, at least one."""
+    with run.database.session("worker") as session:
+        return max(1, int(session.value("pace.free_sessions")) // 2)
+
+
 def parallel(
     run: Run, workers: int, work: Sequence[Any], do: Callable[[Session, Any], None], stop: threading.Event | None = None
 ) -> None:
@@ -68,8 +74,9 @@ def parallel(
                     return
                 do(session, each)
 
-    with ThreadPoolExecutor(min(most(workers), len(work)) or 1) as pool:
-        futures = [pool.submit(loop, workers == 0 and number > 0) for number in range(min(most(workers), len(work)))]
+    number = min(most(workers), len(work), _room(run))
+    with ThreadPoolExecutor(number or 1) as pool:
+        futures = [pool.submit(loop, workers == 0 and place > 0) for place in range(number)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

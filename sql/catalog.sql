@@ -495,7 +495,9 @@ SELECT format_type(k.oid, k.modifier) || CASE WHEN k.collation <> t.typcollation
 
 -- name: privileges
 -- What the role that runs this may do; the plan says which GRANT is missing.
-SELECT pg_has_role(c.relowner, 'USAGE') AS owner, pg_get_userbyid(c.relowner) AS owner_name, current_user AS me,
+SELECT pg_has_role(c.relowner, 'USAGE') AS owner, pg_get_userbyid(c.relowner) AS owner_name, quote_ident(current_user) AS me,
+       quote_ident(n.nspname) AS schema, quote_ident(current_database()) AS own_database,
+       (SELECT array_agg(rolname::text) FROM pg_roles WHERE rolsuper) AS superusers,
        has_schema_privilege(n.oid, 'CREATE') AS schema_create, has_database_privilege(current_database(), 'CREATE') AS database_create,
        current_database() AS database,
        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
@@ -538,9 +540,13 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM ({lines}) 
   SELECT DISTINCT concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
 
--- name: row_security
--- Whether policies bind its owner, too, and so us.
-SELECT relforcerowsecurity AND row_security_active(oid) FROM pg_class WHERE oid = {oid}
+-- name: reader
+-- Who reads what, and whether policies bind its owner, too, and so us.
+SELECT quote_ident(current_user) AS me, format('%I.%I', (SELECT nspname FROM pg_namespace n WHERE n.oid = relnamespace), relname) AS table,
+       relforcerowsecurity AND row_security_active(oid) AS bound FROM pg_class WHERE oid = {oid}
+
+-- name: quoted
+SELECT quote_ident({name})
 
 -- name: filenode
 -- Which file the table lies in: another one means rewritten or truncated, and that the copy must start again.

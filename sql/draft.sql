@@ -61,6 +61,12 @@ SELECT CASE WHEN b >= -coalesce({last}::numeric, 'Infinity') THEN b::{type}::tex
  WHERE b <= coalesce({last}::numeric, 'Infinity')
  LIMIT {most}
 
+-- name: unreadable
+-- Tables that pg_dump would lock for the definitions, and may not; its own extensions' it leaves alone.
+SELECT c.oid::regclass::text AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p') AND n.nspname NOT LIKE 'pg\_%' AND n.nspname <> 'information_schema' AND NOT has_table_privilege(c.oid, 'SELECT')
+   AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e') ORDER BY 1 LIMIT 5
+
 -- name: free
 -- What would be refused at the cut-over must be refused here.
 SELECT relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

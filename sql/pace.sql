@@ -7,6 +7,11 @@ SELECT NOT EXISTS (
    WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND coalesce(application_name, '') NOT LIKE 'runbook%'
      AND (state IS NULL OR state = 'active' OR state_change > clock_timestamp() - interval '1 second')) AS alone
 
+-- name: free_sessions
+-- Connections that are left to roles that are no superusers.
+SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+       - coalesce(current_setting('reserved_connections', true)::int, 0) - count(*) AS free FROM pg_stat_activity WHERE backend_type = 'client backend'
+
 -- name: one_process
 SET max_parallel_workers_per_gather = 0; SET max_parallel_maintenance_workers = 0
 

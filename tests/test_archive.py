@@ -235,6 +235,20 @@ def test_an_untouched_record_has_nothing_to_say_against_it(record: tuple[Path, l
     assert checked.returncode == 0
 
 
+UNREADABLE = ["{1}/manifest.json was changed: it cannot be read.", "{1} is missing: it was removed, though {2} names it."]
+
+
+def twist(folder: Path, **said: object) -> None:
+    """A manifest that JSON can read and nobody can use."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+
+
+def link(path: Path, elsewhere: Path) -> None:
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
 def drop(which: int) -> Callable[[Path, list[str]], None]:
     return lambda runs, names: shutil.rmtree(runs / names[which])
 
@@ -275,6 +289,15 @@ def smuggle(runs: Path, names: list[str]) -> None:
         (swap, ["{0} holds the record of {1}: it was renamed, or exchanged with another.",
                 "{1} holds the record of {0}: it was renamed, or exchanged with another."]),
         (lambda runs, names: (runs / "HEAD").unlink(), ["HEAD, which names the last run, is missing or cannot be read."]),
+        (lambda runs, names: (runs / "index.html").write_text("all fine"), ["index.html was changed: it is not the one that HEAD names."]),
+        (lambda runs, names: (runs / "index.html").unlink(), ["index.html was removed: it is not the one that HEAD names."]),
+        (lambda runs, names: link(runs / names[1] / "00_plan.html", runs.parent / "elsewhere.html"), ["{1}/00_plan.html was replaced by a link."]),
+        (lambda runs, names: (runs / names[1] / "more").symlink_to("/tmp"), ["{1}/more was added."]),
+        (lambda runs, names: (runs / names[1] / "more").mkdir(), ["{1}/more was added."]),
+        (lambda runs, names: (runs / "HEAD").write_bytes(b"\xff\xfe"), ["HEAD, which names the last run, is missing or cannot be read."]),
+        (lambda runs, names: twist(runs / names[1], files=[]), UNREADABLE), (lambda runs, names: twist(runs / names[1], steps=[1]), UNREADABLE),
+        (lambda runs, names: twist(runs / names[1], previous="x"), UNREADABLE), (lambda runs, names: twist(runs / names[1], broken_off=[1]), UNREADABLE),
+        (lambda runs, names: (runs / names[1] / "manifest.json").write_text("[]"), UNREADABLE),
         (lambda runs, names: (runs / names[1] / "manifest.json").write_text("{"),
          ["{1}/manifest.json was changed: it cannot be read.", "{1} is missing: it was removed, though {2} names it."]),
     ],

@@ -6,7 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import psycopg
@@ -52,6 +52,16 @@ def test_while_others_are_at_work_one_session_works_unless_told_otherwise(
         workers.parallel(run, given, range(10), do)
         application.cancel()
     assert (len(pids), len(set(pids))) == (10, sessions)
+
+
+def test_as_many_connections_stay_free_as_workers_take(clinic: str) -> None:
+    pids: set[int] = set()
+    with ExitStack() as others, psycopg.connect(clinic, autocommit=True) as asks:
+        free = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int - count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+        while (left := asks.execute(free).fetchone()) and left[0] > 9:
+            others.enter_context(psycopg.connect(clinic))
+        workers.parallel(plan(clinic), 60, range(30), lambda session, _: pids.add(session.pid) or time.sleep(0.1))  # type: ignore[func-returns-value]
+    assert 1 <= len(pids) <= 4
 
 
 def test_what_the_server_warns_of_is_seen_but_no_notice_and_no_functions_words(

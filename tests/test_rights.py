@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict
 
 import runbook
-from runbook import cli, embedded, verify
+from runbook import backup, cli, cutover, embedded, verify
 from runbook.database import target
-from runbook.errors import BadInput, PlanBlocked
+from runbook.errors import ApprovalMissing, BadInput, PlanBlocked
 from tests import migration, servers
 
 OWNED = ("users", "appointments", "doctors", "active_users")
@@ -88,8 +88,8 @@ def test_a_snapshot_that_the_owner_may_not_see_is_waited_for_all_the_same(owner,
     [
         ("REVOKE CREATE ON SCHEMA public FROM {me}, PUBLIC", "GRANT CREATE ON SCHEMA public TO {me}"),
         ("REVOKE CREATE ON DATABASE {database} FROM {me}", "GRANT CREATE ON DATABASE {database} TO {me}"),
-        ("ALTER TABLE appointments OWNER TO postgres", "GRANT postgres TO {me}"),
-        ("ALTER TABLE users OWNER TO postgres", "GRANT postgres TO {me}"),
+        ("ALTER TABLE appointments OWNER TO pg_monitor", "GRANT pg_monitor TO {me};"),
+        ("ALTER TABLE users OWNER TO postgres", "Let a role that is no superuser own it, or work as postgres."),
     ],
 )
 def test_a_missing_right_is_named_with_the_grant_that_gives_it(owner, sql, taken, way_out):
@@ -107,6 +107,54 @@ def test_a_role_that_may_not_even_read_is_told_so(owner, sql):
     sql("ALTER TABLE users OWNER TO postgres")
     with pytest.raises(PlanBlocked, match=f"GRANT SELECT ON public.users TO {me}"):
         migration.plan(owner)
+
+
+@pytest.mark.parametrize(("taken", "said"), [
+    ('ALTER TABLE users OWNER TO postgres; ALTER TABLE users RENAME TO "Us ers"', 'GRANT SELECT ON public."Us ers" TO {me};'),
+    ('ALTER TABLE users RENAME TO "Us ers"; ALTER TABLE "Us ers" ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY',
+     'Row-level security is forced on public."Us ers", so that {me} may not copy it: ALTER ROLE {me} BYPASSRLS;'),
+])  # fmt: skip
+def test_what_is_advised_can_be_pasted(owner, sql, taken, said):
+    sql(taken)
+    with pytest.raises(PlanBlocked) as refused:
+        migration.plan(owner, table="Us ers")
+    assert said.format(me=owner.split("//")[1].split("@")[0]) in str(refused.value)
+
+
+def test_the_servers_own_tables_are_not_to_be_partitioned(owner):
+    with pytest.raises(BadInput, match=r"pg_catalog\.pg_class is the server's own: name a table of yours"):
+        migration.plan(owner, table="pg_class", key="relkind")
+
+
+def test_a_dump_needs_to_read_all_definitions_and_the_plan_says_so(owner, sql):
+    sql("CREATE TABLE payroll (salary int)")
+    me = owner.split("//")[1].split("@")[0]
+    with pytest.raises(
+        PlanBlocked, match=rf"{me} may not read public\.payroll\. GRANT pg_read_all_data TO {me}; or set backup_method"
+    ):
+        migration.plan(owner, backup_method="dump")
+    migration.plan(owner)
+
+
+@pytest.mark.long
+def test_who_may_not_make_a_database_proves_the_dump_beside_the_example(owner, sql, monkeypatch, tmp_path):
+    """Whatever size the example has; and it is not loaded for that."""
+    monkeypatch.setenv("RUNBOOK_HOME", str(tmp_path / "home"))
+    try:
+        sized = embedded.start(3)
+        run = migration.plan(owner, backup_method="dump")
+        backup.make(run)
+        backup.check(run)
+        with psycopg.connect(sized) as connection:
+            assert connection.execute("SELECT count(*) FROM users").fetchone() == (3,)
+    finally:
+        embedded.stop()
+
+
+def test_a_blank_is_nobodys_approval(owner):
+    run = migration.forward(owner, last="keys check")
+    with pytest.raises(ApprovalMissing):
+        cutover.require_approval(run, "  ")
 
 
 def test_the_applications_role_needs_nothing_new(clinic, sql):

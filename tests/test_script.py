@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Timer
 
 import psycopg
 import pytest
@@ -68,6 +69,16 @@ def test_printing_the_script_changes_nothing(clinic: str) -> None:
     before = dump(clinic)
     printed(clinic)
     assert dump(clinic) == before
+
+
+def test_whom_it_waits_for_is_no_part_of_the_script(clinic: str) -> None:
+    with psycopg.connect(clinic) as other:
+        other.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        Timer(4, other.close).start()
+        shown = CliRunner().invoke(cli.main, ["sql", "-f", CLINIC_FILE, "--database", clinic])
+    assert shown.exit_code == 0
+    assert "waiting for" in shown.stderr
+    assert shown.stdout.startswith("-- Plan ") and "waiting for" not in shown.stdout
 
 
 def test_no_script_is_printed_for_a_plan_with_blockers(clinic: str) -> None:
