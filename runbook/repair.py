@@ -8,9 +8,9 @@ from typing import Any
 
 from psycopg import errors, sql
 
-from runbook import catalog, findings, locks
+from runbook import catalog, findings, locks, refill
 from runbook.compare import partition_of
-from runbook.errors import BadInput, NotEqual, PlanBlocked, PromiseBroken
+from runbook.errors import BadInput, PlanBlocked, PromiseBroken
 from runbook.facts import Column, Finding, Partition, Reference, Table
 from runbook.ledger import Action, Evidence, Run
 from runbook.pace import Progress
@@ -94,14 +94,22 @@ def _lost(session: Session, plan: Plan, table: str, columns: tuple[str, ...], da
     """The composite key that a table should have, and has lost or never got."""
     oid, schema, name = catalog.find(session, table, database)
     row = session.row("repair.referencing", oid=oid, columns=list(columns))
+    own = [column for column in plan.primary_key if column != plan.key]
     if not set(columns) <= set(row["columns"]) or len(columns) != len(plan.primary_key):
+        doubled = (
+            f" {', '.join(own)} alone does not name one row of {plan.backup} each: it is there twice, or NULL."
+            if own and own != [*plan.primary_key]
+            else ""
+        )
         raise BadInput(
             f"references has {', '.join(columns) or 'no column'} for {schema}.{name}: name the columns of it that stand for"
-            f" {', '.join(plan.primary_key)} of {plan.full_name}; it has {', '.join(row['columns'])}."
+            f" {', '.join(plan.primary_key)} of {plan.full_name}; it has {', '.join(row['columns'])}.{doubled}"
         )
     role = fit(f"{columns[0].removesuffix(f'_{plan.primary_key[0]}')}_{plan.key}")
+    if plan.key in plan.primary_key:  # it has that column already
+        role = columns[plan.primary_key.index(plan.key)]
     composite = sql.SQL("FOREIGN KEY ({}) REFERENCES {} ({}) ON UPDATE CASCADE ON DELETE NO ACTION").format(
-        sql.SQL(", ").join(map(sql.Identifier, (*columns, role))), plan.source,
+        sql.SQL(", ").join(map(sql.Identifier, dict.fromkeys((*columns, role)))), plan.source,
         sql.SQL(", ").join(map(sql.Identifier, with_key(plan.primary_key, plan.key))),
     )  # fmt: skip
     return Reference(
@@ -116,6 +124,18 @@ def _lost(session: Session, plan: Plan, table: str, columns: tuple[str, ...], da
 def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
     run = Run(None, 0, plan)  # type: ignore[arg-type]  # for its names only
     backup = f"{plan.table.schema_name}.{plan.backup}"
+    for each in session.rows("repair.partitions", oid=plan.table.oid):
+        if each["partitioned"]:
+            yield Finding.blocker(
+                each["name"], f"{each['name']} is itself partitioned, which a repair does not look into.",
+                f"Insert the rows of {backup} that it lacks by hand, or DETACH it first.",
+            )  # fmt: skip
+    if fires := refill.triggers(session, plan):
+        yield Finding.warning(
+            plan.full_name, f"{', '.join(fires)} {'fires' if len(fires) == 1 else 'fire'} for each row that is put back: what a trigger writes elsewhere stays,"
+            " and one that changes the row stops 03.",
+            f"Where that would be wrong, ALTER TABLE {spelled((plan.table.schema_name, plan.table.name))} DISABLE TRIGGER … while 03 runs.",
+        )  # fmt: skip
     missing = session.value("repair.missing", **run.names)
     yield Finding.note(
         plan.full_name, f"{counted(missing, 'row')} of {backup} {'is' if missing == 1 else 'are'} missing in {plan.full_name}."
@@ -140,49 +160,9 @@ def lost(run: Run) -> list[Reference]:
     return [reference for reference in run.plan.references if not reference.definition]
 
 
-def preview_rows(run: Run) -> Sheet:
-    """The statement that puts the missing rows back."""
-    return Sheet([statement("repair.put_back", **run.names)])
-
-
-def put_back(action: Action) -> Evidence:
-    """Put the backup's rows back that the table lacks; rows that are there are newer and never touched.
-
-    Raises PromiseBroken when one of them clashes with a row that has come since.
-    """
-    run, session = action.run, action.session
-    try:
-        with session.transaction(lock_timeout="5s"):
-            rows = session.run("repair.put_back", **run.names).rowcount
-            session.run("repair.analyze", **run.names)
-            return action.finish(
-                f"{counted(rows, 'row')} of {run.plan.backup} {'was' if rows == 1 else 'were'} missing in {run.plan.full_name} and {'is' if rows == 1 else 'are'} back.",
-                rows,
-            )
-    except errors.UniqueViolation as error:
-        raise PromiseBroken(
-            f"A row of {run.plan.backup} clashes with one that {run.plan.full_name} got since, in {error.diag.constraint_name}:"
-            " nothing was put back; find out which of the two is right, remove the other, and run 03_restore again."
-        ) from None
-
-
 def nothing_to(action: Action, do: str) -> Evidence:
     """An action of a migration that a repair has no use for."""
     return action.finish(f"There is nothing to {do}: a repair writes the table itself.")
-
-
-def compare(action: Action) -> Evidence:
-    """Raises NotEqual unless every row of the backup stands in the table, by its key."""
-    run, session = action.run, action.session
-    missing = session.value("repair.missing", **run.names)
-    if missing:
-        raise NotEqual(
-            f"{counted(missing, 'row')} of {run.plan.backup} {'is' if missing == 1 else 'are'} not in {run.plan.full_name}: run 03_restore again."
-        )
-    there = session.rows("repair.rows", **run.names, table=run.plan.source)
-    sums = {each["name"]: {"rows": each["rows"]} for each in there}
-    total = sum(each["rows"] for each in there)
-    return action.finish(f"Every row of {run.plan.backup} is among the {total:,} of {run.plan.full_name}.", total, sums=sums)
 
 
 def statements_of(run: Run, reference: Reference) -> Iterator[sql.Composed]:

@@ -12,7 +12,7 @@ from functools import partial
 import pandas as pd
 from psycopg import sql
 
-from runbook import changes, compare, indexes, pace, repair
+from runbook import changes, compare, indexes, pace, refill, repair
 from runbook import unique as unique_keys
 from runbook.changes import SHORT_TAIL, Rewritten, Statements
 from runbook.errors import NotEqual, PromiseBroken
@@ -44,7 +44,7 @@ def _after_the_copy(run: Run) -> Statements:
 def preview(run: Run) -> Sheet:
     """The statements of this step, with real names; the copy as it looks for one range."""
     if run.plan.restore_from == "backup":
-        return repair.preview_rows(run)
+        return refill.preview_rows(run)
     return Sheet([statement("restore.copy_range", **run.names, first="(0,0)", last="(4096,0)"), *_after_the_copy(run)])
 
 
@@ -57,7 +57,7 @@ def copy(
     Goes on where a run that died stopped, and from the beginning when the source was truncated or rewritten.
     """
     if action.run.plan.restore_from == "backup":
-        return repair.put_back(action)
+        return refill.put_back(action)
     run, session = action.run, action.session
     while True:
         _start_again_if_rewritten(run, session)
@@ -227,7 +227,7 @@ def replay(action: Action, rounds: int = 20) -> Evidence:
 def compare_all(action: Action) -> Evidence:
     """Compare every row of source and shadow in one snapshot; raises NotEqual, naming partitions and keys."""
     if action.run.plan.restore_from == "backup":
-        return repair.compare(action)
+        return refill.compare(action)
     run = action.run
     with from_the_copy(run):
         seen = compare.exactly(run, action.session, changes.FORWARD)

@@ -31,9 +31,31 @@ SELECT s.{key}::text AS value, count(*) AS rows FROM {backup} s
  GROUP BY 1 ORDER BY 2 DESC LIMIT 10
 
 -- name: put_back
--- The rows of the backup that the table lacks; those that it has are newer and stay.
-INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
-SELECT {s_columns} FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
+-- The rows of the backup that the table lacks; those that it has are newer and stay. Its own triggers fire, and are not to change them.
+WITH d AS (
+  INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
+  SELECT {s_columns} FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s}) RETURNING *)
+SELECT count(*) AS rows, count(*) FILTER (WHERE {meant} IS DISTINCT FROM {became}) AS changed FROM d LEFT JOIN {backup} s ON {d_is_s}
+
+-- name: triggers
+-- What fires for a row that is inserted.
+SELECT DISTINCT t.tgname AS name FROM pg_partition_tree({oid}) p JOIN pg_trigger t ON t.tgrelid = p.relid
+ WHERE NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND t.tgtype & 4 = 4 ORDER BY 1
+
+-- name: sequences
+-- What gives a column its next number.
+SELECT a.attname AS column, s.relname AS name, n.nspname AS schema FROM pg_depend d
+  JOIN pg_class s ON s.relkind = 'S' AND (d.classid, d.objid, d.deptype) = ('pg_class'::regclass, s.oid, 'i') AND d.refobjid = {oid}
+  JOIN pg_namespace n ON n.oid = s.relnamespace JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
+UNION
+SELECT a.attname, s.relname, n.nspname FROM pg_attrdef f JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = f.oid
+  JOIN pg_class s ON s.relkind = 'S' AND d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid
+  JOIN pg_namespace n ON n.oid = s.relnamespace JOIN pg_attribute a ON (a.attrelid, a.attnum) = (f.adrelid, f.adnum) WHERE f.adrelid = {oid}
+
+-- name: advance
+-- Beyond the rows that are back, or the next one would clash with them.
+SELECT setval(q.seqrelid, m.last) AS last FROM (SELECT max({column}) AS last FROM {source}) m
+  JOIN pg_sequence q ON q.seqrelid = {sequence_text}::regclass WHERE q.seqincrement > 0 AND m.last > coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
 
 -- name: missing
 SELECT count(*) FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})

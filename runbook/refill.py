@@ -1,0 +1,84 @@
+"""03 of a repair: the rows that are missing come back from the backup, as they were."""
+
+from __future__ import annotations
+
+from psycopg import errors, sql
+
+from runbook.errors import NotEqual, PromiseBroken
+from runbook.ledger import Action, Evidence, Run
+from runbook.plan import Plan
+from runbook.session import Session
+from runbook.sheet import Sheet
+from runbook.statements import spelled, statement, trusted
+from runbook.words import counted
+
+
+def preview_rows(run: Run) -> Sheet:
+    """The statement that puts the missing rows back."""
+    return Sheet([statement("repair.put_back", **_names(run))])
+
+
+def _names(run: Run) -> dict[str, sql.Composable]:
+    """With what a row is to be, of the table's types, and what it became."""
+    meant = [sql.SQL("CAST({} AS {})").format(run.plan.value(each, "s"), trusted(each.type)) for each in run.plan.copied]
+    became = [sql.Identifier("d", each.name) for each in run.plan.copied]
+    rows = {
+        name: sql.SQL("ROW({})::text").format(sql.SQL(", ").join(each)) for name, each in (("meant", meant), ("became", became))
+    }
+    return {**run.names, **rows}
+
+
+def put_back(action: Action) -> Evidence:
+    """Put the backup's rows back that the table lacks; rows that are there are newer and never touched.
+
+    Raises PromiseBroken when one of them clashes with a row that has come since.
+    """
+    run, session = action.run, action.session
+    try:
+        with session.transaction(lock_timeout="5s"):
+            put = session.row("repair.put_back", **_names(run))
+            rows = put["rows"]
+            if put["changed"]:
+                raise PromiseBroken(
+                    f"A trigger of {run.plan.full_name} changes the rows that are put back ({', '.join(triggers(session, run.plan))}): nothing was"
+                    " put back. ALTER TABLE … DISABLE TRIGGER … while 03_restore runs."
+                )
+            ahead = _advance(run, session)
+            session.run("repair.analyze", **run.names)
+            return action.finish(
+                f"{counted(rows, 'row')} of {run.plan.backup} {'was' if rows == 1 else 'were'} missing in {run.plan.full_name} and {'is' if rows == 1 else 'are'} back.{ahead}",
+                rows,
+            )
+    except errors.UniqueViolation as error:
+        raise PromiseBroken(
+            f"A row of {run.plan.backup} clashes with one that {run.plan.full_name} got since, in {error.diag.constraint_name}:"
+            " nothing was put back; find out which of the two is right, remove the other, and run 03_restore again."
+        ) from None
+
+
+def triggers(session: Session, plan: Plan) -> list[str]:
+    """What fires for each row that is put back."""
+    return [row["name"] for row in session.rows("repair.triggers", oid=plan.table.oid)]
+
+
+def _advance(run: Run, session: Session) -> str:
+    said = ""
+    for row in session.rows("repair.sequences", oid=run.plan.table.oid):
+        name = spelled((row["schema"], row["name"]))
+        if last := session.value("repair.advance", **run.names, column=(row["column"],), sequence_text=name):
+            said += f" {row['schema']}.{row['name']} was behind them, and goes on after {last:,}."
+    return said
+
+
+def compare(action: Action) -> Evidence:
+    """Raises NotEqual unless every row of the backup stands in the table, by its key."""
+    run, session = action.run, action.session
+    missing = session.value("repair.missing", **run.names)
+    if missing:
+        raise NotEqual(
+            f"{counted(missing, 'row')} of {run.plan.backup} {'is' if missing == 1 else 'are'} not in {run.plan.full_name}: run 03_restore again."
+        )
+    there = session.rows("repair.rows", **run.names, table=run.plan.source)
+    sums = {each["name"]: {"rows": each["rows"]} for each in there}
+    total = sum(each["rows"] for each in there)
+    return action.finish(f"Every row of {run.plan.backup} is among the {total:,} of {run.plan.full_name}.", total, sums=sums)
