@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from runbook.provenance import LIBRARIES, checkout, library, os_user
+from runbook.provenance import LIBRARIES, checkout, library, os_user, statements
 from runbook.redaction import known_secrets, passwords, redact, redacted
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Run:
             "plan_hash": "", "server": "", "database_user": "", "approved_by": "", "result": "",
             "versions": {"python": platform.python_version()}
             | {name: library(name) for name in ("partition-runbook", *LIBRARIES)},
-            "git": {"runbook": checkout(Path(__file__)), "working_folder": checkout(Path.cwd())},
+            "sql": statements(), "git": {"runbook": checkout(Path(__file__)), "working_folder": checkout(Path.cwd())},
             "steps": [], "files": {}, "previous": None, "broken_off": [],
         }  # fmt: skip
         runs.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,8 @@ def find(session: Session, table: str, database: str) -> tuple[int, str, str]:
     found = session.value("catalog.resolve", name=table)
     if found is None:
         known = [row["name"] for row in session.rows("catalog.tables")]
-        near = difflib.get_close_matches(table, [*known, *(name.partition(".")[2] for name in known)], n=3)
+        names = {name.casefold(): name for each in known for name in (each, each.partition(".")[2])}
+        near = [names[each] for each in difflib.get_close_matches(table.casefold(), names, n=3)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:12]) or 'no tables at all'}."
         raise BadInput(f"{table} is not a table of {database}: {hint}")
     row = session.row("catalog.table", oid=found)

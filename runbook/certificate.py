@@ -80,7 +80,7 @@ def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify
         "Plan": whole["migration"]["plan_hash"], "Migration": f"{run.migration} ({run.state})",
         "Operator": f"{said['operator']} on {said['host']}, as {said['database_user']}",
         "Approved by": _approver(whole, "cutover") or "nobody", "Run": f"{said['run']}, begun {said['begun']}",
-        "Runbook": f"{said['versions']['partition-runbook'] or 'unknown'}, {where}, Python {said['versions']['python']}",
+        "Runbook": f"{said['versions']['partition-runbook'] or 'unknown'}, {where}, sha256 of its SQL {said['sql'][:12]}, Python {said['versions']['python']}",
     }  # fmt: skip
     address = "" if run.database.name == "environment" else shlex.quote(redact(run.database.conninfo, record.secrets))
     return PAGE.format(

@@ -39,6 +39,8 @@ def main() -> None:
                                                          the way back, from any step
     runbook monitor --database service=shop -f orders.yaml
                                                          how the partitions fare, every day
+    runbook finish --database service=shop -f orders.yaml -p approved_by ann
+                                                         the end of the way back
     runbook lab                                          the same notebooks by hand, in JupyterLab
 
     A password comes from PGPASSWORD, PGPASSFILE or the service file, never from a command line.

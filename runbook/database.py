@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
+from psycopg.types.string import TextLoader
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
@@ -150,8 +151,9 @@ def _settle_in(connection: psycopg.Connection[dict[str, Any]]) -> None:
     """Our settings, whatever the role's are.
 
     client_connection_check_interval: without it the backend of a killed client keeps its locks until its statement ends.
-    row_security off: an error is better than a silently filtered copy.
+    row_security off: an error is better than a silently filtered copy. An interval stays text: a month is no timedelta.
     """
+    connection.adapters.register_loader("interval", TextLoader)
     connection.execute(
         "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
         " SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"

@@ -112,13 +112,14 @@ def _list(session: Session, given: Parameters, table: Table, key: Column) -> Div
                 f"{key.name} has more than {MOST:,} values: name the partitions, or choose partition_by range or hash."
             )
         names: dict[str, list[PartitionValue] | str] = {}
-        for value in sorted(occur):
+        filled = _filled(session, given, key)
+        for value in sorted({*occur, *([filled] if filled is not None else [])}):
             names[fit(f"{table.name}_{value}", names)] = [value]
         wanted = names
     found = list_bounds(session, wanted, key)
     values = [value for each in found for value in each.values]
     if twice := [value for value, times in Counter(values).items() if times > 1]:
-        raise BadInput(f"{', '.join(map(repr, twice))} stands in more than one partition: a value can have only one.")
+        raise BadInput(f"{', '.join(map(repr, twice))} stands in partitions more than once: a value can have only one place.")
     filled = _filled(session, given, key)
     if None in values and filled is not None:
         raise BadInput(
@@ -147,7 +148,7 @@ def list_bounds(session: Session, wanted: Wanted, key: Column) -> list[Partition
             found.append(Partition(name=name, bound="DEFAULT"))
             continue
         if not each:
-            raise BadInput(f'{name} has no value: give it at least one, or "default".')
+            raise BadInput(f"{name} has no value: give it at least one.")
         own = tuple(None if value is None else as_key(session, key, value) for value in each)
         bound = sql.SQL("FOR VALUES IN ({})").format(sql.SQL(", ").join(map(sql.Literal, own))).as_string(None)
         found.append(Partition(name=name, bound=bound, values=own))

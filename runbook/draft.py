@@ -223,6 +223,8 @@ def _decide(session: Session, found: int, parameters: Parameters, database: Data
     carried = catalog.carried_of(session, table, indexes)
     held = {(r["referenced_schema"], r["referenced_table"]) for r in outgoing} | {each.holder for each in carried if each.holder}
     backup = parameters.backup or fit(f"{table.name}_backup")
+    if len(backup.encode()) > 63:
+        raise BadInput(f"{backup!r} cannot be the backup's name: give it 1 to 63 bytes.")
     plan = Plan(
         server_version=version, table=table, fingerprint=catalog.fingerprint(session, found),
         key=key.name, key_type=key.type, key_nullable=not key.not_null, partition_by=parameters.partition_by,

@@ -71,7 +71,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                         )
                     )
                 if done.error or done.failed_cell is not None:
-                    stopped, error_name = f"{name} stopped at cell {done.failed_cell}: {done.error}", done.error_name
+                    stopped, error_name = f"{name} stopped{_place(done)}: {done.error}", done.error_name
                     break
                 if name == FORWARD[0]:  # the others work by the plan that this run froze, or not at all
                     plan = ledger.of(target(where), table).plan
@@ -90,10 +90,20 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
         click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{planned}{result()}".rstrip())
     click.echo(f"\nRecord: {record.folder}")
     if stopped:
-        click.echo(f"{stopped}\n{_way_on(name, error_name)}".rstrip(), err=True)
+        on = _way_on(name, error_name, where, given) if names[-1] != "90_rollback" or name == names[-1] else ""
+        click.echo(f"{stopped}\n{on}".rstrip(), err=True)
     click.echo(f"Head:   {head}")
     if stopped:
         sys.exit(EXIT_CODES.get(error_name, 1))
+
+
+def _place(done: Executed) -> str:
+    """Under which of the notebook's headings."""
+    cells = json.loads(done.notebook.read_text(encoding="utf-8"))["cells"][: done.failed_cell]
+    headings = re.findall(
+        r"(?m)^##? (.*)$", "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    )
+    return f" at “{headings[-1]}”" if headings else ""
 
 
 def _refuse_another_plan(where: str, given: dict[str, Any]) -> None:
@@ -105,13 +115,15 @@ def _refuse_another_plan(where: str, given: dict[str, Any]) -> None:
     asked.refuse_another(found, check(given), {name for name, value in given.items() if example.get(name) != value})
 
 
-def _way_on(name: str, error_name: str) -> str:
+def _way_on(name: str, error_name: str, where: str, given: dict[str, Any]) -> str:
     """What to do after this notebook was stopped, where its error does not say it; to roll back is no answer to a plan that was
-    refused, nor to what a day's look has found."""
+    refused, to what a day's look has found, nor where there is no way back, or it leaves what a repair put back."""
     if error_name in ("BadInput", "OutOfOrder", "PlanOutdated", "ApprovalMissing") and name != FORWARD[0]:
         return ""  # its sentence says what else to do: the same command would be refused again
     if name in FORWARD and (name != FORWARD[0] or error_name in EXIT_CODES):
-        return "The same command goes on from there; `runbook rollback` takes everything away."
+        whole = given.get("restore_from") != "backup" and _state(where, str(given["table"])) != "finished"
+        back = "; `runbook rollback` takes everything away" if whole else ""
+        return f"The same command goes on from there{back}."
     if name == FORWARD[0]:
         return "Nothing but the ledger was written: when that is mended, give the command again."
     return (
@@ -159,6 +171,12 @@ def _history(where: str, table: str) -> pd.DataFrame:
         found = ledger.of(target(where), table, ended=True)
         return found.database.frame("ledger.history", migration=found.migration)
     return pd.DataFrame(columns=["step", "state", "rows"])
+
+
+def _state(where: str, table: str) -> str:
+    with suppress(RunbookError, psycopg.Error):
+        return ledger.of(target(where), table, ended=True).state
+    return ""
 
 
 def under_way(where: str, table: str) -> bool:

@@ -63,7 +63,7 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
     if division.nulls:
         such_as = f" (such as {plan.frequent_value!r})" if plan.frequent_value is not None else ""
         yield Finding.blocker(
-            name, f"{plan.full_name} has {counted(division.nulls, 'row')} whose {plan.key} is NULL, which no partition takes:"
+            name, f"{plan.full_name} has {counted(division.nulls, 'row')} whose {plan.key} is NULL:"
             f" {plan.key} becomes a part of the primary key, which NULL cannot be in.",
             f"Fill them, or set null_value to what NULL shall become{such_as}, or by list give NULL a partition.",
         )  # fmt: skip

@@ -159,6 +159,12 @@ def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Column
     """The partitions that are asked for; by steps: from where the present ones end to `ahead` beyond the last row, or now."""
     plan = run.plan
     asked: division.Wanted = dict(given.add or {})
+    if given.every and plan.partition_by != "range":
+        raise BadInput(
+            f"every is for a table that is partitioned by range, and {plan.full_name} is by {plan.partition_by}: name what to add."
+        )
+    if plan.partition_by == "list" and key.not_null and (null := [name for name, values in asked.items() if None in values]):
+        raise BadInput(f"{null[0]} is to take NULL, which {plan.key} of {plan.full_name} cannot be: leave it out.")
     if plan.partition_by == "range" and given.every:
         with division.refused(plan.table.name, key, "range"):
             asked = {**_steps(run, session, oid, given, key, division.range_bounds(session, asked, key)), **asked}

@@ -14,7 +14,7 @@ import psycopg
 from runbook.errors import RunbookError, told
 from runbook.ledger import NOTEBOOKS
 
-GO_ON = "Run this notebook again: what is done is not done again. 90_rollback takes everything away."
+GO_ON = "Run this notebook again: what is done is not done again."
 
 
 def settle_in() -> None:

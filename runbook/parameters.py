@@ -101,6 +101,8 @@ class Parameters(BaseModel):
 
 def check(given: dict[str, Any]) -> Parameters:
     """The parameters, validated; raises BadInput with a sentence for each that is unknown or has a wrong type."""
+    if void := [name for name, value in given.items() if "\0" in str(value)]:
+        raise BadInput(f"{void[0]} has a NUL character, which no name or value in PostgreSQL can have: take it out.")
     try:
         return Parameters.model_validate(given)
     except ValidationError as error:

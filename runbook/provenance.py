@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import os
 import socket
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from runbook.statements import folder
 
 LIBRARIES = ("ipykernel", "matplotlib", "nbclient", "nbconvert", "numpy", "pandas", "papermill", "psycopg", "pydantic",
              "sqlalchemy")  # fmt: skip
@@ -33,6 +36,12 @@ def library(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def statements() -> str:
+    """The sha256 of the SQL that is shipped: by it a record's names of statements are known to be those of a revision."""
+    files = sorted(folder("sql").glob("*.sql"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def checkout(path: Path) -> dict[str, Any]:

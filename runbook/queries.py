@@ -36,9 +36,17 @@ def statements(plan: Plan, session: Session, file: str = "") -> tuple[list[tuple
         try:
             text = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"queries names {file}, which cannot be read: {error}. Give a file of SQL statements.") from None
+            raise BadInput(
+                f"queries names {file}, which cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8'}): give a file of SQL statements."
+            ) from None
         parts = re.split(r";[ \t]*(?:\n|$)", re.sub(r"(?m)^\s*--.*\n", "", text + "\n"))
-        return [(1, part.strip()) for part in parts if mentioned.search(part)], file
+        found = [(1, part.strip()) for part in parts if mentioned.search(part)]
+        if not found:
+            raise BadInput(
+                f"queries names {file}, and none of the statements in it names {plan.full_name}: give those that the application uses, each with a"
+                " semicolon at its line's end."
+            )
+        return found, file
     view = session.value("queries.statistics")
     try:
         with session.connection.transaction():

@@ -521,3 +521,11 @@ def test_a_new_partition_is_what_its_siblings_are(database, sql, identity):
     statistics = "SELECT (to_jsonb(a) ->> 'attstattarget') FROM pg_attribute a JOIN pg_index i ON i.indexrelid = attrelid WHERE indrelid = 'things_c'::regclass AND pg_get_indexdef(indexrelid) LIKE '%lower%'"
     assert sql(statistics) == [("77",)]
     assert verify.check(run)
+
+
+def test_what_a_table_by_list_cannot_be_given_is_refused(forward):
+    run = forward(partitions=REST)
+    with pytest.raises(BadInput, match=r"every is for a table that is partitioned by range, and public\.users is by list"):
+        additions.draft(run, every="month")
+    with pytest.raises(BadInput, match=r"users_none is to take NULL, which role of public\.users cannot be"):
+        additions.draft(run, add={"users_none": [None]})

@@ -153,6 +153,9 @@ def test_the_real_statements_are_judged_before_the_cutover_and_after(clinic, tmp
     assert found[5]["not explained"].startswith("42601"), "one statement, whatever the text holds"
     with pytest.raises(BadInput, match="queries names /nowhere, which cannot be read"):
         queries.compare(run, "/nowhere")
+    (tmp_path / "others.sql").write_text("SELECT * FROM nosuch;\n")
+    with pytest.raises(BadInput, match=r"others\.sql, and none of the statements in it names public\.users"):
+        queries.compare(run, str(tmp_path / "others.sql"))
 
 
 def test_without_a_file_and_without_the_extension_it_says_what_is_missing(migrated):
@@ -300,4 +303,13 @@ def test_any_table_is_shown_before_and_after(database, sql, tmp_path, name):
         application.check(run)
     monitor.look(run, str(file))
     assert run.finished("monitor", "look").facts["pruning_percent"] == 50
-    monitor.check(run, max_default_rows=1)
+    monitor.check(run, max_default_rows=1, min_ahead=0)
+
+
+def test_a_key_that_is_an_interval_of_months_is_shown(database, sql):
+    sql(
+        "CREATE TABLE rents (id int PRIMARY KEY, term interval NOT NULL); INSERT INTO rents VALUES (1, '1 mon'), (2, '1 day'), (3, '1 day')"
+    )
+    run = migration.forward(database, table="rents", key="term")
+    assert shown(run)
+    verify.check(run)

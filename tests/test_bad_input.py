@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import runbook
-from runbook import cli, parameters
+from runbook import cli, parameters, verify
 from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PlanOutdated, RunbookError, ServerUnavailable
 from tests import migration, servers
 from tests.conftest import fresh
@@ -33,10 +33,14 @@ PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
     ({"partitions": '{"a": ["user"'}, BadInput, ["partitions", "is not valid JSON from character 14 on"]),
     ({"partitions": '{"a": ["user"], "a": ["doctor"]}'}, BadInput, ["partitions", "'a' stands there twice"]),
     ({"partitions": {"a": "user"}}, BadInput, ["a has the value 'user'", "list of values"]),
-    ({"partitions": {"a": []}}, BadInput, ["a has no value", "default"]),
+    ({"partitions": {"a": []}}, BadInput, ["a has no value", "at least one"]),
+    ({"partitions": {"a": ["user", "user"]}}, BadInput, ["'user' stands in partitions more than once"]),
+    ({"table": "use\0rs"}, BadInput, ["table has a NUL character", "take it out"]),
+    ({"table": "USERS"}, BadInput, ["USERS is not a table of", "did you mean users"]),
+    ({"backup": "b" * 64}, BadInput, ["cannot be the backup's name", "1 to 63 bytes"]),
     ({"partitions": {"": ["user"]}}, BadInput, ["'' cannot be a partition's name"]),
     ({"partitions": {"p" * 64: ["user"]}}, BadInput, ["63 bytes"]),
-    ({"partitions": {"a": ["user"], "b": ["user", "doctor"]}}, BadInput, ["'user' stands in more than one partition"]),
+    ({"partitions": {"a": ["user"], "b": ["user", "doctor"]}}, BadInput, ["'user' stands in partitions more than once"]),
     ({"partitions": {"a": "default", "b": "default"}}, BadInput, ["more than one default partition"]),
     ({"partitions": {"users_patients": ["user"]}}, PlanBlocked, ["51 rows", "'doctor' (50), 'admin' (1)", "Add a partition"]),
     ({"partitions": {"doctors": "default"}}, PlanBlocked, ["The name public.doctors is taken", "Choose another name"]),
@@ -74,6 +78,19 @@ FILLED: list[tuple[str, list[str]]] = [
     ("CREATE TABLE roles (role varchar PRIMARY KEY); INSERT INTO roles SELECT DISTINCT role FROM users; ALTER TABLE users ADD FOREIGN KEY (role)"
      " REFERENCES roles", ["role references public.roles", "no row '?'", "Insert that row first"]),
 ]  # fmt: skip
+
+
+def test_who_has_no_way_back_is_not_sent_there(clinic: str, sql: Sql, tmp_path: Path) -> None:
+    run = migration.forward(clinic)
+    verify.check(run)
+    migration.walk(run, migration.END)
+    sql("ALTER TABLE users DROP phone CASCADE")
+    given = ["-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path), "--from", "verify", "--to", "verify"]
+    said = CliRunner().invoke(cli.main, ["run", *given])
+    assert said.exit_code == 1
+    assert "06_verify stopped at “" in said.stderr and "is not what it was planned to be" in said.stderr
+    assert "rollback" not in said.stderr
+    assert CliRunner().invoke(cli.main, ["audit", str(tmp_path)]).exit_code == 0
 
 
 def is_a_sentence(text: str) -> bool:

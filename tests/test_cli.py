@@ -68,7 +68,7 @@ def test_a_step_is_known_by_number_and_by_name(clinic: str, tmp_path: Path) -> N
         result = command("run", *given, *words)
         assert result.exit_code == 1
         assert result.stdout.startswith("03_restore        failed")
-        assert "03_restore stopped at cell" in result.stderr
+        assert "03_restore stopped at “" in result.stderr
         assert "run 00_plan first" in result.stderr
         assert "The same command goes on" not in result.stderr
         assert result.stdout.splitlines()[-1].startswith("Head:   ")
@@ -133,7 +133,7 @@ def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, 
         os.killpg(going.pid, number) if number == signal.SIGINT else going.send_signal(number)
         printed, said = going.communicate(timeout=60)
     assert going.returncode == code, said
-    assert "02_partition stopped at cell" in said
+    assert "02_partition stopped at “" in said
     assert "The same command goes on from there" in said
     assert "Traceback" not in said
     (folder,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())

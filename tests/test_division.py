@@ -511,3 +511,10 @@ def test_years_before_christ_have_names_of_their_own(database: str, sql: Any) ->
     assert [each.name for each in run.plan.partitions] == ["t_0003_bc", "t_0002_bc", "t_0001_bc", "t_0001", "t_0002"]
     migration.walk(run, migration.FORWARD)
     assert sql("SELECT tableoid::regclass::text FROM t ORDER BY id") == [("t_0003_bc",), ("t_0001_bc",), ("t_0002",)]
+
+
+def test_what_null_becomes_has_a_partition_too_where_none_is_named(database, sql):
+    sql("CREATE TABLE things (id int PRIMARY KEY, kind text); INSERT INTO things VALUES (1, 'a'), (2, NULL)")
+    run = migration.forward(database, table="things", key="kind", null_value="none")
+    assert sql("SELECT tableoid::regclass::text, id FROM things ORDER BY id") == [("things_a", 1), ("things_none", 2)]
+    verify.check(run)
