@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from runbook.errors import OutOfOrder
 from runbook.plan import Plan
 from runbook.session import Session
 
@@ -36,3 +39,15 @@ def since(session: Session, plan: Plan) -> str:
     changes += [f"{row['schema']}.{row['table']}, which references it, is partitioned now" for row in incoming
                 if row["leaves"] and (row["schema"], row["table"], row["name"]) in whole]  # fmt: skip
     return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"
+
+
+def require(session: Session, plan: Plan, columns: Collection[tuple[tuple[str, str], str]]) -> None:
+    """Raises OutOfOrder, naming them, when some of these columns (schema and table, name) are there no more."""
+    tables = [table for table, _ in columns]
+    wanted = {"schemas": [schema for schema, _ in tables], "tables": [name for _, name in tables]}
+    gone = [row["what"] for row in session.rows("catalog.gone", **wanted, columns=[name for _, name in columns])]
+    if gone:
+        raise OutOfOrder(
+            f"{plan.full_name} is not what it was planned to be: {', '.join(gone)} {'was' if len(gone) == 1 else 'were'} dropped or renamed"
+            " since. This goes by the plan; 08_monitor goes on without."
+        )

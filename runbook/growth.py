@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, division
+from runbook import catalog, division, drift
 from runbook.errors import BadInput
 from runbook.facts import Column, Fact, Finding, Key, Partition
 from runbook.findings import worst_first
@@ -60,6 +60,7 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
     plan, found = run.plan, list[Finding]()
     tree = session.rows("additions.tree", oid=oid)
     default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
+    drift.require(session, plan, [((plan.table.schema_name, plan.table.name), plan.key)])
     key = next(column for column in catalog.columns_of(session, oid) if column.name == plan.key)
     wanted = [each for each in _wanted(run, session, oid, given, key) if not stands(each, tree)]
     division.refuse_too_many(len(tree) + len(wanted), plan.table.name, given)

@@ -22,6 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SAWarning
 
+from runbook import drift
 from runbook.ledger import Run
 from runbook.plan import fit, with_key
 from runbook.references import added, names
@@ -37,6 +38,14 @@ def tables(run: Run, *, new: bool) -> MetaData:
     plan, metadata = run.plan, MetaData()
     live = plan.restore_from == "backup" or run.finished("cutover", "swap") is not None
     leaves = {(row["schema"], row["name"]) for row in run.frame("application.leaves").to_dict("records")}
+    source = (plan.table.schema_name, plan.table.name)
+    needed = {(source, column.name) for column in plan.columns}
+    for reference in plan.references:
+        needed |= {((reference.schema_name, reference.table), column) for column in reference.columns}
+        if live:
+            needed.add(((reference.schema_name, reference.table), reference.role_column))
+    with run.database.session("application") as session:
+        drift.require(session, plan, sorted(needed))
     with warnings.catch_warnings(), run.database.engine.connect() as connection:
         warnings.simplefilter("ignore", SAWarning)  # of types that it does not know, and of expressions
         inspector = inspect(connection)

@@ -540,6 +540,11 @@ SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM ({lines}) 
   SELECT DISTINCT concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
 
+-- name: gone
+SELECT format('%s.%s.%s', w.schema, w.table, w.column) AS what FROM unnest({schemas}::text[], {tables}::text[], {columns}::text[]) w(schema, "table", "column")
+ WHERE NOT EXISTS (SELECT FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+                    WHERE (n.nspname, c.relname, a.attname) = (w.schema, w.table, w.column) AND NOT a.attisdropped)
+
 -- name: reader
 -- Who reads what, and whether policies bind its owner, too, and so us.
 SELECT quote_ident(current_user) AS me, format('%I.%I', (SELECT nspname FROM pg_namespace n WHERE n.oid = relnamespace), relname) AS table,

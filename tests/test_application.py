@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from runbook import application, embedded, monitor, points, queries, verify
+from runbook import additions, application, embedded, monitor, points, queries, verify
 from runbook.drizzle import Drizzle
 from runbook.errors import BadInput, OutOfOrder, PromiseBroken
 from runbook.ledger import of
@@ -313,3 +313,17 @@ def test_a_key_that_is_an_interval_of_months_is_shown(database, sql):
     run = migration.forward(database, table="rents", key="term")
     assert shown(run)
     verify.check(run)
+
+
+@pytest.mark.parametrize(("change", "gone"), [
+    ("ALTER TABLE users RENAME role TO kind", r"public\.users\.role was"), ("ALTER TABLE users DROP phone CASCADE", r"public\.users\.phone was"),
+    ("ALTER TABLE appointments RENAME TO visits", r"public\.appointments\.user_id, public\.appointments\.user_role were"),
+])  # fmt: skip
+def test_what_is_not_there_any_more_is_named(forward, sql, change, gone):
+    run = forward()
+    sql(change)
+    with pytest.raises(OutOfOrder, match=rf"public\.users is not what it was planned to be: {gone} dropped or renamed since"):
+        schemas(run)
+    if "role" in gone and "appointments" not in gone:
+        with pytest.raises(OutOfOrder, match="role was dropped or renamed since"):
+            additions.draft(run, add={"users_nurses": ["nurse"]})
