@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 STATEMENTS = ".statements.jsonl"
 BEGUN = ".begun.part"
+PAPERS = {"evidence.json", "certificate.html", "promises.xml", "promises.md"}  # which are there before the manifest names them
 HALF = {BEGUN, ".HEAD.part", ".index.html.part", ".manifest.json.part"}  # what a SIGKILL leaves of a file that was being written
 
 

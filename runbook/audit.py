@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runbook.archive import HALF, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
+from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
 
 
 def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
@@ -74,7 +74,9 @@ def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     known = set(manifest["files"])
     if not manifest["sealed"]:
         known |= {file.name for step in manifest["steps"] if step["state"] == "running" for file in of(step["notebook"], folder)}
-        known |= {name for name in there if name.endswith(STATEMENTS) or name in HALF}
+        known |= {
+            name for name in there if name.endswith(STATEMENTS) or name in HALF | PAPERS | {f".{each}.part" for each in PAPERS}
+        }
     known |= {parent.as_posix() for name in known for parent in Path(name).parents}
     for name in (there.keys() | {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir()}) - known:
         yield f"{folder.name}/{name} was added."

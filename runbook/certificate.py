@@ -96,7 +96,7 @@ def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify
 
 def _approver(whole: dict[str, Any], *steps: str) -> str:
     """Who approved last: of these steps, or of any."""
-    done = [each for each in whole["actions"] if (each["action"], each["state"]) == ("approval", "done")]
+    done = [each for each in whole["actions"] if (each["action"].split()[0], each["state"]) == ("approval", "done")]
     return next((each["evidence"]["approved_by"] for each in reversed(done) if not steps or each["step"] in steps), "")
 
 

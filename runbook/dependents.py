@@ -58,17 +58,16 @@ def objects(session: Session, plan: Plan) -> Iterator[Finding]:
                 carried.name, f"The grant {carried.name} was not made by the owner of {plan.full_name}, and only a superuser can make it anew.",
                 f"Let {plan.table.owner} grant it instead.",
             )  # fmt: skip
-        elif carried.kind == "trigger" and " BEFORE " in carried.definition and " FOR EACH ROW " in carried.definition:
-            yield Finding.note(
-                carried.name,
-                f"The trigger {carried.name} fires BEFORE each row: were it to change {plan.key}, the row could not be moved to another partition.",
-            )
         elif carried.kind == "trigger" and re.search(
-            r" AFTER (?:\S+ OR )*(?:INSERT|DELETE) .* FOR EACH ROW ", carried.definition
+            r" (?:BEFORE|AFTER) (?:\S+ OR )*(?:INSERT|DELETE) .*FOR EACH ROW ", carried.definition
         ):
-            yield Finding.note(
+            before = " BEFORE " in carried.definition and " INSERT " in carried.definition
+            what = f"; were it to change {plan.key}, an insert would be refused" if before else ""
+            yield Finding.warning(
                 carried.name,
-                f"The trigger {carried.name} fires for an update of {plan.key}, too: a row that moves to another partition is deleted and inserted.",
+                f"The trigger {carried.name} fires for an update of {plan.key}, too, by which a row is deleted and inserted: what it assigns, writes or"
+                f" refuses, it assigns, writes or refuses again{what}.",
+                "Where that would be wrong, let its function tell the two apart (what it would assign is there already), or partition by a column that does not change.",
             )
 
 
@@ -117,8 +116,9 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 "Make it MATCH SIMPLE with CHECK (num_nulls(…) IN (0, …)) first, or its columns NOT NULL.",
             )  # fmt: skip
         if "DEFERRABLE" in reference.definition and reference.adds_column and plan.legacy_inserts == "fill":
-            yield Finding.note(
-                name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column}.",
+            yield Finding.warning(
+                name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column} from the cut-over on.",
+                "Let it name the column, or be written after that row.",
             )  # fmt: skip
         if " ON UPDATE SET " in reference.definition and reference.adds_column:
             yield Finding.warning(
@@ -166,8 +166,9 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
         for trigger in [] if reference in plan.selves else row.get("update_triggers") or []:
             yield Finding.warning(
                 name,
-                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in: what it writes, such as the time or an audit row,"
-                " is written for each of these rows and stays, after the way back, too; one that refuses or undoes updates stops 04.",
+                f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in, and from the cut-over on whenever the {plan.key} of"
+                " the row referred to changes: what it writes, such as the time or an audit row, is written for each of these rows and stays, after the way"
+                " back, too; one that refuses or undoes updates stops 04.",
                 f"Where that would be wrong, ALTER TABLE {name} DISABLE TRIGGER {trigger}; until the cut-over, or let it return where current_setting('runbook.correcting', true) = 'on'.",
             )
     yield from _together(plan)
@@ -210,8 +211,9 @@ def uniqueness(plan: Plan) -> Iterator[Finding]:
     for index in plan.indexes:
         if index.constraint_type == "x" and not catalog.within_key(index.constraint_definition or "", plan.key):
             yield Finding.warning(
-                index.name, f"{index.name} excluded rows of the whole of {plan.full_name} and will exclude those of the same partition only.",
-                "Check for it in the application, or partition by one of its columns.",
+                index.name, f"{index.name} excluded rows of the whole of {plan.full_name} and will exclude those of the same partition only,"
+                f" with unique = {plan.unique}, too; the way back closes once rows stand there that it excluded.",
+                "Check for it in the application, or partition by a column that it compares with =.",
             )  # fmt: skip
         if not index.unique or plan.key in index.columns:
             continue

@@ -99,7 +99,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
 
 def _place(done: Executed) -> str:
     """Under which of the notebook's headings."""
-    cells = json.loads(done.notebook.read_text(encoding="utf-8"))["cells"][: done.failed_cell]
+    cells = json.loads(done.notebook.read_text(encoding="utf-8"))["cells"][: done.failed_cell or 0]
     headings = re.findall(
         r"(?m)^##? (.*)$", "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     )
@@ -121,8 +121,7 @@ def _way_on(name: str, error_name: str, where: str, given: dict[str, Any]) -> st
     if error_name in ("BadInput", "OutOfOrder", "PlanOutdated", "ApprovalMissing") and name != FORWARD[0]:
         return ""  # its sentence says what else to do: the same command would be refused again
     if name in FORWARD and (name != FORWARD[0] or error_name in EXIT_CODES):
-        whole = given.get("restore_from") != "backup" and _state(where, str(given["table"])) != "finished"
-        back = "; `runbook rollback` takes everything away" if whole else ""
+        back = "; `runbook rollback` takes everything away" if _goes_back(where, str(given["table"])) else ""
         return f"The same command goes on from there{back}."
     if name == FORWARD[0]:
         return "Nothing but the ledger was written: when that is mended, give the command again."
@@ -173,10 +172,11 @@ def _history(where: str, table: str) -> pd.DataFrame:
     return pd.DataFrame(columns=["step", "state", "rows"])
 
 
-def _state(where: str, table: str) -> str:
+def _goes_back(where: str, table: str) -> bool:
     with suppress(RunbookError, psycopg.Error):
-        return ledger.of(target(where), table, ended=True).state
-    return ""
+        found = ledger.of(target(where), table, ended=True)
+        return found.state != "finished" and found.plan.restore_from == "source"
+    return True
 
 
 def under_way(where: str, table: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -86,7 +87,8 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
                 name, f"{plan.full_name} has {counted(sum(rows for _, rows in division.homeless), 'row')} whose {plan.key} fits no partition: {listed}.",
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
-        yield Finding.note(name, f"After the cut-over a {plan.key} that no partition takes is refused (23514).")
+        if plan.key_type != "boolean" or len({value for partition in plan.partitions for value in partition.values}) < 2:
+            yield Finding.note(name, f"After the cut-over a value of {plan.key} that no partition takes is refused (23514).")
 
 
 def _doubled(session: Session, plan: Plan) -> Iterator[Finding]:
@@ -161,39 +163,51 @@ def _unlisted(session: Session, plan: Plan) -> Iterator[Finding]:
     """What an enum, a boolean or a check lets the key be and no row is yet."""
     if plan.partition_by != "list" or plan.takes_any_value:
         return
+    values = [row["label"] for row in session.rows("draft.labels", type=plan.key_type)]
+    by = [plan.key_type] if values else []
+    for check in () if values else plan.checks:
+        named = _named(session, plan, check)
+        if named and _allowed(session, plan, check, named) is not None:
+            values, by = [*values, *named], [*by, check.name]
+    for check in plan.checks if values else ():
+        allowed = _allowed(session, plan, check, values)
+        values = values if allowed is None else allowed
     taken = {value for partition in plan.partitions for value in partition.values}
-    can_be = {row["label"]: plan.key_type for row in session.rows("draft.labels", type=plan.key_type)}
-    for check in plan.checks:
-        can_be |= dict.fromkeys(_allowed(session, plan, check), check.name)
-    if left := [value for value in can_be if value not in taken]:
-        by = ", ".join(dict.fromkeys(can_be[value] for value in left))
+    if left := [value for value in dict.fromkeys(values) if value not in taken]:
+        listed = ", ".join(map(repr, left[:10])) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
         yield Finding.warning(
-            f"{plan.full_name}.{plan.key}", f"No partition takes {', '.join(map(repr, left))}, which {plan.key} ({by}) can be: such a row will be refused (23514).",
+            f"{plan.full_name}.{plan.key}", f"No partition takes {listed}, which {plan.key} ({', '.join(by)}) can be: such a row will be refused (23514).",
             'Add a partition for them, or a default partition ({"name": "default"}).',
         )  # fmt: skip
 
 
-EQUALS = re.compile(r"^[^~]*[^<>!~]= [^~]*$")  # and no pattern
-LITERAL = re.compile(r"'((?:[^']|'')*)'|(?<![\w.(])(-?\d+)(?![\w.])")  # not what varchar(50) has
+def _allowed(session: Session, plan: Plan, check: Named, values: list[str]) -> list[str] | None:
+    """Those that a check allows; None where other columns decide, too."""
+    condition = trusted(check.definition.removeprefix("CHECK ").removesuffix(" NO INHERIT").removesuffix(" NOT VALID"))
+    try:
+        with session.connection.transaction():
+            rows = session.rows("draft.allowed", key=(plan.key,), type=trusted(plan.key_type), condition=condition, values=values)
+            return [row["value"] for row in rows]
+    except psycopg.Error:
+        return None
 
 
-def _allowed(session: Session, plan: Plan, check: Named) -> list[str]:
-    """The values that a check names and allows, as the key's type prints them; none where other columns decide, too."""
-    named = LITERAL.findall(check.definition) if EQUALS.match(check.definition) else ()
-    literals = [number or text.replace("''", "'") for text, number in named]
-    condition = check.definition.removeprefix("CHECK ").removesuffix(" NO INHERIT").removesuffix(" NOT VALID")
-    allowed = []
-    for literal in dict.fromkeys(literals):
-        try:
-            with session.connection.transaction():
-                allowed += session.rows(
-                    "draft.allowed", key=(plan.key,), type=trusted(plan.key_type), value=literal, condition=trusted(condition)
-                )
-        except (psycopg.DataError, psycopg.IntegrityError):  # no value of this type
-            continue
-        except psycopg.ProgrammingError:  # no such column
-            return []
-    return [row["value"] for row in allowed]
+CAST = re.compile(r"::(?:\"[^\"]*\"|[a-z_]+(?: [a-z_]+)*)(?:\(\d+(?:,\d+)?\))?(?:\[\])?")
+LITERALS = {"S": re.compile(r"'((?:[^']|'')*)'"), "N": re.compile(r"(?<![\w.'])'?(-?\d+)\)?'?(?![\w.'])")}
+
+
+def _named(session: Session, plan: Plan, check: Named) -> list[str]:
+    """The values that a check compares the key with, as the key's type prints them."""
+    own = re.escape(spelled((plan.key,))), re.escape(plan.key)
+    text = CAST.sub("", check.definition)
+    literals = LITERALS.get(session.value("draft.category", type=plan.key_type))
+    if not literals or "~" in text or not re.search(rf'(?<![\w"])(?:{own[0]}|{own[1]}|\((?:{own[0]}|{own[1]})\)) = ', text):
+        return []
+    found = []
+    for value in dict.fromkeys(each.replace("''", "'") for each in literals.findall(text)):
+        with suppress(psycopg.DataError, psycopg.IntegrityError), session.connection.transaction():  # no value of this type
+            found.append(str(session.value("draft.literal", value=value, type=trusted(plan.key_type))))
+    return found
 
 
 def _without_primary_key(plan: Plan) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit, with_key
-from runbook.references import added, names, tables
+from runbook.references import added, itself, names, tables
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import statement
@@ -205,7 +205,10 @@ def keep(run: Run) -> Statements:
             )
             for each in ("fill", "named")
         }
-        yield statement("foreign_keys.create_fill", **{**names(run, reference), **beside, "note": sql.SQL("NULL")})
+        yield statement(
+            "foreign_keys.create_fill",
+            **{**names(run, reference), **beside, "note": sql.SQL("NULL"), "itself": itself(run, reference, None)},
+        )
 
 
 def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, bool]]:

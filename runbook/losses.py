@@ -87,7 +87,7 @@ def refuse_out_of_turn(run: Run, session: Session) -> None:
         )
         raise OutOfOrder(
             f"The migration of {row['later']} came after that of {run.plan.full_name} and is still open: {shared}. Roll {row['later']} back first"
-            f"{', or finish it,' if row['knows_it'] else ','} then run 90_rollback again."
+            f"{', or finish it,' if row['can_end'] else ','} then run 90_rollback again."
         )
 
 

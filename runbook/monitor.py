@@ -62,18 +62,20 @@ def _told(facts: dict[str, Any]) -> str:
 
 
 def _ahead(run: Run, session: Session) -> int | None:
-    """How many partitions without a row come after now and the last row, without a gap; None where they do not end."""
+    """How many partitions without a row come after now and the last row, without a gap; None where they do not end, or the key
+    is none that grows by itself."""
     key = next(column for column in run.plan.columns if column.name == run.plan.key)
     there = session.rows("additions.ranges", oid=session.value("verify.oid", root=spelled(run.plan.source)))
-    if run.plan.partition_by != "range" or not there:
+    grows = key.identity or key.sequence or session.value("draft.category", type=key.type) == "D"
+    if run.plan.partition_by != "range" or not there or not grows:
         return None
     ranges = ranges_of(session, key, [(row["low"], row["high"]) for row in there])
     ends = session.row("additions.front", **ranges)["ends"]
     if ends is None:
         return None
-    later = session.rows("monitor.later", **ranges, names=[row["name"] for row in there], ends=ends)
-    schema = run.plan.table.schema_name
-    return len(list(takewhile(lambda row: not session.value("additions.has_rows", leaf=(schema, row["name"])), later)))
+    names = {"schemas": [row["schema"] for row in there], "names": [row["name"] for row in there]}
+    later = session.rows("monitor.later", **ranges, **names, ends=ends)
+    return len(list(takewhile(lambda row: not session.value("additions.has_rows", leaf=(row["schema"], row["name"])), later)))
 
 
 def _pruning(run: Run, session: Session, partitions: set[str], file: str) -> tuple[float | None, int]:

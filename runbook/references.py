@@ -70,7 +70,7 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
             sql.SQL("{} AS {}").format(sql.Identifier("r", column), sql.Identifier(key))
             for column, key in zip(columns, keys, strict=True)
         ),
-        "itself": _itself(run, reference),
+        "itself": itself(run, reference, counts),
         "watched": identifiers((*columns, reference.role_column, *([run.plan.key] if reference in run.plan.selves else []))),
         "n_columns": listed("n", columns),
         "w_columns": listed("w", columns),
@@ -111,17 +111,21 @@ def _equals(reference: Reference) -> list[sql.SQL]:
     return [trusted(each) for each in reference.operators or ["="] * len(reference.columns)]
 
 
-def _itself(run: Run, reference: Reference) -> sql.Composable:
+def itself(run: Run, reference: Reference, counts: sql.Composable | None) -> sql.Composable:
     """What the fill trigger does first: a row that refers to itself has its own partition key, before it is there and whenever
-    that changes."""
+    that changes. Who needed that is counted, where there is a table for it."""
     if reference not in run.plan.selves:
         return sql.SQL("")
     pairs = zip(reference.referenced, _equals(reference), reference.columns, strict=True)
-    itself = sql.SQL(" AND ").join(
-        sql.SQL("NEW.{} {} NEW.{}").format(sql.Identifier(a), e, sql.Identifier(b)) for a, e, b in pairs
-    )
-    text = "IF {0} AND (TG_OP = 'UPDATE' OR NEW.{1} IS NULL) THEN NEW.{1} := NEW.{2}; RETURN NEW; END IF;"
-    return sql.SQL(text).format(itself, sql.Identifier(reference.role_column), sql.Identifier(run.plan.key))
+    same = sql.SQL(" AND ").join(sql.SQL("NEW.{} {} NEW.{}").format(sql.Identifier(a), e, sql.Identifier(b)) for a, e, b in pairs)
+    note = statement("foreign_keys.note_fill", filled=counts) if counts else sql.SQL("NULL")
+    text = """IF {0} AND (TG_OP = 'UPDATE' OR NEW.{1} IS NULL) THEN
+      IF ROW(NEW.{1})::record *<> ROW(NEW.{2})::record THEN
+        NEW.{1} := NEW.{2}; {3};
+      END IF;
+      RETURN NEW;
+    END IF;"""
+    return sql.SQL(text).format(same, sql.Identifier(reference.role_column), sql.Identifier(run.plan.key), note)
 
 
 def added(run: Run) -> list[Reference]:

@@ -15,7 +15,7 @@ from runbook.words import counted
 
 def preview_rows(run: Run) -> Sheet:
     """The statement that puts the missing rows back."""
-    return Sheet([statement("repair.put_back", **_names(run))])
+    return Sheet([statement("repair.put_back", **run.names)])
 
 
 def _names(run: Run) -> dict[str, sql.Composable]:
@@ -36,12 +36,11 @@ def put_back(action: Action) -> Evidence:
     run, session = action.run, action.session
     try:
         with session.transaction(lock_timeout="5s"):
-            put = session.row("repair.put_back", **_names(run))
-            rows = put["rows"]
-            if put["changed"]:
+            rows = session.run("repair.put_back", **run.names).rowcount
+            if session.value("repair.changed", **_names(run)) or session.value("repair.missing", **run.names):
                 raise PromiseBroken(
-                    f"A trigger of {run.plan.full_name} changes the rows that are put back ({', '.join(triggers(session, run.plan))}): nothing was"
-                    " put back. ALTER TABLE … DISABLE TRIGGER … while 03_restore runs."
+                    f"A trigger of {run.plan.full_name} ({', '.join(triggers(session, run.plan)) or 'or a rule'}) changes or keeps off rows that are"
+                    " put back: nothing was put back. ALTER TABLE … DISABLE TRIGGER … while 03_restore runs."
                 )
             ahead = _advance(run, session)
             session.run("repair.analyze", **run.names)
@@ -65,8 +64,12 @@ def _advance(run: Run, session: Session) -> str:
     said = ""
     for row in session.rows("repair.sequences", oid=run.plan.table.oid):
         name = spelled((row["schema"], row["name"]))
-        if last := session.value("repair.advance", **run.names, column=(row["column"],), sequence_text=name):
+        last = session.value("repair.behind", **run.names, column=(row["column"],), sequence_text=name)
+        if last is not None and row["may"]:
+            session.run("repair.advance", sequence_text=name, last=last)
             said += f" {row['schema']}.{row['name']} was behind them, and goes on after {last:,}."
+        elif last is not None:
+            said += f" {row['schema']}.{row['name']} is behind them, and not ours to move: setval('{name}', {last}) is left to its owner."
     return said
 
 

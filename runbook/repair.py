@@ -148,6 +148,9 @@ def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
         yield Finding.blocker(backup, said, f"Attach a partition of {plan.full_name} for them, or for NULL set null_value.")
     for reference in lost(run):
         own, name = names(run, reference), f"{reference.schema_name}.{reference.table}"
+        if session.value("foreign_keys.partitioned", **own):
+            said = f"{name}, which is to get a foreign key to {plan.full_name}, is itself partitioned, which a repair cannot do."
+            yield Finding.blocker(name, said, "Leave it out of references, and add its column and key by hand.")
         seen = session.row("repair.dangling", **own)
         if seen["rows"]:
             who = f"{', '.join(seen['keys'])}{' and others' if seen['more'] else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -168,13 +169,21 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         evidence = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
     except errors.InvalidTableDefinition as error:
         raise PromiseBroken(
-            f"A view that reads {run.plan.full_name} or a materialized view of it was changed since the cut-over as the original's cannot be"
-            f" ({error.diag.message_primary}): drop it, then run 90_rollback again."
+            f"A view that reads {run.plan.full_name}, or what else rests on it, was changed since the cut-over as the original's cannot be"
+            f" ({error.diag.message_primary}): take that back, or drop it, then run 90_rollback again."
+        ) from None
+    except errors.ExclusionViolation as error:
+        raise PromiseBroken(
+            f"The way back of {run.plan.full_name} is closed while rows stand in it that {str(error.diag.constraint_name).removesuffix('_retired')} of the original"
+            " excludes: correct those that came since the cut-over, then run 90_rollback again."
         ) from None
     except errors.DependentObjectsStillExist as error:
+        said = " ".join((error.diag.message_detail or str(error)).split())
+        said = re.sub(
+            rf"(?<!function ){run.staging}\.", f"{run.plan.table.schema_name}.", said
+        )  # where the table was when it failed
         raise PromiseBroken(
-            f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it:"
-            f" {' '.join((error.diag.message_detail or str(error)).split()).replace(f'{run.staging}.', f'{run.plan.table.schema_name}.')}. Drop them first, then run 90_rollback again."
+            f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it: {said}. Drop them first, then run 90_rollback again."
         ) from None
     sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}{stale}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
@@ -212,8 +221,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
         return action.finish(closed)
     if _swapped(run):
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
-    if run.plan.restore_from == "source":
-        losses.refuse_out_of_turn(run, session)
+    losses.refuse_out_of_turn(run, session)
     patience = locks.Patience(budget_s, lock_timeout_ms)
     _validate(_as_it_is(run, session), session, budget_s)
     # A role column that this migration did not add is the application's own.
@@ -241,7 +249,7 @@ def unlogged(run: Run, session: Session) -> list[sql.Composable]:
 
 
 def _validate(run: Run, session: Session, budget_s: float) -> None:
-    valid = [each for each in run.plan.references if not each.definition.endswith("NOT VALID")]
+    valid = [each for each in run.plan.references if each.definition and not each.definition.endswith("NOT VALID")]
     wanted: dict[tuple[str, str, str], sql.Composable] = {each.place: each.identifier for each in valid}
     own = run.plan.table
     wanted |= {(own.schema_name, own.name, each.name): run.plan.source for each in run.plan.outgoing if each.validated}

@@ -22,18 +22,19 @@ SELECT count(*) AS rows FROM ONLY {default} WHERE {rule}
 
 -- name: ranges
 -- What each partition takes; NULL for a side that does not end.
-SELECT c.relname AS name, nullif(substring(b.bound FROM 'FROM \(''?(.*?)''?\) TO '), 'MINVALUE') AS low, nullif(substring(b.bound FROM ' TO \(''?(.*?)''?\)$'), 'MAXVALUE') AS high
-  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid CROSS JOIN LATERAL (SELECT pg_get_expr(c.relpartbound, c.oid) AS bound) b
+SELECT n.nspname AS schema, c.relname AS name, nullif(substring(b.bound FROM 'FROM \(''?(.*?)''?\) TO '), 'MINVALUE') AS low, nullif(substring(b.bound FROM ' TO \(''?(.*?)''?\)$'), 'MAXVALUE') AS high
+  FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL (SELECT pg_get_expr(c.relpartbound, c.oid) AS bound) b
  WHERE i.inhparent = {oid} AND b.bound <> 'DEFAULT'
 
 -- name: front
 -- Partitions one after the other, without a gap between them, are a row; it is gone on with the one in which now lies, or that began
--- last before it, and of numbers with the longest: what lies far off has a partition of its own. `next` is where the following row begins.
+-- last before it, and of numbers with the longest: what lies far off has a partition of its own. Not min() and max(), which not every type has. `next` is where the following row begins.
 WITH range AS (SELECT low::{type} AS low, high::{type} AS high FROM unnest({lows}::text[], {highs}::text[]) r (low, high)),
      first AS (SELECT low, high, lag(high) OVER (ORDER BY low NULLS FIRST) IS DISTINCT FROM low AS first FROM range),
      numbered AS (SELECT low, high, sum(first::int) OVER (ORDER BY low NULLS FIRST) AS number FROM first),
-     found AS (SELECT number, count(*) AS partitions, min(low) AS begins, bool_or(low IS NULL) AS from_ever,
-                      CASE WHEN NOT bool_or(high IS NULL) THEN max(high) END AS ends FROM numbered GROUP BY number)
+     found AS (SELECT number, count(*) AS partitions, (array_agg(low ORDER BY low))[1] AS begins, bool_or(low IS NULL) AS from_ever,
+                      CASE WHEN NOT bool_or(high IS NULL) THEN (array_agg(high ORDER BY high DESC))[1] END AS ends FROM numbered GROUP BY number)
 SELECT ends::text AS ends, lead AS next FROM (SELECT *, lead(begins) OVER (ORDER BY number)::text AS lead FROM found) f
  ORDER BY from_ever OR coalesce(begins <= {now}, true) DESC, CASE WHEN {now} IS NULL THEN partitions END DESC NULLS LAST,
           CASE WHEN {now} IS NULL THEN -number ELSE number END DESC LIMIT 1
@@ -43,7 +44,7 @@ SELECT ends::text AS ends, lead AS next FROM (SELECT *, lead(begins) OVER (ORDER
 WITH taken AS (SELECT low::{type} AS low, high::{type} AS high FROM unnest({lows}::text[], {highs}::text[]) r (low, high)),
      begun AS (SELECT name, number, greatest(low::{type}, {ends}::text::{type}) AS low, high::{type} AS high
                  FROM unnest({names}::text[], {froms}::text[], {tos}::text[]) WITH ORDINALITY s (name, low, high, number)),
-     ended AS (SELECT name, number, low, least(high, (SELECT min(t.low) FROM taken t WHERE t.low >= s.low)) AS high FROM begun s)
+     ended AS (SELECT name, number, low, least(high, (SELECT t.low FROM taken t WHERE t.low >= s.low ORDER BY t.low LIMIT 1)) AS high FROM begun s)
 SELECT name, low::text, high::text FROM ended s
  WHERE (high IS NULL OR low IS NULL OR low < high)
    AND NOT EXISTS (SELECT FROM taken t WHERE coalesce(t.low <= s.low, true) AND coalesce(t.high > s.low, true)) ORDER BY number

@@ -136,11 +136,13 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
        (SELECT array_agg(a.attname ORDER BY u.ord) FROM unnest(translate(to_jsonb(k) ->> 'confdelsetcols', '[]', '{{}}')::int2[])
                WITH ORDINALITY u(attnum, ord)
           JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.attnum) AS delete_columns,
-       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.conrelid AND i.indisvalid AND i.indpred IS NULL
-                  AND i.indkey[0] = ANY (k.conkey)) AS indexed,
+       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.conrelid AND i.indisvalid AND i.indkey[0] = ANY (k.conkey)
+                  AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = (  -- which = implies
+                       SELECT format('(%I IS NOT NULL)', a.attname) FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = i.indkey[0]))) AS indexed,
        (SELECT array_agg(a.attname) FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum > 0 AND NOT a.attisdropped) AS all_columns,
        (SELECT array_agg(t.tgname ORDER BY t.tgname) FROM pg_trigger t WHERE t.tgrelid = k.conrelid AND NOT t.tgisinternal
-           AND t.tgname NOT LIKE ALL ('{{runbook\\_%,zzz\\_runbook\\_%}}') AND t.tgtype & 16 = 16  -- nor the guards' of an earlier migration
+           AND t.tgname NOT LIKE ALL ('{{runbook\\_%,zzz\\_runbook\\_%}}') AND t.tgtype & 16 = 16 AND t.tgenabled <> 'D'
+           AND t.tgattr = ''  -- no list of columns has one that is new; nor the guards' of an earlier migration
            AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.oid = t.tgfoid AND p.prosecdef AND 'enable_seqscan=off' = ANY (p.proconfig))) AS update_triggers,
        obj_description(k.oid, 'pg_constraint') AS comment,
        (SELECT json_agg(json_build_array(ln.nspname, l.relname) ORDER BY l.oid) FROM pg_partition_tree(k.conrelid) t
@@ -426,7 +428,8 @@ UNION ALL
 SELECT DISTINCT 'blocker', t.tgname::text, format('The trigger %s sets %s BEFORE the row is written, when its partition is chosen already: PostgreSQL would refuse the row.', t.tgname, {key}),
        format('Let the application, or a default of %s, give the value, and leave it out of %s.', {key}, t.tgfoid::regprocedure)
   FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
- WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 3 = 3
+ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 7 = 7  -- an update's BEFORE triggers may move the row
+  
    -- Without comments. With = it is an assignment where a statement begins.
    AND regexp_replace(p.prosrc, '--[^\n]*|/\*.*?\*/', ' ', 'g') ~* format(
        '\m(NEW\s*\.\s*"?%1$s"?\s*:=|INTO\s+NEW\s*\.\s*"?%1$s\M)|(;|\m(BEGIN|THEN|ELSE|LOOP)\M)\s*NEW\s*\.\s*"?%1$s"?\s*=',
@@ -435,7 +438,7 @@ UNION ALL
 SELECT DISTINCT 'warning', t.tgname::text, format('%s, which the trigger %s calls BEFORE the row is written, makes the whole row anew: were that to give it another %s, or one where it has none, PostgreSQL would refuse the row.', t.tgfoid::regprocedure, t.tgname, {key}),
        format('Look into it, and let the application, or a default of %s, give the value.', {key})
   FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
- WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 3 = 3
+ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 7 = 7
    AND regexp_replace(p.prosrc, '--[^\n]*|/\*.*?\*/', ' ', 'g') ~* '\mNEW\s*:=|\mINTO\s+NEW\s*($|[^.\s])|(;|\m(BEGIN|THEN|ELSE|LOOP)\M)\s*NEW\s*='
 UNION ALL
 SELECT DISTINCT 'blocker', c.oid::regclass::text, format('%s, which references it, is fed by the subscription %s, whose changes no trigger sees.', c.oid::regclass, u.subname),

@@ -79,8 +79,8 @@ SELECT typname FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
 SELECT EXISTS (SELECT FROM {table} WHERE {column} = {value}::{type})
 
 -- name: allowed
--- A value that a check of the key alone allows.
-SELECT {key}::text AS value FROM (SELECT {value}::text::{type} AS {key}) k WHERE {condition}
+-- Those values that a check of the key alone allows.
+SELECT {key}::text AS value FROM (SELECT v::{type} AS {key}, n FROM unnest({values}::text[]) WITH ORDINALITY u (v, n)) k WHERE ({condition}) IS NOT FALSE ORDER BY n
 
 -- name: labels
 -- Every value that a type can have, where these are few.

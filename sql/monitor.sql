@@ -32,5 +32,5 @@ SELECT a.evidence -> 'values' AS "values" FROM runbook.action a
 
 -- name: later
 -- The partitions that begin after now, up to where they end; the last one first.
-SELECT name FROM unnest({names}::text[], {lows}::text[], {highs}::text[]) r (name, low, high)
+SELECT schema, name FROM unnest({schemas}::text[], {names}::text[], {lows}::text[], {highs}::text[]) r (schema, name, low, high)
  WHERE coalesce(low::{type} > {now}, low IS NOT NULL AND {now} IS NULL) AND high::{type} <= {ends}::text::{type} ORDER BY low::{type} DESC

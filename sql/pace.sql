@@ -10,7 +10,7 @@ SELECT NOT EXISTS (
 -- name: free_sessions
 -- Connections that are left to roles that are no superusers.
 SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
-       - coalesce(current_setting('reserved_connections', true)::int, 0) - count(*) AS free FROM pg_stat_activity WHERE backend_type = 'client backend'
+       - coalesce(current_setting('reserved_connections', true)::int, 0) - sum(numbackends)::int AS free FROM pg_stat_database
 
 -- name: one_process
 SET max_parallel_workers_per_gather = 0; SET max_parallel_maintenance_workers = 0

@@ -32,10 +32,13 @@ SELECT s.{key}::text AS value, count(*) AS rows FROM {backup} s
 
 -- name: put_back
 -- The rows of the backup that the table lacks; those that it has are newer and stay. Its own triggers fire, and are not to change them.
-WITH d AS (
-  INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
-  SELECT {s_columns} FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s}) RETURNING *)
-SELECT count(*) AS rows, count(*) FILTER (WHERE {meant} IS DISTINCT FROM {became}) AS changed FROM d LEFT JOIN {backup} s ON {d_is_s}
+INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
+SELECT {s_columns} FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
+
+-- name: changed
+-- Of the rows that this transaction wrote, whatever fired for them: those that are not what the backup has.
+SELECT count(*) FROM {source} d JOIN {backup} s ON {d_is_s}
+ WHERE d.xmin = pg_current_xact_id()::xid AND {meant} IS DISTINCT FROM {became}
 
 -- name: triggers
 -- What fires for a row that is inserted.
@@ -43,19 +46,23 @@ SELECT DISTINCT t.tgname AS name FROM pg_partition_tree({oid}) p JOIN pg_trigger
  WHERE NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND t.tgtype & 4 = 4 ORDER BY 1
 
 -- name: sequences
--- What gives a column its next number.
-SELECT a.attname AS column, s.relname AS name, n.nspname AS schema FROM pg_depend d
-  JOIN pg_class s ON s.relkind = 'S' AND (d.classid, d.objid, d.deptype) = ('pg_class'::regclass, s.oid, 'i') AND d.refobjid = {oid}
-  JOIN pg_namespace n ON n.oid = s.relnamespace JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
-UNION
-SELECT a.attname, s.relname, n.nspname FROM pg_attrdef f JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = f.oid
-  JOIN pg_class s ON s.relkind = 'S' AND d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid
-  JOIN pg_namespace n ON n.oid = s.relnamespace JOIN pg_attribute a ON (a.attrelid, a.attnum) = (f.adrelid, f.adnum) WHERE f.adrelid = {oid}
+-- What gives an integer column its next number: an identity's sequence, or one of which the default is the next number and no more.
+SELECT a.attname AS column, s.relname AS name, n.nspname AS schema, has_sequence_privilege(s.oid, 'UPDATE') AS may
+  FROM pg_attribute a LEFT JOIN pg_attrdef f ON (f.adrelid, f.adnum) = (a.attrelid, a.attnum)
+  JOIN pg_depend d ON (d.classid, d.refobjid, d.refobjsubid, d.deptype) = ('pg_class'::regclass, a.attrelid, a.attnum, 'i')
+                   OR (d.classid, d.objid, d.refclassid) = ('pg_attrdef'::regclass, f.oid, 'pg_class'::regclass)
+                      AND pg_get_expr(f.adbin, f.adrelid) ~ '^nextval\([^()]*\)$'
+  JOIN pg_class s ON s.relkind = 'S' AND s.oid IN (d.objid, d.refobjid) JOIN pg_namespace n ON n.oid = s.relnamespace
+ WHERE a.attrelid = {oid} AND a.attnum > 0 AND a.atttypid IN ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype)
+
+-- name: behind
+-- The last number that a row has, where the sequence has not come so far; the next one would clash.
+SELECT m.last FROM pg_sequence q CROSS JOIN LATERAL (SELECT CASE WHEN q.seqincrement > 0 THEN max({column}) ELSE min({column}) END::bigint AS last FROM {source}) m
+ WHERE q.seqrelid = {sequence_text}::regclass AND m.last BETWEEN q.seqmin AND q.seqmax
+   AND sign(q.seqincrement) * (m.last - coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - q.seqincrement)) > 0
 
 -- name: advance
--- Beyond the rows that are back, or the next one would clash with them.
-SELECT setval(q.seqrelid, m.last) AS last FROM (SELECT max({column}) AS last FROM {source}) m
-  JOIN pg_sequence q ON q.seqrelid = {sequence_text}::regclass WHERE q.seqincrement > 0 AND m.last > coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
+SELECT setval({sequence_text}::regclass, {last})
 
 -- name: missing
 SELECT count(*) FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})

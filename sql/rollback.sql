@@ -15,15 +15,18 @@ WITH swapped AS (SELECT migration AS id FROM runbook.action WHERE (step, action,
                      a.plan -> 'columns' @> jsonb_build_array(jsonb_build_object('name', r -> 'role_column')) AS knows_it
                 FROM runbook.migration u CROSS JOIN jsonb_array_elements(u.plan -> 'references') r
                 JOIN runbook.migration a ON (a.plan -> 'table' ->> 'schema_name', a.plan -> 'table' ->> 'name') = (r ->> 'schema_name', r ->> 'table')
-               WHERE (r ->> 'adds_column')::boolean AND u.state = 'open' AND a.state = 'open' AND a.id IN (SELECT id FROM swapped) AND u.id IN (SELECT id FROM added))
-SELECT referencing_table AS later, role_column, referencing_table AS holder, true AS knows_it FROM pair WHERE referenced = {migration} AND knows_it
-UNION ALL SELECT referenced_table, role_column, referencing_table, false FROM pair WHERE {migration} = referencing AND NOT knows_it
+               WHERE (r ->> 'adds_column')::boolean AND u.state = 'open' AND a.state = 'open' AND a.id IN (SELECT id FROM swapped) AND u.id IN (SELECT id FROM added)
+                 AND to_regclass(format('%I.%I', r ->> 'schema_name', r ->> 'table')) IS NOT NULL)
+SELECT referencing_table AS later, role_column, referencing_table AS holder, true AS knows_it,
+       (SELECT plan ->> 'key' FROM runbook.migration a WHERE a.id = referencing) <> role_column AS can_end
+  FROM pair WHERE referenced = {migration} AND knows_it
+UNION ALL SELECT referenced_table, role_column, referencing_table, false, false FROM pair WHERE {migration} = referencing AND NOT knows_it
 
 -- name: undoes
 -- Open migrations whose way back ends with this one.
-SELECT a.source FROM runbook.migration u CROSS JOIN jsonb_array_elements(u.plan -> 'references') r
+SELECT DISTINCT a.source FROM runbook.migration u CROSS JOIN jsonb_array_elements(u.plan -> 'references') r
   JOIN runbook.migration a ON (a.plan -> 'table' ->> 'schema_name', a.plan -> 'table' ->> 'name') = (r ->> 'schema_name', r ->> 'table')
- WHERE u.id = {migration} AND (r ->> 'adds_column')::boolean AND a.state = 'open'
+ WHERE u.id = {migration} AND (r ->> 'adds_column')::boolean AND a.state = 'open' AND to_regclass(format('%I.%I', r ->> 'schema_name', r ->> 'table')) IS NOT NULL
    AND EXISTS (SELECT FROM runbook.action WHERE migration = a.id AND (step, action, state) = ('cutover', 'swap', 'done'))
    AND NOT a.plan -> 'columns' @> jsonb_build_array(jsonb_build_object('name', r -> 'role_column'))
 

@@ -10,10 +10,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from runbook import additions, cutover, verify
-from runbook.errors import LockNotGranted, PlanBlocked
+from runbook import additions, cutover, rollback, verify
+from runbook.errors import LockNotGranted, PlanBlocked, PromiseBroken
 from tests.dumps import differences, schema
-from tests.migration import END, FORWARD, back, plan, walk
+from tests.migration import END, FORWARD, back, forward, plan, walk
 from tests.servers import Server, hand_over
 from tests.walk import dump
 
@@ -758,3 +758,45 @@ def test_a_row_that_breaks_two_keys_is_refused_in_the_name_of_the_same_one(roles
                 connection.execute("INSERT INTO thing SELECT * FROM thing WHERE id = 1")
             assert refused.value.diag.constraint_name == f"thing_b_{name}"
             connection.execute(sql.SQL("ALTER TABLE thing_b DROP CONSTRAINT {}").format(sql.Identifier(f"thing_b_{name}")))
+
+
+def test_a_trigger_of_updates_only_may_set_the_key(database, sql):
+    sql("CREATE TABLE thing (id int PRIMARY KEY, kind text NOT NULL, x int); INSERT INTO thing VALUES (1, 'a', 0), (2, 'b', 0)")
+    sql("CREATE FUNCTION kinds() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.kind := ''b''; RETURN NEW; END'")
+    sql("CREATE TRIGGER t BEFORE UPDATE ON thing FOR EACH ROW WHEN (NEW.x > 5) EXECUTE FUNCTION kinds()")
+    run = forward(database, table="thing", key="kind")
+    sql("UPDATE thing SET x = 9 WHERE id = 1")
+    assert sql("SELECT tableoid::regclass::text FROM thing WHERE id = 1") == [("thing_b",)]
+    verify.check(run)
+
+
+def test_rows_that_an_exclusion_no_longer_keeps_out_close_the_way_back_and_are_said(database, sql):
+    sql(
+        "CREATE TABLE stay (id int PRIMARY KEY, state text NOT NULL, at int4range, CONSTRAINT apart EXCLUDE USING gist (at WITH &&))"
+    )
+    sql("INSERT INTO stay VALUES (1, 'a', '[1,3)'), (2, 'b', '[5,6)')")
+    run = forward(database, table="stay", key="state")
+    assert any("apart excluded rows" in each.sentence and "the way back closes" in each.sentence for each in run.plan.findings)
+    sql("INSERT INTO stay VALUES (3, 'b', '[2,4)')")
+    with pytest.raises(
+        PromiseBroken, match=r"The way back of public\.stay is closed while rows stand in it that apart of the original excludes"
+    ):
+        rollback.swap_back(run)
+    sql("DELETE FROM stay WHERE id = 3")
+    back(run)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ("CREATE TRIGGER t BEFORE UPDATE OF note ON others FOR EACH ROW EXECUTE FUNCTION nothing()", False),
+    ("CREATE TRIGGER t BEFORE UPDATE ON others FOR EACH ROW EXECUTE FUNCTION nothing(); ALTER TABLE others DISABLE TRIGGER t", False),
+    ("CREATE TRIGGER t BEFORE UPDATE ON others FOR EACH ROW EXECUTE FUNCTION nothing()", True),
+])  # fmt: skip
+def test_triggers_that_a_changed_key_fires_are_named_and_no_others(database, sql, change, said):
+    sql("CREATE TABLE thing (id int PRIMARY KEY, kind text NOT NULL); INSERT INTO thing VALUES (1, 'a')")
+    sql(
+        "CREATE TABLE others (id int PRIMARY KEY, thing_id int REFERENCES thing, note text); CREATE INDEX ON others (thing_id) WHERE thing_id IS NOT NULL"
+    )
+    sql(f"CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'; {change}")
+    found = [each.sentence for each in plan(database, table="thing", key="kind").plan.findings]
+    assert any("whenever the kind of the row referred to changes" in each for each in found) == said
+    assert not [each for each in found if "has no index that begins with" in each]

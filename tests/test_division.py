@@ -304,11 +304,19 @@ def test_what_a_type_can_be_and_no_partition_takes_is_named(database, sql):
     ("state text NOT NULL CHECK (state IN ('new', 'it''s', 'done'))", "\"it's\", 'done', which state (things_state_check)"),
     ("state varchar(50) NOT NULL CHECK (state = 'new' OR state = 'gone')", "'gone', which state"),
     ("state text NOT NULL CHECK (state = 'new' OR state LIKE 'of %')", ""),
+    ("state text NOT NULL CHECK (state IN ('new', 'done', 'odd')), CHECK (state <> 'odd')", "takes 'done', which"),
+    ("state bigint NOT NULL CHECK (state IN (0, 1, 2))", "takes '1', '2', which state (things_state_check)"),
+    ("state numeric NOT NULL CHECK (state = 0 OR state = 7)", "takes '7', which"),
+    ("state boolean NOT NULL CHECK (NOT state)", ""),
+    ("state text NOT NULL CHECK (length(state) = 3)", ""),
+    ("state int NOT NULL CHECK (state % 2 = 0)", ""),
     ("state text NOT NULL CHECK (state <> 'odd' AND length(state) < 50)", ""),
     ("state text NOT NULL CHECK (state IN ('new', 'done') AND id > 0)", ""),  # not the key's alone
 ])  # fmt: skip
 def test_what_a_check_allows_and_no_partition_takes_is_named(database, sql, column, left):
-    sql(f"CREATE TABLE things (id int PRIMARY KEY, {column}); INSERT INTO things VALUES (1, 'new')")
+    sql(
+        f"CREATE TABLE things (id int PRIMARY KEY, {column}); INSERT INTO things VALUES (1, '{'new' if 'text' in column or 'char' in column else 0}')"
+    )
     said = [each.sentence for each in runbook.draft(database=database, table="things", key="state").plan.findings]
     assert [left in each for each in said if each.startswith("No partition takes")] == [True] * bool(left)
 

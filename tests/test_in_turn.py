@@ -112,3 +112,11 @@ def test_a_part_of_06_that_failed_is_a_part_that_nobody_has_looked_at(clinic, sq
     with pytest.raises(PromiseBroken, match=r"public\.users is not what it was planned to be .*phone.*08_monitor"):
         verify.compare(users)
     assert {each.verdict for each in verify.seen(users) if each.promise == "compare"} == {"not tried"}
+
+
+def test_a_table_that_is_gone_closes_nobodys_way_back(clinic, sql):
+    users = migration.forward(clinic)
+    migration.forward(clinic, **BY_MONTH)
+    sql("DROP TABLE appointments, appointments_retired CASCADE")
+    migration.back(users)
+    assert sql("SELECT relkind::text FROM pg_class WHERE relname = 'users'") == [("r",)]

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import runbook
-from runbook import cli
+from runbook import cli, foreign_keys
 from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PromiseBroken
 from tests.walk import CLINIC_FILE, REPAIR, dump, walk
 
@@ -188,7 +188,8 @@ def test_rows_go_back_as_they_were_or_not_at_all(clinic: str, sql: Sql) -> None:
     plan = runbook.draft(database=clinic, table="users", key="role", **PLANNED).plan
     assert any(each.sentence.startswith("scribbles fires for each row that is put back") for each in plan.findings)
     with pytest.raises(
-        PromiseBroken, match=r"A trigger of public\.users changes the rows that are put back \(scribbles\): nothing was put back"
+        PromiseBroken,
+        match=r"A trigger of public\.users \(scribbles\) changes or keeps off rows that are put back: nothing was put back",
     ):
         walk(clinic, *REPAIR, **PLANNED)
     assert sql("SELECT count(*) FROM users") == [(100,)]
@@ -235,3 +236,55 @@ def test_a_backup_in_which_a_row_stands_twice_is_given_as_the_reason(clinic: str
     sql(f"{BY_HAND}; INSERT INTO users_backup SELECT * FROM users_backup WHERE role = 'admin'")
     with pytest.raises(BadInput, match="id alone does not name one row of users_backup each: it is there twice, or NULL"):
         walk(clinic, "00_plan", **PLANNED)
+
+
+@pytest.mark.parametrize(
+    "body", ["RETURN NULL;", "UPDATE users SET phone = '1' WHERE id = NEW.id;"], ids=["keeps off", "changes afterwards"]
+)
+def test_a_trigger_that_keeps_rows_off_or_changes_them_afterwards_is_seen_too(clinic: str, sql: Sql, body: str) -> None:
+    sql(f"{BY_HAND}; {FEW}; {CHANGES.format(body)}")
+    if "UPDATE" in body:
+        sql(
+            "DROP TRIGGER scribbles ON users; CREATE TRIGGER scribbles AFTER INSERT ON users FOR EACH ROW EXECUTE FUNCTION scribble()"
+        )
+    with pytest.raises(PromiseBroken, match=r"\(scribbles\) changes or keeps off rows"):
+        walk(clinic, *REPAIR, **PLANNED)
+    assert sql("SELECT count(*) FROM users") == [(100,)]
+
+
+@pytest.mark.parametrize(("column", "sequence", "following"), [
+    ("id numeric DEFAULT nextval('own')", "", 1), ("id int DEFAULT nextval('own')", "INCREMENT -1", -51),
+    ("id int DEFAULT nextval('own') + 100", "", 101), ("id int DEFAULT nextval('own')", "MAXVALUE 40 CYCLE", 1),
+])  # fmt: skip
+def test_a_sequence_that_cannot_be_moved_keeps_no_row_off(
+    database: str, sql: Sql, column: str, sequence: str, following: int
+) -> None:
+    sign = -1 if "-1" in sequence else 1
+    sql(
+        f"CREATE SEQUENCE own {sequence}; CREATE TABLE things_backup AS SELECT {sign} * n AS id, 'a' AS kind FROM generate_series(1, 50) n"
+    )
+    sql(
+        f"CREATE TABLE things ({column}, kind text) PARTITION BY LIST (kind); CREATE TABLE things_a PARTITION OF things FOR VALUES IN ('a')"
+    )
+    sql("ALTER TABLE things ADD PRIMARY KEY (id, kind)")
+    walk(database, *REPAIR, table="things", key="kind", partitions=None, backup="", restore_from="backup")
+    assert sql("SELECT count(*) FROM things") == [(50,)]
+    value = column.partition("DEFAULT ")[2]
+    assert sql(f"SELECT ({value})::int") == [(following,)]
+
+
+def test_a_partitioned_table_gets_no_key_by_a_repair_and_that_is_said_before(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}; ALTER TABLE appointments RENAME TO old; CREATE TABLE appointments (LIKE old) PARTITION BY HASH (id)")
+    with pytest.raises(
+        PlanBlocked, match=r"public\.appointments, which is to get a foreign key to public\.users, is itself partitioned"
+    ):
+        walk(clinic, "00_plan", **PLANNED)
+
+
+def test_a_repair_goes_back_from_between_its_columns_and_their_values(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}; {FEW}")
+    before = dump(clinic, "--exclude-schema=runbook", "--schema-only")
+    walk(clinic, "00_plan", "03_restore", **PLANNED)
+    foreign_keys.add_columns(runbook.open(clinic, "users"))
+    walk(clinic, "90_rollback", **PLANNED)
+    assert dump(clinic, "--exclude-schema=runbook", "--schema-only") == before

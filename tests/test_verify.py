@@ -457,3 +457,42 @@ def test_a_counter_in_the_row_and_writers_of_those_that_refer_to_it_break_no_pro
     finally:
         stop.set()
         writer.join()
+
+
+def test_a_default_that_only_the_applications_sessions_know_is_not_tried(database: str) -> None:
+    execute(database, "CREATE TABLE docs (id int PRIMARY KEY, tenant text NOT NULL DEFAULT current_setting('app.tenant'))")
+    execute(database, "INSERT INTO docs VALUES (1, 'a'), (2, 'b')")
+    run = migration.forward(database, table="docs", key="tenant")
+    verify.check(run)
+    assert verdicts(run)["A row that leaves tenant out gets its default"] == "not tried"
+
+
+def test_a_table_of_nothing_but_its_key(database: str) -> None:
+    execute(database, "CREATE TABLE days (day date PRIMARY KEY DEFAULT current_date)", "INSERT INTO days VALUES (DEFAULT)")
+    run = migration.forward(database, table="days", key="day", partition_by="range", every="month")
+    verify.check(run)
+
+
+def test_a_referencing_table_that_is_divided_by_the_same_key(database: str) -> None:
+    execute(
+        database,
+        "CREATE TABLE docs (tenant text, id int, PRIMARY KEY (tenant, id))",
+        "INSERT INTO docs VALUES ('a', 1), ('b', 2)",
+    )
+    execute(database, "CREATE TABLE parts (tenant text, id int, doc_id int NOT NULL, PRIMARY KEY (tenant, id),"
+            " FOREIGN KEY (tenant, doc_id) REFERENCES docs) PARTITION BY LIST (tenant)")  # fmt: skip
+    execute(database, "CREATE TABLE parts_a PARTITION OF parts FOR VALUES IN ('a')", "INSERT INTO parts VALUES ('a', 1, 1)")
+    verify.check(migration.forward(database, table="docs", key="tenant"))
+
+
+def test_what_triggers_make_of_a_row_that_moves_is_said(database: str, server: Server) -> None:
+    execute(
+        database, "CREATE TABLE docs (id int PRIMARY KEY, state text NOT NULL, number int)", "CREATE SEQUENCE numbers START 7"
+    )
+    execute(database, "CREATE FUNCTION number_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.number := nextval('numbers'); RETURN NEW; END $$",
+            "CREATE TRIGGER numbers BEFORE INSERT ON docs FOR EACH ROW EXECUTE FUNCTION number_it()", "INSERT INTO docs VALUES (1, 'a'), (2, 'b')")  # fmt: skip
+    run = migration.forward(database, table="docs", key="state")
+    assert [each.level for each in run.plan.findings if each.object == "numbers"] == ["warning"]
+    verify.check(run)
+    seen = {each.promise: each.seen for each in verify.seen(run)}
+    assert seen["A changed state moves the row"].endswith(", and triggers gave it another number")
