@@ -325,7 +325,9 @@ def test_a_run_that_broke_off_is_true_and_the_next_run_vouches_for_it(tmp_path: 
     first = make(runs)
     call = (
         "import os, sys; from pathlib import Path; from runbook.archive import Run\n"
-        "run = Run.begin(Path(sys.argv[1]), 'users', {}); run.start('00_plan.ipynb').write_text('{}'); os._exit(9)"
+        "run = Run.begin(Path(sys.argv[1]), 'users', {}); run.start('00_plan.ipynb').write_text('{}')\n"
+        "for name in ('evidence.json', '.certificate.html.part'): (run.folder / name).write_text('')  # while it is being sealed\n"
+        "os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", call, str(runs)], check=False)
     (broken,) = (folder for folder in runs.iterdir() if folder.is_dir() and folder != first.folder)

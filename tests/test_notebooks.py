@@ -195,6 +195,22 @@ def test_rollback_and_finish_are_notebooks_too(walked: Walked, clinic: str, tmp_
     assert query(clinic, "SELECT state FROM runbook.migration") == [(state,)]
 
 
+@pytest.mark.long
+def test_the_record_names_who_approved_what_and_nobody_else(walked: Walked, clinic: str, tmp_path: Path) -> None:
+    walked(*FORWARD)  # approved by ann
+    add = ["add", "-f", CLINIC_FILE, "--database", clinic, "-p", "add", '{"users_nurses": ["nurse"]}', "--out", str(tmp_path)]
+
+    def approvers() -> list[str]:
+        return [json.loads(path.read_text())["approved_by"] for path in sorted(tmp_path.glob("*/manifest.json"))]
+
+    assert command(*add, "-p", "plan", "0" * 12, "-p", "approved_by", "ann").exit_code == 1
+    assert command(*add, "-p", "approved_by", " ").exit_code == 1
+    assert set(approvers()) == {""}
+    assert command(*add, "-p", "approved_by", "carl").exit_code == 0
+    assert sorted(approvers()) == ["", "", "carl"]
+    assert "approved by carl" in (tmp_path / "index.html").read_text()
+
+
 def test_a_table_without_a_row_is_migrated_and_drawn(clinic: str) -> None:
     query(clinic, "WITH gone AS (DELETE FROM users RETURNING 1) SELECT count(*) FROM gone")
     space = walk(clinic, *FORWARD[:4])
