@@ -173,8 +173,10 @@ def from_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: name a YAML file of parameters.") from None
     except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
-        said = error.strerror or "" if isinstance(error, OSError) else str(error)
-        raise BadInput(f"{path} cannot be read as a YAML file of parameters: {' '.join(said.split())}.") from None
+        said = error.strerror or "" if isinstance(error, OSError) else " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            said = f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        raise BadInput(f"{path} cannot be read as a YAML file of parameters ({said}): correct it, or name another.") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise BadInput(f"{path} must hold parameters, a line each, as `table: users`.")
     return content
