@@ -60,6 +60,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"{program} is not on this machine")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Three at least: many tests only wait, for a lock, a limit or a server."""
+    return max(3, os.cpu_count() or 1)
+
+
 def refused_skips(config: pytest.Config) -> list[str]:
     """In CI, the skips that hide something: all but those for what a version of PostgreSQL cannot do."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")

@@ -306,6 +306,7 @@ def test_any_table_is_shown_before_and_after(database, sql, tmp_path, name):
     monitor.check(run, max_default_rows=1, min_ahead=0)
 
 
+@pytest.mark.long
 def test_a_key_that_is_an_interval_of_months_is_shown(database, sql):
     sql(
         "CREATE TABLE rents (id int PRIMARY KEY, term interval NOT NULL); INSERT INTO rents VALUES (1, '1 mon'), (2, '1 day'), (3, '1 day')"
@@ -315,6 +316,7 @@ def test_a_key_that_is_an_interval_of_months_is_shown(database, sql):
     verify.check(run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("change", "gone"), [
     ("ALTER TABLE users RENAME role TO kind", r"public\.users\.role was"), ("ALTER TABLE users DROP phone CASCADE", r"public\.users\.phone was"),
     ("ALTER TABLE appointments RENAME TO visits", r"public\.appointments\.user_id, public\.appointments\.user_role were"),

@@ -80,6 +80,7 @@ FILLED: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_who_has_no_way_back_is_not_sent_there(clinic: str, sql: Sql, tmp_path: Path) -> None:
     run = migration.forward(clinic)
     verify.check(run)

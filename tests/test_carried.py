@@ -760,6 +760,7 @@ def test_a_row_that_breaks_two_keys_is_refused_in_the_name_of_the_same_one(roles
             connection.execute(sql.SQL("ALTER TABLE thing_b DROP CONSTRAINT {}").format(sql.Identifier(f"thing_b_{name}")))
 
 
+@pytest.mark.long
 def test_a_trigger_of_updates_only_may_set_the_key(database, sql):
     sql("CREATE TABLE thing (id int PRIMARY KEY, kind text NOT NULL, x int); INSERT INTO thing VALUES (1, 'a', 0), (2, 'b', 0)")
     sql("CREATE FUNCTION kinds() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.kind := ''b''; RETURN NEW; END'")
@@ -770,6 +771,7 @@ def test_a_trigger_of_updates_only_may_set_the_key(database, sql):
     verify.check(run)
 
 
+@pytest.mark.long
 def test_rows_that_an_exclusion_no_longer_keeps_out_close_the_way_back_and_are_said(database, sql):
     sql(
         "CREATE TABLE stay (id int PRIMARY KEY, state text NOT NULL, at int4range, CONSTRAINT apart EXCLUDE USING gist (at WITH &&))"
@@ -786,6 +788,7 @@ def test_rows_that_an_exclusion_no_longer_keeps_out_close_the_way_back_and_are_s
     back(run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("change", "said"), [
     ("CREATE TRIGGER t BEFORE UPDATE OF note ON others FOR EACH ROW EXECUTE FUNCTION nothing()", False),
     ("CREATE TRIGGER t BEFORE UPDATE ON others FOR EACH ROW EXECUTE FUNCTION nothing(); ALTER TABLE others DISABLE TRIGGER t", False),

@@ -46,6 +46,7 @@ def test_the_earlier_one_goes_back_when_the_later_one_has(clinic, sql, legacy):
     assert left(clinic) == before
 
 
+@pytest.mark.long
 def test_the_earlier_one_goes_back_when_the_later_one_is_finished(clinic, sql):
     """Before 18 a partitioned table takes no key that is NOT VALID, and when users was planned appointments was none."""
     users = migration.forward(clinic)
@@ -59,6 +60,7 @@ def test_the_earlier_one_goes_back_when_the_later_one_is_finished(clinic, sql):
     assert sql("SELECT count(*), sum(hashtext(id::text || user_id)) FROM appointments") == seen
 
 
+@pytest.mark.long
 def test_what_refers_to_the_other_first_goes_back_last(clinic, sql):
     before = left(clinic)
     appointments = migration.forward(clinic, **BY_MONTH)
@@ -77,6 +79,7 @@ def test_what_refers_to_the_other_first_goes_back_last(clinic, sql):
     assert left(clinic) == before
 
 
+@pytest.mark.long
 def test_a_table_that_refers_to_it_and_is_partitioned_meanwhile_asks_for_a_new_plan(clinic):
     users = migration.forward(clinic, last="fill")
     appointments = migration.forward(clinic, **BY_MONTH)
@@ -88,6 +91,7 @@ def test_a_table_that_refers_to_it_and_is_partitioned_meanwhile_asks_for_a_new_p
     migration.back(users)
 
 
+@pytest.mark.long
 def test_a_new_partition_of_what_it_refers_to_is_no_change_of_the_table(clinic, sql):
     ended(migration.forward(clinic))
     appointments = migration.forward(clinic, last="fill", **BY_MONTH)
@@ -114,6 +118,7 @@ def test_a_part_of_06_that_failed_is_a_part_that_nobody_has_looked_at(clinic, sq
     assert {each.verdict for each in verify.seen(users) if each.promise == "compare"} == {"not tried"}
 
 
+@pytest.mark.long
 def test_a_table_that_is_gone_closes_nobodys_way_back(clinic, sql):
     users = migration.forward(clinic)
     migration.forward(clinic, **BY_MONTH)

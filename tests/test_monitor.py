@@ -174,6 +174,7 @@ TODAY, FAR = "2000-01-01", ["9000-01-01", None]
 TIMES = {"past": [None, TODAY], "this": [TODAY, "3000-01-01"], "next": ["3000-01-01", "3001-01-01"]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("type_", "row", "partitions", "ahead"), [
     ("date", TODAY, TIMES, 1),
     ("date", TODAY, TIMES | {"far": FAR}, 1),  # what lies beyond a gap takes none of the next rows

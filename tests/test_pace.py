@@ -54,6 +54,7 @@ def test_while_others_are_at_work_one_session_works_unless_told_otherwise(
     assert (len(pids), len(set(pids))) == (10, sessions)
 
 
+@pytest.mark.long
 def test_as_many_connections_stay_free_as_workers_take(clinic: str) -> None:
     pids: set[int] = set()
     with ExitStack() as others, psycopg.connect(clinic, autocommit=True) as asks:

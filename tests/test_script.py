@@ -71,6 +71,7 @@ def test_printing_the_script_changes_nothing(clinic: str) -> None:
     assert dump(clinic) == before
 
 
+@pytest.mark.long
 def test_whom_it_waits_for_is_no_part_of_the_script(clinic: str) -> None:
     with psycopg.connect(clinic) as other:
         other.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")

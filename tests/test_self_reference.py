@@ -82,6 +82,7 @@ def test_the_old_key_has_no_row_without_its_column(database, sql):
     migration.walk(run, migration.BACK)
 
 
+@pytest.mark.long
 def test_who_needs_the_trigger_for_a_row_that_refers_to_itself_is_counted(database, sql):
     sql("CREATE TABLE partner (id serial PRIMARY KEY, kind text NOT NULL, main_id int REFERENCES partner)")
     sql("INSERT INTO partner (kind, main_id) SELECT (ARRAY['a', 'b'])[1 + n % 2], n FROM generate_series(1, 20) n")

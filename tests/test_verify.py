@@ -459,6 +459,7 @@ def test_a_counter_in_the_row_and_writers_of_those_that_refer_to_it_break_no_pro
         writer.join()
 
 
+@pytest.mark.long
 def test_a_default_that_only_the_applications_sessions_know_is_not_tried(database: str) -> None:
     execute(database, "CREATE TABLE docs (id int PRIMARY KEY, tenant text NOT NULL DEFAULT current_setting('app.tenant'))")
     execute(database, "INSERT INTO docs VALUES (1, 'a'), (2, 'b')")
@@ -467,12 +468,14 @@ def test_a_default_that_only_the_applications_sessions_know_is_not_tried(databas
     assert verdicts(run)["A row that leaves tenant out gets its default"] == "not tried"
 
 
+@pytest.mark.long
 def test_a_table_of_nothing_but_its_key(database: str) -> None:
     execute(database, "CREATE TABLE days (day date PRIMARY KEY DEFAULT current_date)", "INSERT INTO days VALUES (DEFAULT)")
     run = migration.forward(database, table="days", key="day", partition_by="range", every="month")
     verify.check(run)
 
 
+@pytest.mark.long
 def test_a_referencing_table_that_is_divided_by_the_same_key(database: str) -> None:
     execute(
         database,
@@ -485,6 +488,7 @@ def test_a_referencing_table_that_is_divided_by_the_same_key(database: str) -> N
     verify.check(migration.forward(database, table="docs", key="tenant"))
 
 
+@pytest.mark.long
 def test_what_triggers_make_of_a_row_that_moves_is_said(database: str, server: Server) -> None:
     execute(
         database, "CREATE TABLE docs (id int PRIMARY KEY, state text NOT NULL, number int)", "CREATE SEQUENCE numbers START 7"
