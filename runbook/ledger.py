@@ -242,12 +242,7 @@ def claim(session: Session, plan: Plan) -> None:
 
 
 def _finished(session: Session, migration: int, step: str, action: str) -> Evidence | None:
-    row = session.run(
-        "ledger.finished_action",
-        migration=migration,
-        step=step,
-        action=action,
-    ).fetchone()
+    row = session.run("ledger.finished_action", migration=migration, step=step, action=action).fetchone()
     if row is None:
         return None
     when: datetime = row["finished_at"]
@@ -289,12 +284,10 @@ def open_last(database: str = "embedded", table: str = "", plan: str = "") -> Ru
 
 def of(database: Database, table: str, *, ended: bool = False) -> Run:
     """The run of a table in a database that is already at hand."""
-    from runbook.catalog import find
-
     with database.session("open") as session, locks.attended(database):
         if not kept(session):
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
-        _, schema, name = find(session, table, database.name)
+        _, schema, name = catalog.find(session, table, database.name)
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
     if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")

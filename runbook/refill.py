@@ -37,10 +37,11 @@ def put_back(action: Action) -> Evidence:
     try:
         with session.transaction(lock_timeout="5s"):
             rows = session.run("repair.put_back", **run.names).rowcount
-            if session.value("repair.changed", **_names(run)) or session.value("repair.missing", **run.names):
+            fires = triggers(session, run.plan)
+            if fires and (session.value("repair.changed", **_names(run)) or session.value("repair.missing", **run.names)):
                 raise PromiseBroken(
-                    f"A trigger of {run.plan.full_name} ({', '.join(triggers(session, run.plan)) or 'or a rule'}) changes or keeps off rows that are"
-                    " put back: nothing was put back. ALTER TABLE … DISABLE TRIGGER … while 03_restore runs."
+                    f"A trigger of {run.plan.full_name} ({', '.join(fires)}) changes or keeps off rows that are put back: nothing was put back."
+                    " ALTER TABLE … DISABLE TRIGGER … while 03_restore runs."
                 )
             ahead = _advance(run, session)
             session.run("repair.analyze", **run.names)
