@@ -33,10 +33,12 @@ def look(action: Action, file: str = "") -> Evidence:
         raise OutOfOrder(f"{run.plan.full_name} is not partitioned yet: 08_monitor is for the time after 05_cutover.")
     root = spelled(run.plan.source)
     leaves = session.rows("monitor.partitions", root=root)
-    rest = [(run.plan.table.schema_name, leaf["name"]) for leaf in leaves if leaf["bound"] == "DEFAULT"]
-    values = [row for leaf in rest for row in session.rows("monitor.default_rows", **run.names, leaf=leaf)]
+    rest = [(leaf["schema"], leaf["name"]) for leaf in leaves if leaf["bound"] == "DEFAULT"]
+    of_values = run.plan.partition_by == "list"  # by range each row may have one of its own
+    counts = "monitor.default_values" if of_values else "monitor.default_rows"
+    values = [row for leaf in rest for row in session.rows(counts, **run.names, leaf=leaf)]
     before = session.run("monitor.first_values", **run.names).fetchone()
-    names = [row["value"] for row in values] if run.plan.partition_by == "list" else []
+    names = [row["value"] for row in values] if of_values else []
     known = names if before is None else before["values"]
     share, asked = _pruning(run, session, {leaf["name"] for leaf in leaves}, file)
     facts: dict[str, Any] = {

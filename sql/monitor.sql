@@ -2,7 +2,7 @@
 
 -- name: partitions
 -- Rows and dead rows as the statistics have them; scans count since the statistics were reset.
-SELECT c.relname AS name, coalesce(pg_get_expr(c.relpartbound, c.oid), '') AS bound, pg_total_relation_size(c.oid) AS bytes,
+SELECT c.relnamespace::regnamespace::name AS schema, c.relname AS name, coalesce(pg_get_expr(c.relpartbound, c.oid), '') AS bound, pg_total_relation_size(c.oid) AS bytes,
        greatest(s.n_live_tup, c.reltuples::bigint, 0) AS rows, coalesce(s.n_dead_tup, 0) AS dead,
        coalesce(s.seq_scan, 0) AS whole_scans, coalesce(s.idx_scan, 0) AS index_scans,
        greatest(s.last_vacuum, s.last_autovacuum) AS vacuumed, greatest(s.last_analyze, s.last_autoanalyze) AS analyzed
@@ -14,6 +14,9 @@ SELECT s.relname AS partition, s.indexrelname AS index, s.idx_scan AS scans, pg_
   FROM pg_partition_tree({root}) t JOIN pg_stat_all_indexes s ON s.relid = t.relid ORDER BY 1, 2
 
 -- name: default_rows
+SELECT count(*) AS rows FROM {leaf}
+
+-- name: default_values
 SELECT coalesce({key}::text, 'NULL') AS value, count(*) AS rows FROM {leaf} GROUP BY 1 ORDER BY 2 DESC
 
 -- name: log

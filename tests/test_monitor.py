@@ -170,6 +170,19 @@ def test_it_looks_at_a_partition_that_was_just_added(migrated, clinic, sql):
     assert set(shown["vacuumed"].astype(str)) > {"never"}
 
 
+def test_of_a_default_partition_by_range_the_rows_are_counted_wherever_it_lies(database, sql):
+    """Its values may be as many as its rows."""
+    sql(
+        "CREATE TABLE logs (id int PRIMARY KEY, at date NOT NULL); INSERT INTO logs SELECT n, date '2000-01-01' + n FROM generate_series(0, 99) n"
+    )
+    run = migration.forward(
+        database, table="logs", key="at", partition_by="range", partitions={"past": [None, "2000-02-01"], "rest": "default"}
+    )
+    sql("CREATE SCHEMA old; ALTER TABLE rest SET SCHEMA old")
+    facts = seen(run)
+    assert (facts["default_rows"], facts["values"], facts["new_values"]) == (69, [], [])
+
+
 TODAY, FAR = "2000-01-01", ["9000-01-01", None]
 TIMES = {"past": [None, TODAY], "this": [TODAY, "3000-01-01"], "next": ["3000-01-01", "3001-01-01"]}
 
