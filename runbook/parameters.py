@@ -207,7 +207,8 @@ def resolve(**given: Any) -> Parameters:
     An empty `table` means the clinic, and only on the embedded server: with any other database the clinic's
     file is never a silent default.
     """
-    checked = check({**injected(), **given})
+    told = injected()
+    checked = check({**told, **given})
     if checked.table:
         return checked
     if checked.database != "embedded":
@@ -215,7 +216,7 @@ def resolve(**given: Any) -> Parameters:
             f"table is not named: on {checked.database} say which one to partition, with -p table … -p key …, or with -f FILE."
         )
     defaults = Parameters()
-    said = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    said = {name: value for name, value in given.items() if name in told or value != getattr(defaults, name)}
     return check({**clinic(), **said})
 
 
@@ -223,21 +224,21 @@ def injected() -> dict[str, Any]:
     """What Papermill's injected cell assigned in this kernel: it refuses no name by itself.
 
     Papermill opens that cell with the comment "# Parameters"; elsewhere there is none, and nothing to check. The cell's
-    own text counts: `backup` may name the module by now.
+    own text counts: `backup` may name the module by now. Of one that was corrected and run again, the last text counts.
     """
     try:
         from IPython import get_ipython
     except ImportError:  # pragma: no cover - IPython comes with jupyterlab
         return {}
     shell = get_ipython()
+    cells = getattr(shell, "user_ns", {}).get("In", []) if shell else []
+    last = next((cell for cell in reversed(cells) if cell.startswith("# Parameters\n")), "")
     given: dict[str, Any] = {}
-    for cell in getattr(shell, "user_ns", {}).get("In", []) if shell else []:
-        if cell.startswith("# Parameters\n"):
-            for node in ast.parse(cell).body:
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    name = node.targets[0].id
-                    try:
-                        given[name] = ast.literal_eval(node.value)
-                    except ValueError:  # float("nan") and the like
-                        given[name] = shell.user_ns[name]
+    for node in ast.parse(last).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            try:
+                given[name] = ast.literal_eval(node.value)
+            except ValueError:  # float("nan") and the like
+                given[name] = shell.user_ns[name]
     return given

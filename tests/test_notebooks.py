@@ -235,6 +235,19 @@ def test_plain_papermill_refuses_a_parameter_that_no_notebook_has(clinic: str, t
     assert dump(clinic) == before
 
 
+def test_what_is_injected_is_what_its_last_cell_says() -> None:
+    """A misspelt parameter that was corrected is forgotten; one that equals a notebook's own value is said all the same."""
+    cells = ["# Parameters\nuniqe = 'global'", "# Parameters\nunique = 'global'\n", "x = resolve(unique=unique).unique"]
+    code = f"""from IPython.core.interactiveshell import InteractiveShell
+from runbook.parameters import resolve
+shell = InteractiveShell.instance(user_ns={{"resolve": resolve}})
+for cell in {cells!r}:
+    shell.run_cell(cell, store_history=True).raise_error()
+print(shell.user_ns["x"])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("global\n", "")
+
+
 def test_the_embedded_example_of_two_users_ends_two_nothing_nothing() -> None:
     embedded.reset()
     walk("embedded", users=2, approved_by="")
