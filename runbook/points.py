@@ -75,8 +75,7 @@ def stage(run: Run, session: Session) -> Iterator[None]:
 def copy_table(run: Run, session: Session) -> None:
     """Before the cut-over: the table to be, with some rows, as a temporary table of the same name."""
     plan, names = run.plan, run.plan.names("pg_temp")
-    for each in partition.tables(plan, "pg_temp"):
-        session.run(each)
+    session.run_all(partition.tables(plan, "pg_temp"))
     for reference in plan.own_roles:
         session.run("foreign_keys.add_own_column", **references.names(run, reference) | {"shadow": names["shadow"]})
     name = next((index.name for index in plan.indexes if index.primary), "key")
@@ -247,18 +246,21 @@ def _try(session: Session, asked: sql.Composed, plan: Plan) -> str:
 
 def _moving(run: Run, session: Session) -> dict[str, Any]:
     row = dict(zip(("what changes", "what to do"), POINTS["moving"], strict=True))
-    session.run("application.moving")
+    ours = {
+        name: ("runbook", f"{name}_{run.migration}") for name in ("moving", "moving_a", "moving_b")
+    }  # who migrates another table has its own
+    session.run("application.moving", **ours)
     try:
         with run.database.session("application") as other, session.transaction(lock_timeout="300ms"):
-            session.run("application.moving_waits")
-            other.run("application.moving_moves")
+            session.run("application.moving_waits", **ours)
+            other.run("application.moving_moves", **ours)
             tried = sql.SQL("FETCH waiting").format()
             row |= {
-                "statement": _plain(statement("application.moving_waits")) + ";\nFETCH waiting",
+                "statement": _plain(statement("application.moving_waits", **ours)) + ";\nFETCH waiting",
                 "seen": _try(session, tried, run.plan),
             }
             raise psycopg.Rollback
-        again = statement("application.moving_again")
+        again = statement("application.moving_again", **ours)
         return row | {"instead": _plain(again), "seen then": _try(session, again, run.plan)}
     finally:
-        session.run("application.moving_gone")
+        session.run("application.moving_gone", **ours)

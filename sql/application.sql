@@ -162,23 +162,23 @@ EXECUTE runbook_named
 
 -- name: moving
 -- Two sessions and a commit: on a table of its own, which goes at once.
-DROP TABLE IF EXISTS runbook.moving;
-CREATE TABLE runbook.moving (id integer, part text) PARTITION BY LIST (part);
-CREATE UNLOGGED TABLE runbook.moving_a PARTITION OF runbook.moving FOR VALUES IN ('a');
-CREATE UNLOGGED TABLE runbook.moving_b PARTITION OF runbook.moving FOR VALUES IN ('b');
-INSERT INTO runbook.moving VALUES (1, 'a')
+DROP TABLE IF EXISTS {moving};
+CREATE TABLE {moving} (id integer, part text) PARTITION BY LIST (part);
+CREATE UNLOGGED TABLE {moving_a} PARTITION OF {moving} FOR VALUES IN ('a');
+CREATE UNLOGGED TABLE {moving_b} PARTITION OF {moving} FOR VALUES IN ('b');
+INSERT INTO {moving} VALUES (1, 'a')
 
 -- name: moving_waits
-DECLARE waiting CURSOR FOR SELECT * FROM runbook.moving WHERE id = 1 FOR UPDATE
+DECLARE waiting CURSOR FOR SELECT * FROM {moving} WHERE id = 1 FOR UPDATE
 
 -- name: moving_moves
-UPDATE runbook.moving SET part = 'b' WHERE id = 1
+UPDATE {moving} SET part = 'b' WHERE id = 1
 
 -- name: moving_again
-SELECT part FROM runbook.moving WHERE id = 1 FOR UPDATE
+SELECT part FROM {moving} WHERE id = 1 FOR UPDATE
 
 -- name: moving_gone
-DROP TABLE IF EXISTS runbook.moving
+DROP TABLE IF EXISTS {moving}
 
 -- name: filled
 -- Rows whose writer did not know of the role column.
