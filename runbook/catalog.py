@@ -18,14 +18,20 @@ Row = dict[str, Any]
 
 
 def find(session: Session, table: str, database: str) -> tuple[int, str, str]:
-    """(oid, schema, name) of the table that a parameter names; raises BadInput with the names that come near."""
-    found = session.value("catalog.resolve", name=table)
-    if found is None:
+    """(oid, schema, name) of the table that a parameter names; raises BadInput with the names that come near, or with the schemas
+    where several are meant."""
+    meant = session.rows("catalog.resolve", name=table)
+    if not meant:
         known = [row["name"] for row in session.rows("catalog.tables")]
         names = {name.casefold(): name for each in known for name in (each, each.partition(".")[2])}
         near = [names[each] for each in difflib.get_close_matches(table.casefold(), names, n=3)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:12]) or 'no tables at all'}."
         raise BadInput(f"{table} is not a table of {database}: {hint}")
+    equally = [each for each in meant if each["preference"] == meant[0]["preference"]]
+    if len(equally) > 1 and not meant[0]["visible"]:
+        schemas = ", ".join(each["schema"] for each in equally)
+        raise BadInput(f"{table} is a table in several schemas ({schemas}): say which, as {meant[0]['schema']}.{table}.")
+    found = meant[0]["oid"]
     row = session.row("catalog.table", oid=found)
     if row["schema"] in ("pg_catalog", "information_schema"):
         raise BadInput(f"{row['schema']}.{row['name']} is the server's own: name a table of yours.")

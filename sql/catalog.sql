@@ -3,17 +3,12 @@
 
 -- name: resolve
 -- The tables that a parameter can mean: the exact name first, then schema.name, then SQL notation.
-SELECT oid::bigint
-  FROM (SELECT c.oid, 1 AS preference, pg_table_is_visible(c.oid) AS visible
-          FROM pg_class c WHERE c.relname = {name} AND c.relkind IN ('r', 'p')
-        UNION ALL
-        SELECT c.oid, 2, true FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE n.nspname || '.' || c.relname = {name} AND c.relkind IN ('r', 'p')
-        UNION ALL
-        SELECT c.oid, 3, true FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE {name} IN (quote_ident(n.nspname) || '.' || quote_ident(c.relname), quote_ident(c.relname))
-           AND c.relkind IN ('r', 'p')) candidate
- ORDER BY preference, visible DESC, oid
+SELECT c.oid::bigint AS oid, n.nspname AS schema, pg_table_is_visible(c.oid) AS visible,
+       CASE {name} WHEN c.relname THEN 1 WHEN n.nspname || '.' || c.relname THEN 2 ELSE 3 END AS preference
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p') AND {name} IN (c.relname, n.nspname || '.' || c.relname, quote_ident(c.relname),
+                                              quote_ident(n.nspname) || '.' || quote_ident(c.relname))
+ ORDER BY c.relpersistence = 't', preference, visible DESC, c.oid
 
 -- name: tables
 -- The ordinary tables of the database, to help with a misspelt name.

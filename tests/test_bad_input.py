@@ -132,6 +132,15 @@ def test_a_table_that_cannot_be_partitioned_as_asked(clinic: str, sql: Sql, chan
     assert dump(clinic) == before
 
 
+def test_a_name_in_several_schemas_is_not_guessed_at(clinic: str, sql: Sql) -> None:
+    """Unless the search_path decides it."""
+    sql("CREATE SCHEMA a; CREATE SCHEMA b; CREATE TABLE a.users ()")
+    assert runbook.draft(table="users", key="role", database=clinic).plan.full_name == "public.users"
+    sql("ALTER TABLE users SET SCHEMA b")
+    with pytest.raises(BadInput, match=r"users is a table in several schemas \(b, a\): say which, as b\.users\."):
+        runbook.draft(table="users", key="role", database=clinic)
+
+
 @pytest.mark.parametrize(("change", "said"), FILLED, ids=[case[0][:40] for case in FILLED])
 def test_a_null_value_that_the_table_cannot_have(clinic: str, sql: Sql, change: str, said: list[str]) -> None:
     sql(change)
