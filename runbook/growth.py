@@ -147,13 +147,17 @@ def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Ro
             )
 
 
+TERM = re.compile(r"E?(')((?:[^']|'')*)'|([^\s,()']+)")
+
+
 def stands(wanted: Partition, tree: list[Row]) -> bool:
     """Whether this very partition is there already."""
-    plain = str.maketrans("", "", " '")
-    return any(
-        row["name"] == wanted.name and row["bound"].translate(plain).lower() == wanted.bound.translate(plain).lower()
-        for row in tree
-    )
+    return any(row["name"] == wanted.name and _terms(row["bound"]) == _terms(wanted.bound) for row in tree)
+
+
+def _terms(bound: str) -> list[str]:
+    """What a bound is made of: the server writes numbers and truth without quotes, and has its own way with spaces."""
+    return [text if quoted else bare.lower() for quoted, text, bare in TERM.findall(bound)]
 
 
 def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Column) -> list[Partition]:

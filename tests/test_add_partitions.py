@@ -373,6 +373,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "add is empty": {},
     'users_more" would overlap partition "users_patients': {"add": {"users_more": ["user"]}},
     "is taken": {"add": {"doctors": ["nurse"]}},
+    r"public\.users_patients is taken": {"add": {"users_patients": ["USER"]}},
     "has no value": {"add": {"users_nurses": []}},
 }
 
