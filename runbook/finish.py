@@ -30,7 +30,7 @@ def statements(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> 
         yield from matviews.forget(run)
         yield statement("rollback.drop_retired", **run.names)
     yield statement("rollback.drop_staging", **run.names)
-    if drop_backup:
+    if drop_backup and run.plan.backup_method == "table":
         yield statement("backup.drop", **run.names)
 
 
@@ -84,11 +84,11 @@ def drop(
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:
-        going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", drop_backup)) if goes]
+        backup_goes = drop_backup and run.plan.backup_method == "table"
+        going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", backup_goes)) if goes]
         ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
         with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
-            for each in (*attaching.forget(run, session), *statements(run, drop_backup, keep_fill)):
-                session.run(each)
+            session.run_all((*attaching.forget(run, session), *statements(run, drop_backup, keep_fill)))
             session.run("ledger.set_state", state="finished", migration=run.migration)
             return action.finish(
                 f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back."

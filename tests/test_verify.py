@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import charts, cutover, ledger, verify
+from runbook import charts, cutover, finish, ledger, verify
 from runbook.database import target
 from runbook.errors import PromiseBroken
 from runbook.ledger import Run
@@ -373,13 +373,20 @@ def test_an_empty_table_that_nobody_references_is_verified(database: str) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize("found", ["on PATH", "in the package"])
-def test_a_backup_made_by_dump_is_held_against_its_digest(clinic: str, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    """By the package's client, too: the newest, which begins with a setting that servers before 17 refuse."""
+def test_a_backup_made_by_dump_is_held_against_its_digest(
+    clinic: str, monkeypatch: pytest.MonkeyPatch, found: str, sql: Callable[..., Any]
+) -> None:
+    """By the package's client, too: the newest, which begins with a setting that servers before 17 refuse. At the end no table goes,
+    though it have a backup's name."""
     if found == "in the package":
         monkeypatch.setenv("PATH", "")
     run = migration.forward(clinic, backup_method="dump")
     verify.check(run)
     assert verdicts(run)["The backup is what was proved when it was made"] == "pass"
+    sql("CREATE TABLE users_backup ()")
+    finish.require(run, approved_by="ann", unneeded_for_h=0)
+    finish.drop(run, drop_backup=True)
+    assert sql("SELECT * FROM users_backup") == []
 
 
 RAISES = (
