@@ -115,7 +115,7 @@ def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | N
     with rehearsal.Watch(target(where), table) as watch:
         try:
             perform((*FORWARD[: FORWARD.index("05_cutover")], "90_rollback"), given, out, watch.told)
-        except SystemExit:
+        except BaseException:
             if under_way(where, table):
                 perform(("90_rollback",), given, out)
             raise

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from runbook import cli, embedded
+from runbook import archive, cli, embedded
 from runbook.audit import audit
 from runbook.database import target
 from runbook.errors import PromiseBroken
@@ -47,6 +47,23 @@ def test_a_rehearsal_does_not_take_a_migration_away_that_is_under_way(clinic: st
     assert done.exit_code == 1
     assert "is under way" in done.stderr
     assert dump(clinic) == before
+
+
+@pytest.mark.long
+def test_a_record_that_cannot_be_written_leaves_nothing_on_the_table_either(
+    clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, add = dump(clinic, "--exclude-schema=runbook"), archive.Run.add
+
+    def full(record: archive.Run, done: Any) -> None:
+        if done.notebook.name == "02_partition.ipynb":
+            raise OSError(28, "No space left on device")
+        add(record, done)
+
+    monkeypatch.setattr(archive.Run, "add", full)
+    done = CliRunner().invoke(cli.main, ["rehearse", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path / "runs")])
+    assert done.exit_code == 1
+    assert dump(clinic, "--exclude-schema=runbook") == before
 
 
 def until(true: Callable[[], Any]) -> None:
