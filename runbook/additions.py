@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 from psycopg import sql
 
-from runbook import attaching, catalog, locks, unique
+from runbook import attaching, catalog, cutover, locks, unique
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
-from runbook.facts import Finding, Key, Partition
+from runbook.facts import Finding, Partition
 from runbook.growth import Addition, Growth, decide, in_the_way, left_behind, stands
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import resolve
@@ -121,8 +121,7 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
                 _refuse(in_the_way(run, session, addition.name))
                 with session.qualified():
                     made = list(attaching.make_statements(run, growth, session, addition))
-                for each in made:
-                    session.run(each)
+                session.run_all(made)
             rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms))
             session.run("additions.analyze", **attaching.names(run, addition))
             moved, locked = moved + rows, max(locked, seconds)
@@ -152,12 +151,10 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
             rows = waiting()
             if rows and not moving:
                 raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile")
-            for each in list(attaching.attach_statements(run, growth, session, addition, moving=rows > 0)):
-                session.run(each)
+            session.run_all(list(attaching.attach_statements(run, growth, session, addition, moving=rows > 0)))
             leaf = attaching.names(run, addition)["leaf"]
             for row in session.rows("additions.attached_indexes", sibling=growth.sibling, leaf_text=spelled(leaf)):
-                for each in attaching.as_its_sibling(leaf, run.plan.table.schema_name, row["name"], row):
-                    session.run(each)
+                session.run_all(attaching.as_its_sibling(leaf, run.plan.table.schema_name, row["name"], row))
             action.finish(f"{addition.name} is a partition of {growth.table}.", rows, partitions=[addition.name])
         return rows
 
@@ -174,13 +171,8 @@ def validate(draft: Draft, budget_s: float = 120) -> Evidence:
             key = next((each for each in draft.growth.keys if each.place == (row["schema"], row["name"], row["key"])), None)
             if row["validated"] or key is None or key.place in _lax(run):
                 continue
-            patience = locks.Patience(budget_s, 3000)
-
-            def attempt(key: Key = key) -> None:
-                with session.transaction(lock_timeout="3s"):
-                    session.run("cutover.validate", table=key.identifier, constraint=(key.name,))
-
-            locks.persist(run.database, session, patience, key.name, attempt)
+            each = statement("cutover.validate", table=key.identifier, constraint=(key.name,))
+            cutover.validate(run, session, locks.Patience(budget_s), key.name, each)
             done.append(key.name)
         return action.finish(f"Foreign keys that were validated again: {', '.join(done) or 'none had to step aside'}.")
 

@@ -73,8 +73,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(_sums_at, run, snapshot) if alone else None
             session.connection.execute("SET LOCAL default_tablespace TO DEFAULT")  # a backup may well lie elsewhere
-            for each in script(run):
-                session.run(each)
+            session.run_all(script(run))
             there = beside.result() if beside else session.rows("backup.sums", **_names(run, "source"))
         here = session.rows("backup.sums", **_names(run, "backup"))
         _require_equal(run.plan.backup, there, here)

@@ -41,11 +41,12 @@ def fill_in(
         settings = {"runbook__correcting": "on", "synchronous_commit": "off"}
         try:
             with worker.transaction(lock_timeout="10ms", **settings):
-                filled.append(worker.run("foreign_keys.fill_places", **(own | place)).rowcount)
+                done = worker.run("foreign_keys.fill_places", **(own | place)).rowcount
         except LockNotAvailable:
             with worker.transaction(lock_timeout="1s", **settings):
-                filled.append(worker.run("foreign_keys.fill_free_places", **(own | place)).rowcount)
-        progress.add(filled[-1], lambda: int(worker.value("changes.length", **run.names)))
+                done = worker.run("foreign_keys.fill_free_places", **(own | place)).rowcount
+        filled.append(done)
+        progress.add(done, lambda: int(worker.value("changes.length", **run.names)))
 
     try:
         parallel(run, 0, list(gaps([], blocks, max(1, batch_rows * blocks // max(1, rows)))), one)

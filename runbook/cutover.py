@@ -18,6 +18,8 @@ from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement
 
+UNFELT_MS = 3000  # what waits for SHARE UPDATE EXCLUSIVE, no reader and no writer waits for
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -152,46 +154,30 @@ def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:
 
 
 @recorded("cutover", "validate")
-def validate_foreign_keys(action: Action, budget_s: float = 120) -> Evidence:
+def validate_foreign_keys(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Validate every key that the swap added NOT VALID: SHARE UPDATE EXCLUSIVE, readers and writers go on. Then materialized
     views are made anew."""
     run, session = action.run, action.session
     done = []
     for what, each, tables in validations(run, session):
-        validate(run, session, budget_s, what, each, tables)
+        validate(run, session, locks.Patience(budget_s, lock_timeout_ms), what, each, tables)
         done.append(what)
-    for reference, each, exclusive in foreign_keys.require_late(run, session):
-        patience = locks.Patience(budget_s, 300 if exclusive else 3000)
-
-        def require(
-            each: sql.Composed = each, patience: locks.Patience = patience, table: sql.Identifier = reference.identifier,
-            mode: str = "ACCESS EXCLUSIVE" if exclusive else "SHARE UPDATE EXCLUSIVE",
-        ) -> None:  # fmt: skip
-            with locks.exclusive(session, patience, [table], mode=mode):
-                session.run(each)
-
-        locks.persist(run.database, session, patience, reference.table, require)
-    anew = matviews.rebuild(run, session, budget_s)
+    for reference, each, mode in foreign_keys.require_late(run, session):
+        patience = locks.Patience(budget_s, lock_timeout_ms)
+        locks.apply(run.database, session, patience, reference.table, [each], [reference.identifier], mode)
+    anew = matviews.rebuild(run, session, lock_timeout_ms, budget_s)
     said = f" Materialized views that were made anew: {', '.join(anew)}." if anew else ""
     lines = catalog.lines(session, run.plan.source)  # the way back says what is another
     return action.finish(f"Foreign keys that were validated: {', '.join(done) or 'none'}.{said}", lines=lines)
 
 
 def validate(
-    run: Run, session: Session, budget_s: float, what: str, each: sql.Composed, tables: Sequence[sql.Composable] = ()
+    run: Run, session: Session, patience: locks.Patience, what: str, each: sql.Composed, tables: Sequence[sql.Composable] = ()
 ) -> None:
-    """One of the validations. Writers queue behind a lock on `tables` only, and not for long."""
-    patience = locks.Patience(budget_s, 300 if tables else 3000)
-
-    def attempt() -> None:
-        with (
-            locks.exclusive(session, patience, tables, mode="SHARE ROW EXCLUSIVE")
-            if tables
-            else session.transaction(lock_timeout="3s")
-        ):
-            session.run(each)
-
-    locks.persist(run.database, session, patience, what, attempt)
+    """One of the validations. Writers queue behind a lock on `tables` only; for its own the statement waits longer."""
+    if not tables:
+        patience.lock_timeout_ms = UNFELT_MS
+    locks.apply(run.database, session, patience, what, [each], tables, "SHARE ROW EXCLUSIVE")
 
 
 def validations(run: Run, session: Session | None = None) -> composite.Validations:

@@ -99,15 +99,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
             statements = [*log_table(run, reference), *column(run, reference)]
         else:  # begun before: its triggers may have been switched off since, and a partition may have come
             statements = [statement("foreign_keys.switch_off", **names(run, reference)), *_switch_on(run, reference)]
-
-        def attempt(
-            reference: Reference = reference, statements: list[sql.Composed] = statements, patience: locks.Patience = patience
-        ) -> None:
-            with locks.exclusive(session, patience, [reference.identifier]):
-                for each in statements:
-                    session.run(each)
-
-        locks.persist(run.database, session, patience, reference.table, attempt)
+        locks.apply(run.database, session, patience, reference.table, statements, [reference.identifier])
     return action.finish(
         f"Referencing tables that have their role column, and a log of their own: {len(added(run))}.",
         len(added(run)),
@@ -211,14 +203,18 @@ def keep(run: Run) -> Statements:
         )
 
 
-def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, bool]]:
-    """(reference, statement, whether it needs ACCESS EXCLUSIVE for an instant) for the role columns that are required late: their
+def require_late(run: Run, session: Session | None = None) -> Iterator[tuple[Reference, sql.Composed, str]]:
+    """(reference, statement, the lock that it needs) for the role columns that are required late: their
     check is validated, then it is NOT NULL where it can be. With a session: only what is left of it."""
     for reference in added(run) if _required_late(run) else []:
         if session is None or session.value("foreign_keys.checked", **names(run, reference)):
-            yield reference, _validate(run, reference), False
+            yield reference, _validate(run, reference), "SHARE UPDATE EXCLUSIVE"
             if reference.not_null:
-                yield reference, statement("foreign_keys.require_all", **names(run, reference)), True
+                yield (
+                    reference,
+                    statement("foreign_keys.require_all", **names(run, reference)),
+                    "ACCESS EXCLUSIVE",
+                )  # for an instant
 
 
 def state(run: Run) -> pd.DataFrame:

@@ -99,6 +99,24 @@ def persist(database: Database, session: Session, patience: Patience, what: str,
                 time.sleep(min(1.0, 0.1 * 1.5**patience.attempts) * random.uniform(0.5, 1))
 
 
+def apply(
+    database: Database, session: Session, patience: Patience, what: str, statements: Sequence[sql.Composed],
+    tables: Sequence[sql.Composable] = (), mode: str = "ACCESS EXCLUSIVE",
+) -> None:  # fmt: skip
+    """Run statements in one short transaction, as `persist` does, under a lock on `tables`; without tables each waits for its own."""
+
+    def attempt() -> None:
+        alone = (
+            exclusive(session, patience, tables, mode=mode)
+            if tables
+            else session.transaction(lock_timeout=f"{patience.lock_timeout_ms}ms")
+        )
+        with alone:
+            session.run_all(statements)
+
+    persist(database, session, patience, what, attempt)
+
+
 @contextmanager
 def watching(database: Database, session: Session, patience: Patience) -> Iterator[None]:
     """While statements wait, ask from a second connection who they wait for; it is opened when they have waited a little."""

@@ -83,7 +83,7 @@ def script(run: Run) -> Statements:
         yield rendered("COMMIT")
 
 
-def rebuild(run: Run, session: Session, budget_s: float) -> list[str]:
+def rebuild(run: Run, session: Session, lock_timeout_ms: int, budget_s: float) -> list[str]:
     """Make anew those that still read the retired table, as they are now; whoever reads one waits for its exchange only.
 
     One that somebody dropped or made anew since is left alone. Raises LockNotGranted when the budget is over.
@@ -91,7 +91,7 @@ def rebuild(run: Run, session: Session, budget_s: float) -> list[str]:
     made, planned = [], {each.place: each for each in run.plan.matviews}
     retired = session.value("verify.oid", root=spelled(run.names["retired"]))
     for place in [each.place for each in _now(session, retired) if each.place in planned] if planned else []:
-        patience, done = locks.Patience(budget_s, 300), list[Matview]()
+        patience, done = locks.Patience(budget_s, lock_timeout_ms), list[Matview]()
 
         def attempt(place: tuple[str, str] = place, patience: locks.Patience = patience, done: list[Matview] = done) -> None:
             view = next((each for each in _now(session, retired) if each.place == place), None)
@@ -100,14 +100,12 @@ def rebuild(run: Run, session: Session, budget_s: float) -> list[str]:
             view = view.model_copy(update={"query": planned[place].query})  # its own names the retired table by now
             if done[-1:] != [view]:
                 with session.transaction(lock_timeout="5s", row_security="on"):
-                    for each in _make(run, view):
-                        session.run(each)
+                    session.run_all(_make(run, view))
                 done.append(view)
             views = [sql.Identifier(*each) for each in view.view_tables]
             alone = sql.SQL("ONLY {}").format(run.plan.source)
             with locks.exclusive(session, patience, [alone], views, mode="SHARE UPDATE EXCLUSIVE", sequences=[hold(view)]):
-                for each in _exchange(run, view):
-                    session.run(each)
+                session.run_all(_exchange(run, view))
 
         locks.persist(run.database, session, patience, ".".join(place), attempt)
         made.append(".".join(place))

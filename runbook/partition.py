@@ -111,8 +111,7 @@ def rehearse(session: Session, plan: Plan) -> Iterator[Finding]:
 def _refused(session: Session, plan: Plan) -> str:
     """Why some rows or the keys are refused, as a sentence, else nothing."""
     shadow = plan.names("pg_temp")["shadow"]
-    for each in tables(plan, "pg_temp"):
-        session.run(each)
+    session.run_all(tables(plan, "pg_temp"))
     if refused := _try_rows(session, plan):
         return refused
     keys = {index.name: index.constraint_definition or "" for index in plan.indexes if index.constraint and index.everywhere}
@@ -197,8 +196,7 @@ def measure(session: Session, plan: Plan) -> list[tuple[str, float, float]]:
     costs = []
     with session.connection.transaction(force_rollback=True):
         rows = sum(each.rows for each in plan.partitions)
-        for each in tables(plan, "pg_temp"):
-            session.run(each)
+        session.run_all(tables(plan, "pg_temp"))
         if not plan.takes_any_value:
             session.run("partition.create_unplaced", **plan.names("pg_temp"))
         names = {**plan.names("pg_temp"), **plan.listed()}
@@ -241,8 +239,7 @@ def create_shadow(action: Action) -> Evidence:
     """Make the shadow and its partitions, in one transaction with the ledger's row."""
     run, session = action.run, action.session
     with session.transaction(lock_timeout="5s"):
-        for each in create(run):
-            session.run(each)
+        session.run_all(create(run))
         names = ", ".join(partition.name for partition in run.plan.partitions)
         return action.finish(f"The shadow of {run.plan.full_name} and its partitions {names} are there, empty.")
 
@@ -255,8 +252,7 @@ def start_log(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
 
     def attempt() -> Evidence:
         with locks.exclusive(session, patience, [run.plan.source], mode="SHARE ROW EXCLUSIVE"):
-            for each in changes.switch_on(run):
-                session.run(each)
+            session.run_all(changes.switch_on(run))
             states = session.value("changes.trigger_states", oid=run.names["source_oid"])
             session.run("ledger.remember_triggers", triggers=states, **run.names)
             return action.finish(f"Every change of {run.plan.full_name} is logged from now on.", attempts=patience.attempts)

@@ -48,7 +48,8 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
         raise BadInput(f"{table.schema_name}.{backup} {what}: name with backup the one that has every column of {table.name}.")
     rows = {each["name"]: each["rows"] for each in session.rows("repair.rows", **where)}
     partitions = tuple(_partition(each, rows) for each in session.rows("repair.partitions", oid=oid))
-    indexes = catalog.indexes_of(session, table, key.name, [partition.name for partition in partitions], False)
+    version = session.connection.info.server_version // 10000
+    indexes = catalog.indexes_of(session, table, key.name, [partition.name for partition in partitions], version)
     primary = next((index.columns for index in indexes if index.primary), None)
     if primary is None:
         raise PlanBlocked(
@@ -56,7 +57,7 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
             f" {table.schema_name}.{table.name} ADD PRIMARY KEY (…, {key.name}) first."
         )
     plan = Plan(
-        server_version=session.connection.info.server_version // 10000, table=table,
+        server_version=version, table=table,
         fingerprint=catalog.fingerprint(session, oid), key=key.name, key_type=key.type, key_nullable=not key.not_null,
         partition_by=root["partition_by"], partitions=partitions, columns=columns,
         takes_any_value=any(partition.bound == "DEFAULT" for partition in partitions),
@@ -202,13 +203,8 @@ def add_columns(action: Action, lock_timeout_ms: int, budget_s: float) -> Eviden
         if session.value("repair.key_exists", **names(run, reference), key_name=reference.name):
             continue
         patience = locks.Patience(budget_s, lock_timeout_ms)
-
-        def attempt(reference: Reference = reference, patience: locks.Patience = patience) -> None:
-            with locks.exclusive(session, patience, [run.plan.source, reference.identifier]):
-                for each in statements_of(run, reference):
-                    session.run(each)
-
-        locks.persist(run.database, session, patience, reference.table, attempt)
+        both = [run.plan.source, reference.identifier]
+        locks.apply(run.database, session, patience, reference.table, list(statements_of(run, reference)), both)
     return action.finish(
         f"{counted(len(lost(run)), 'lost foreign key')} of {run.plan.full_name} {'is' if len(lost(run)) == 1 else 'are'} there again, not validated yet."
     )

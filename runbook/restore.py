@@ -100,8 +100,7 @@ def _start_again_if_rewritten(run: Run, session: Session) -> None:
         filenode = session.value("catalog.filenode", oid=run.names["source_oid"])
         truncated = session.value("changes.truncated", **run.names)
         if truncated or filenode != session.row("ledger.remembered", **run.names)["filenode"]:
-            for each in indexes.remove(run):
-                session.run(each)
+            session.run_all(indexes.remove(run))
             session.run("restore.start_again", **run.names)
             session.run("changes.forget_truncation", **run.names)
             session.run("ledger.remember_filenode", filenode=filenode, **run.names)
@@ -174,8 +173,7 @@ def build_indexes(action: Action, workers: int = 0) -> Evidence:
             for later in each.adopt if not built.get((each.leaf, each.name)) else []:
                 session.run(later)
         if not session.rows("restore.built", leaf_text=spelled(run.names["shadow"])):
-            for statement_ in indexes.adopt(run):
-                session.run(statement_)
+            session.run_all(indexes.adopt(run))
     for together in indexes.storage(run):
         parallel(run, workers, together, _one_by_one)
     sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
@@ -190,8 +188,7 @@ def _build(run: Run, session: Session, build: indexes.Build, holder: int) -> Non
     build.pid = session.pid
     try:
         with session.transaction(lock_timeout="30s", synchronous_commit="off"):
-            for each in build.statements:
-                session.run(each)
+            session.run_all(build.statements)
             refuse_orphan(run, session, holder)
     finally:
         build.ended = True

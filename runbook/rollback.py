@@ -11,6 +11,7 @@ from psycopg import errors, sql
 
 from runbook import (
     attaching,
+    backup,
     catalog,
     changes,
     compare,
@@ -223,7 +224,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
     losses.refuse_out_of_turn(run, session)
     patience = locks.Patience(budget_s, lock_timeout_ms)
-    _validate(_as_it_is(run, session), session, budget_s)
+    _validate(_as_it_is(run, session), session, lock_timeout_ms, budget_s)
     # A role column that this migration did not add is the application's own.
     mine = [each for each in added(run) if session.value("foreign_keys.logged", **reference_names(run, each))]
     retired = run.finished("rollback", "swap")
@@ -231,10 +232,8 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     def attempt() -> Evidence:
         tables, shadow = unlogged(run, session), swapping.standing(session, [run.names["shadow"]])
         with locks.exclusive(session, patience, tables, ours=shadow, logs=swapping.logs(run, session), dropped=shadow):
-            for each in (*attaching.forget(run, session), *matviews.forget(run)):
-                session.run(each)
-            for each in take_away(run, [] if retired and retired.facts.get("swapped") else mine):
-                session.run(each)
+            session.run_all((*attaching.forget(run, session), *matviews.forget(run)))
+            session.run_all(take_away(run, [] if retired and retired.facts.get("swapped") else mine))
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             return action.finish(f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it.")
 
@@ -248,7 +247,7 @@ def unlogged(run: Run, session: Session) -> list[sql.Composable]:
     return list({each.as_string(None): each for each in tables}.values())
 
 
-def _validate(run: Run, session: Session, budget_s: float) -> None:
+def _validate(run: Run, session: Session, lock_timeout_ms: int, budget_s: float) -> None:
     valid = [each for each in run.plan.references if each.definition and not each.definition.endswith("NOT VALID")]
     wanted: dict[tuple[str, str, str], sql.Composable] = {each.place: each.identifier for each in valid}
     own = run.plan.table
@@ -258,11 +257,13 @@ def _validate(run: Run, session: Session, budget_s: float) -> None:
         if row["validated"] or table is None:
             continue
 
-        cutover.validate(run, session, budget_s, name, statement("cutover.validate", table=table, constraint=(name,)))
+        cutover.validate(
+            run, session, locks.Patience(budget_s), name, statement("cutover.validate", table=table, constraint=(name,))
+        )
     for reference in valid:
         if composite.by_leaf(run, reference):
             for what, each, tables in composite.validate(run, reference, reference.definition, session):
-                cutover.validate(run, session, budget_s, what, each, tables)
+                cutover.validate(run, session, locks.Patience(budget_s, lock_timeout_ms), what, each, tables)
 
 
 @recorded("rollback", "check")
@@ -280,10 +281,10 @@ def check(action: Action, keep_backup: bool = False) -> Evidence:
     if run.finished("rollback", "clean") is None:
         raise PromiseBroken(f"The migration of {run.plan.full_name} has not been taken away: run 90_rollback from its beginning.")
     with session.transaction(lock_timeout="10s"):
-        backup = _release_backup(run, session, keep_backup)
+        released = _release_backup(run, session, keep_backup)
         session.run("ledger.undo", migration=run.migration, steps=list(STEPS))
         session.run("ledger.set_state", state="rolled back", migration=run.migration)
-        return action.finish(f"{run.plan.full_name} is what it was.{altered} {backup}", same=not altered)
+        return action.finish(f"{run.plan.full_name} is what it was.{altered} {released}", same=not altered)
 
 
 def _release_backup(run: Run, session: Session, keep: bool) -> str:
@@ -292,6 +293,8 @@ def _release_backup(run: Run, session: Session, keep: bool) -> str:
         return "There was no backup."
     if "archive" in made.facts:
         return f"The archive {made.facts['archive']} stays."
+    if backup.gone(run, session):
+        return f"The backup {run.plan.backup} was there no more."
     if keep:
         name = fit(f"{run.plan.backup}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
         session.run("backup.rename", **run.names, to=(name,))

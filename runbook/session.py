@@ -82,6 +82,11 @@ class Session:
             rows.append(cursor.rowcount)
         return cursor
 
+    def run_all(self, statements: Iterable[sql.Composed]) -> None:
+        """Run one after the other."""
+        for each in statements:
+            self.run(each)
+
     def at_once(self, statements: Iterable[sql.Composable]) -> None:
         """Run them in one round trip: under locks everybody would wait for each one's way. Each is in the record, with its time by
         the server's clock; when one fails, all of them as one."""

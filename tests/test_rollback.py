@@ -204,6 +204,14 @@ def test_the_backup_can_be_kept_under_another_name(forward, clinic, sql):
     migration.forward(clinic)
 
 
+def test_a_backup_that_somebody_dropped_does_not_hinder_the_way_back(forward, sql):
+    run = forward("backup")
+    sql("DROP TABLE users_backup")
+    rollback.clean(run)
+    said = rollback.check(run, keep_backup=True).sentence
+    assert said == "public.users is what it was. The backup users_backup was there no more."
+
+
 @pytest.mark.long
 def test_identities_go_on_in_both_directions(database, sql):
     sql("CREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, kind text NOT NULL, body text);"
