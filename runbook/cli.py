@@ -12,7 +12,7 @@ from typing import Any
 import click
 from psycopg.conninfo import conninfo_to_dict
 
-from runbook import __version__, archive, embedded, ledger, parameters, rehearsal
+from runbook import __version__, archive, embedded, imports, ledger, parameters, rehearsal
 from runbook.audit import audit as audited
 from runbook.database import target
 from runbook.errors import BadInput
@@ -48,6 +48,7 @@ def main() -> None:
     Exit codes: 0 done (also when all was done already), 1 refused or failed (the reason is printed), 2 wrong usage,
     130 interrupted, 143 terminated. Shell completion: eval "$(_RUNBOOK_COMPLETE=bash_source runbook)".
     """
+    imports.keep()
 
 
 @main.command(short_help="Execute the notebooks in order, and keep the record.")
@@ -199,6 +200,7 @@ def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, 
 
     A new folder under --out gets a copy of the notebooks, with the parameters filled in; Ctrl-C twice ends the run and seals it.
     """
+    imports.jsonschema()
     from runbook import desk  # JupyterLab's libraries take seconds to load, and only this needs them
 
     given = gather(file, pairs, database, users)

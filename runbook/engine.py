@@ -149,6 +149,7 @@ class RecordEngine(NBClientEngine):  # type: ignore[misc]
 class _Client(PapermillNotebookClient):  # type: ignore[misc]
     on_output: Callable[[str], None] | None = None
     secrets: frozenset[str] = frozenset()
+    saves = True  # whether what comes now is worth writing
     told: Mapping[str, str] = MappingProxyType({})  # where the kernel's statements are written down
     at = 0  # the cell that runs, or would run first
 
@@ -182,13 +183,14 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
 
     @contextmanager
     def _seldom_saved(self) -> Iterator[None]:
-        """Papermill writes the record before and after each cell: of a large one, with hundreds of partitions, that took most of the
-        time. It takes a tenth at most; whatever ends the notebook writes it once more."""
+        """Papermill writes the record before and after each cell, also those of words. Before a cell of code is enough, with what
+        came of all before it. Of a large one, with hundreds of partitions, that still took most of the time: it takes a tenth at
+        most. Whatever ends the notebook writes it once more."""
         save, ended, took = self.nb_man.save, 0.0, 0.0
 
         def seldom(**given: Any) -> None:
             nonlocal ended, took
-            if (begun := time.monotonic()) - ended > (9 * took if took > SHORT_S else 0):
+            if self.saves and (begun := time.monotonic()) - ended > (9 * took if took > SHORT_S else 0):
                 save(**given)
                 ended = time.monotonic()
                 took = ended - begun
@@ -203,6 +205,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         for index, cell in enumerate(self.nb.cells):
             self.at = index
             try:
+                self.saves = cell.cell_type == "code"
                 self.nb_man.cell_start(cell, self.at)
                 self.execute_cell(cell, self.at)
             except BaseException as error:
@@ -210,6 +213,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
                 if not isinstance(error, CellExecutionError | DeadKernelError):
                     self._hear_last_words(cell)
                 raise
+            self.saves = False
             self.nb_man.cell_complete(cell, cell_index=self.at)
 
     def blame(self, error: BaseException) -> None:

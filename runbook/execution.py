@@ -19,7 +19,7 @@ import psycopg
 from psycopg import sql
 from tqdm import tqdm
 
-from runbook import archive, asked, ledger
+from runbook import archive, asked, imports, ledger
 from runbook.database import target
 from runbook.errors import BadInput, RunbookError
 from runbook.parameters import check, clinic
@@ -41,8 +41,10 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
 
     `result` says at the end, when all did go well, what came of it.
     """
-    from runbook import engine  # Jupyter's libraries take seconds to load, and only this needs them
+    imports.jsonschema()
+    from runbook import engine  # Jupyter's libraries take a while to load, and only this needs them
 
+    imports.keep()
     table, where = str(given["table"]), str(given.get("database", "embedded"))
     if where != "embedded":
         target(where)  # where nobody answers, there is nothing to record

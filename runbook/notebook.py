@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 
+from runbook import imports
 from runbook.errors import RunbookError, told
 from runbook.ledger import NOTEBOOKS
 
@@ -26,6 +27,7 @@ def settle_in() -> None:
 
     pd.set_option("display.max_rows", 1000, "display.max_colwidth", None)
     shell.set_custom_exc((Exception, KeyboardInterrupt), _explain)
+    imports.keep()
 
 
 def _explain(shell: Any, kind: type[BaseException], error: BaseException, trace: TracebackType, tb_offset: Any = None) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SAWarning
 
-from runbook import drift
+from runbook import drift, imports
 from runbook.ledger import Run
 from runbook.plan import fit, with_key
 from runbook.references import added, names
@@ -143,9 +143,9 @@ def _key(name: str, columns: Iterable[str], referenced: list[Column[Any]], defin
 
 def sqlalchemy(run: Run, metadata: MetaData) -> str:
     """Typed declarative models, by sqlacodegen; a relationship keeps its name when its key becomes a composite one."""
-    from sqlacodegen.generators import DeclarativeGenerator
+    generators = imports.sqlacodegen()
 
-    class Models(DeclarativeGenerator):
+    class Models(generators.DeclarativeGenerator):  # type: ignore[name-defined, misc]
         """With the one name corrected: for a key of (user_id) sqlacodegen says `user`, for (user_id, user_role) `users`."""
 
         def generate_relationship_name(self, relationship: Any, global_names: set[str], local_names: set[str]) -> None:

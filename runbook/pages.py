@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -72,9 +73,7 @@ INDEX = """<!DOCTYPE html>
 
 def render_html(notebook: Path) -> Path:
     """Writes the notebook's page beside it: without scripts, requests or network, its pictures inside."""
-    from bs4 import BeautifulSoup  # these take half a second, which a status need not wait for
-    from jinja2 import DictLoader
-    from nbconvert import HTMLExporter
+    from bs4 import BeautifulSoup  # takes a while, which a status need not wait for
 
     content = nbformat.read(notebook, as_version=4)  # type: ignore[no-untyped-call]
     content.metadata["title"] = _title(notebook)
@@ -84,10 +83,7 @@ def render_html(notebook: Path) -> Path:
             f'<div class="failed">Failed: {html.escape(said["error"])} '
             f'<a href="#cell-id={html.escape(said["cell_id"])}">Where it failed</a></div>'
         )
-    exporter = HTMLExporter(  # type: ignore[no-untyped-call]
-        extra_loaders=[DictLoader({"record.html.j2": TEMPLATE})], template_file="record.html.j2"
-    )
-    page = BeautifulSoup(exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})[0], "html.parser")
+    page = BeautifulSoup(_exporter().from_notebook_node(content, {"metadata": {"name": notebook.stem}})[0], "html.parser")
     for tag in page.select(ELSEWHERE):
         tag.decompose()
     for tag in page.find_all(True):
@@ -115,6 +111,15 @@ def render_html(notebook: Path) -> Path:
     target_file = notebook.with_suffix(".html")
     write_whole(target_file, str(page))
     return target_file
+
+
+@cache
+def _exporter() -> Any:
+    """One for all pages: its templates are compiled once."""
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    return HTMLExporter(extra_loaders=[DictLoader({"record.html.j2": TEMPLATE})], template_file="record.html.j2")  # type: ignore[no-untyped-call]
 
 
 def _title(notebook: Path) -> str:

@@ -18,7 +18,7 @@ import pytest
 from psycopg import sql as composed
 from psycopg.conninfo import conninfo_to_dict
 
-from runbook import embedded, ledger
+from runbook import embedded, imports, ledger
 from runbook.database import target
 from tests import migration, servers, walk
 
@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # A shell starts what runs in the background with Ctrl-C ignored, and the tests' own processes would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    imports.keep()
     isolation = ExitStack()
     isolation.enter_context(servers.own_home())
     config.add_cleanup(isolation.close)
