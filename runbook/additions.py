@@ -76,7 +76,7 @@ def draft(run: Run, **given: Any) -> Draft:
     """
     parameters = resolve(**given, table=run.plan.full_name, database=run.database.name)
     plan = run.plan
-    if plan.restore_from == "source" and run.finished("cutover", "swap") is None and run.state != "finished":
+    if plan.restore_from == "source" and not run.swapped and run.state != "finished":
         raise OutOfOrder(f"{plan.full_name} is not partitioned yet: 05_cutover comes first.")
     if plan.partition_by == "hash":
         raise BadInput(
@@ -123,7 +123,7 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
                     made = list(attaching.make_statements(run, growth, session, addition))
                 session.run_all(made)
             rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms))
-            session.run("additions.analyze", **attaching.names(run, addition))
+            session.run("ddl.analyze", table=attaching.names(run, addition)["leaf"])
             moved, locked = moved + rows, max(locked, seconds)
         said = f"{growth.table} has {counted(len(names), 'more partition')}: {', '.join(names) or 'none was lacking'}. {counted(moved, 'row')} moved into them"
         return action.finish(
@@ -171,7 +171,7 @@ def validate(draft: Draft, budget_s: float = 120) -> Evidence:
             key = next((each for each in draft.growth.keys if each.place == (row["schema"], row["name"], row["key"])), None)
             if row["validated"] or key is None or key.place in _lax(run):
                 continue
-            each = statement("cutover.validate", table=key.identifier, constraint=(key.name,))
+            each = statement("ddl.validate", table=key.identifier, constraint=(key.name,))
             cutover.validate(run, session, locks.Patience(budget_s), key.name, each)
             done.append(key.name)
         return action.finish(f"Foreign keys that were validated again: {', '.join(done) or 'none had to step aside'}.")

@@ -19,6 +19,7 @@ from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import identifiers
 from runbook.sheet import Listing
+from runbook.statements import spelled
 from runbook.words import counted
 
 
@@ -96,7 +97,7 @@ def filled(run: Run) -> pd.DataFrame:
     wanted = [*references.added(run), *run.plan.own_roles]
     place = references.names(run, wanted[0])["filled"] if wanted else sql.Identifier(run.staging, "filled")
     with run.database.session("application") as session:
-        there = session.value("application.has_filled", filled=place.as_string(None))
+        there = session.value("catalog.there", name=spelled(place))
     if not there:
         return pd.DataFrame(columns=["table", "since yesterday", "rows", "last"])
     return run.frame("application.filled", filled=place, tables=[reference.table for reference in wanted])

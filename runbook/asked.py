@@ -22,9 +22,8 @@ def refuse_another(run: Run, given: Parameters, named: set[str]) -> None:
     """Raises BadInput when one of the parameters that were `named` is another than the plan was made with."""
     seen = run.finished("plan", "check")
     before: dict[str, Any] = (seen.facts.get("given") if seen else None) or {name: getattr(run.plan, name) for name in DECISIVE}
-    swapped = run.finished("cutover", "swap") is not None
     for name, now in remembered(given).items():
-        if name not in named or name not in before or (swapped and name in DIVISION):
+        if name not in named or name not in before or (run.swapped and name in DIVISION):
             continue
         was = before[name]
         if name == "partitions" and now and was is None:  # one a value, step or remainder: their names must be right

@@ -39,11 +39,11 @@ def make_statements(run: Run, growth: Growth, session: Session, addition: Additi
     options = f"WITH ({', '.join(like['options'])})" if like["options"] else ""
     space = f"TABLESPACE {spelled((like['tablespace'],))}" if like["tablespace"] else ""
     yield statement("additions.make", **own, options=trusted(options), tablespace=trusted(space))
-    yield statement("partition.comment", table=own["leaf"], comment=f"{mark(run)}{growth.hash[:12]}")
+    yield statement("ddl.comment", table=own["leaf"], comment=f"{mark(run)}{growth.hash[:12]}")
     schema, leaf = run.plan.table.schema_name, addition.name
     # As it is now: the plan may be old, and who adds partitions another than who planned.
     yield from partition.revoke(own["leaf"], session.row("catalog.table", oid=growth.oid)["strangers"])
-    yield statement("partition.own", table=own["leaf"], owner=own["owner"])
+    yield statement("ddl.own", table=own["leaf"], owner=own["owner"])
     for row in session.rows("additions.grants", oid=growth.oid):
         yield statement("additions.grant", **own, privileges=trusted(row["privileges"]), who=trusted(row["who"]))
     yield from partition.tune(own["leaf"], catalog.columns_of(session, growth.sibling))
@@ -56,7 +56,7 @@ def make_statements(run: Run, growth: Growth, session: Session, addition: Additi
         name = fit(leaf + (row["name"].removeprefix(like["name"]) if row["name"].startswith(like["name"]) else f"_{row['name']}"))
         if row["constraint_type"]:
             yield statement(
-                "restore.add_constraint", table=own["leaf"], constraint=(name,), definition=trusted(row["constraint_definition"])
+                "ddl.add_constraint", table=own["leaf"], constraint=(name,), definition=trusted(row["constraint_definition"])
             )
         else:
             unique = trusted("UNIQUE" if row["unique"] else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -20,10 +19,10 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from runbook import changes, embedded, partition, postgres
+from runbook.archive import sha256
 from runbook.database import Database
 from runbook.errors import BadInput, NotEqual, PromiseBroken, ServerUnavailable
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.plan import identifiers
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
@@ -37,8 +36,10 @@ def script(run: Run) -> changes.Statements:
     """The backup table, which nobody but its owner may read."""
     yield statement("backup.copy", **_names(run, "backup"))
     yield from partition.revoke(run.names["backup"], run.plan.table.strangers)
-    yield statement("backup.restrict", **run.names)
-    yield statement("backup.comment", **run.names, comment=f"Backup of {run.plan.full_name}, made before it was partitioned")
+    yield statement("ddl.own", table=run.names["backup"], owner=run.names["owner"])
+    yield statement(
+        "ddl.comment", table=run.names["backup"], comment=f"Backup of {run.plan.full_name}, made before it was partitioned"
+    )
 
 
 def sums(run: Run) -> sql.Composed:
@@ -64,7 +65,7 @@ def make(action: Action) -> Evidence:
 
 def _as_table(run: Run, action: Any) -> Evidence:
     session = action.session
-    if session.value("backup.exists", backup_text=run.names["backup"].as_string(None)):
+    if session.value("catalog.there", name=spelled(run.names["backup"])):
         raise BadInput(f"A backup {run.plan.backup} exists, and is never overwritten: rename or drop it, or plan another name.")
     alone = session.alone
     with session.transaction("REPEATABLE READ", lock_timeout="5s"):
@@ -99,7 +100,7 @@ def _as_dump(run: Run, action: Any) -> Evidence:
         table = run.plan.source.as_string(None)
         _dump(run.database, "--format=custom", f"--snapshot={snapshot}", f"--table={table}", f"--file={archive}")
         there = session.rows("backup.sums", **_names(run, "source"))
-    digest = _sha256(archive)
+    digest = sha256(archive)
     here = _restored(run, session, archive)
     _require_equal(archive.name, there, here)
     rows = sum(row["rows"] for row in here)
@@ -107,11 +108,6 @@ def _as_dump(run: Run, action: Any) -> Evidence:
         f"{archive} (sha256 {digest[:16]}…) was restored into a scratch database and holds {counted(rows, 'row')}, the same as {run.plan.full_name}.",
         rows, sums=here, archive=str(archive), sha256=digest, bytes=archive.stat().st_size,
     )  # fmt: skip
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _restored(run: Run, session: Session, archive: Path) -> Sums:
@@ -223,7 +219,6 @@ def _names(run: Run, table: str) -> dict[str, sql.Composable]:
         "s_plain_hash": plain.hashed("s"),
         # By range or by hash nearly every row has a value of its own.
         "value": sql.SQL("s.{}::text" if plain.partition_by == "list" else "'all'").format(sql.Identifier(plain.key)),
-        "every": identifiers(()),
     }
 
 
@@ -249,7 +244,7 @@ def check(run: Run) -> Evidence:
     """Raises unless the backup was proved and is there; 06 computes its sums again."""
     with run.action("backup", "check") as action:
         made = run.finished("backup", "make")
-        if made is None or (gone(run, action.session) and run.finished("cutover", "swap") is None):
+        if made is None or (gone(run, action.session) and not run.swapped):
             for done in ("make", "check"):
                 action.session.run("ledger.withdraw", migration=run.migration, step="backup", action=done)
             raise PromiseBroken(f"There is no proved backup of {run.plan.full_name}: run 01_backup again, and it is made anew.")
@@ -261,14 +256,14 @@ def check(run: Run) -> Evidence:
 def gone(run: Run, session: Session) -> bool:
     """Whether the backup's table was made, and is there no more; whether an archive is, only the machine that has it can tell."""
     made = run.finished("backup", "make")
-    there = session.value("backup.exists", backup_text=spelled(run.names["backup"]))
+    there = session.value("catalog.there", name=spelled(run.names["backup"]))
     return made is not None and "archive" not in made.facts and not there
 
 
 def still(run: Run, session: Session, made: Evidence) -> None:
     """Raises NotEqual when the backup is no longer what its evidence says."""
     if "archive" in made.facts:
-        if _sha256(Path(made.facts["archive"])) != made.facts["sha256"]:
+        if sha256(Path(made.facts["archive"])) != made.facts["sha256"]:
             raise NotEqual(f"{made.facts['archive']} is not the archive that was proved: its sha256 differs.")
     elif session.rows("backup.sums", **_names(run, "backup")) != made.facts["sums"]:
         raise NotEqual(f"{run.plan.backup} is no longer what was proved: its rows differ from the evidence in the ledger.")

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from runbook.cutover import Swap
-from runbook.ledger import Run
+from runbook.ledger import Evidence, Run
 
 BLUE, SKY, ORANGE, RED = "#0072b2", "#56b4e9", "#e69f00", "#d55e00"  # Okabe and Ito: apart for the colour-blind, and in grey
 INCHES, SHOWN_PX = 5.2, 624  # so narrow that its letters are legible on a telephone, where it fills the width
@@ -162,13 +161,14 @@ def over_time(frame: pd.DataFrame, column: str, title: str) -> Picture:
     return picture
 
 
-def lock_timeline(swap: Swap) -> Picture:
+def lock_timeline(swap: Evidence) -> Picture:
     """Each attempt of the swap on the clock, in seconds, and in the last one the time for which names were locked."""
-    names = [f"attempt {n}" for n, _ in enumerate(swap.attempts, 1)]
-    locked = [*([0.0] * len(names)), swap.locked_s][1:] if names else []  # none is known of a script
-    lengths = [length for _, length in swap.attempts]
+    attempts = swap.facts.get("attempts", [])  # none is known of a script
+    names = [f"attempt {n}" for n, _ in enumerate(attempts, 1)]
+    locked = [*([0.0] * len(names)), swap.facts["locked_s"]][1:] if names else []
+    lengths = [length for _, length in attempts]
     waiting = Bars("waiting for locks", ORANGE, lengths, [f"{length * 1000:.0f} ms" for length in lengths])
-    return _locked("The swap", "seconds since the swap began", names, [start for start, _ in swap.attempts], waiting, locked)
+    return _locked("The swap", "seconds since the swap began", names, [start for start, _ in attempts], waiting, locked)
 
 
 def run_timeline(run: Run) -> Picture:

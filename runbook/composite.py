@@ -11,7 +11,7 @@ from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.references import names, tables
 from runbook.session import Session
-from runbook.statements import statement, trusted
+from runbook.statements import spelled, statement, trusted
 
 # (what, statement, the tables that it needs SHARE ROW EXCLUSIVE on for an instant)
 Validations = Iterator[tuple[str, sql.Composed, list[sql.Identifier]]]
@@ -20,7 +20,7 @@ Validations = Iterator[tuple[str, sql.Composed, list[sql.Identifier]]]
 def drop_old(run: Run) -> Statements:
     """The keys to the source, which the composite ones replace."""
     for reference in run.plan.references:
-        yield statement("foreign_keys.drop_key", **names(run, reference))
+        yield statement("ddl.drop_constraint", table=reference.identifier, constraint=(reference.name,))
 
 
 def add_composite(run: Run) -> Statements:
@@ -55,13 +55,16 @@ def validate(run: Run, reference: Reference, definition: str, session: Session |
     partitions' keys then, without a scan of them. With a session: what is left of it."""
     what, own = f"{reference.name} of {reference.table}", {**names(run, reference), "definition": trusted(definition)}
     if not by_leaf(run, reference):
-        yield what, statement("foreign_keys.validate", table=reference.identifier, constraint=(reference.name,)), []
+        yield what, statement("ddl.validate", table=reference.identifier, constraint=(reference.name,)), []
         return
     for leaf, validated in tables(run, reference, session):
         if session is None or validated is False:
-            yield what, statement("foreign_keys.validate", table=leaf, constraint=(reference.name,)), []
+            yield what, statement("ddl.validate", table=leaf, constraint=(reference.name,)), []
     if session is None or not session.value("foreign_keys.keyed", **own):
-        adopt = [statement("foreign_keys.add_key_validated", **own), *_comment(reference)]
+        adopt = [
+            statement("ddl.add_constraint", table=own["reference"], constraint=own["constraint"], definition=own["definition"]),
+            *_comment(reference),
+        ]
         yield what, sql.SQL("; ").join(adopt), [reference.identifier, run.plan.source]
 
 
@@ -74,7 +77,7 @@ def _comment(reference: Reference) -> Statements:
 def validations(run: Run, session: Session | None = None) -> Validations:
     """What checks the old rows of each composite key."""
     for reference in run.plan.references:
-        if session is not None and session.value("cutover.gone", name=reference.identifier.as_string(None)):
+        if session is not None and not session.value("catalog.there", name=spelled(reference.identifier)):
             continue  # the table was dropped since
         if not reference.definition.endswith("NOT VALID"):  # and stays that
             yield from validate(run, reference, reference.composite, session)

@@ -23,7 +23,7 @@ def fill_in(
     """How many rows of the table (of those that the log knows, where `logged`) needed another value than they have, and how many
     of them were given it here: some changed or moved meanwhile, and some may have been held by somebody."""
     own = names(run, reference) | {"reference": table}
-    session.run("foreign_keys.drop_places", **own)  # of a run that died
+    session.run("ddl.drop", table=own["places"])  # of a run that died
     rows = session.run(f"foreign_keys.collect_{'logged' if logged else 'places'}", **own).rowcount
     blocks = int(session.value("foreign_keys.blocks", reference_text=spelled(own["places"])))
     indexed = sorted({row["name"] for row in session.rows("foreign_keys.one_of_every_index", reference_text=spelled(table))})
@@ -52,7 +52,7 @@ def fill_in(
         parallel(run, 0, list(gaps([], blocks, max(1, batch_rows * blocks // max(1, rows)))), one)
     finally:
         progress.close()
-    session.run("foreign_keys.drop_places", **own)
+    session.run("ddl.drop", table=own["places"])
     return rows, sum(filled)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from psycopg import sql
 
@@ -19,20 +17,6 @@ from runbook.sheet import Sheet
 from runbook.statements import rendered, statement
 
 UNFELT_MS = 3000  # what waits for SHARE UPDATE EXCLUSIVE, no reader and no writer waits for
-
-
-@dataclass(frozen=True)
-class Swap:
-    """What the swap took: seconds for which names were locked, attempts, who was in the way."""
-
-    sentence: str
-    locked_s: float
-    attempts: list[tuple[float, float]]
-    replayed: int
-    facts: dict[str, object] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return self.sentence
 
 
 def preview(run: Run) -> Sheet:
@@ -52,66 +36,57 @@ def require_approval(action: Action, approved_by: str = "") -> Evidence:
     return action.finish(f"Approved by {who}, for the plan {run.plan.hash[:12]}.", approved_by=who)
 
 
-def swap(run: Run, lock_timeout_ms: int = 300, budget_s: float = 120) -> Swap:
+@recorded("cutover", "swap")
+def swap(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Swap the names in one short transaction; until it commits the application sees its table as before.
 
     Nobody queues behind it longer than `lock_timeout_ms` an attempt. Raises LockNotGranted, naming who is in the way,
     when `budget_s` seconds are over; PlanOutdated when the table changed; PromiseBroken for rows without a partition.
     """
-    with run.action("cutover", "swap") as action:
-        if action.evidence:
-            facts = action.evidence.facts
-            known: dict[str, Any] = {"locked_s": 0.0, "attempts": [], "replayed": 0} | facts  # of a swap by the script nothing is
-            return Swap(action.evidence.sentence, known["locked_s"], known["attempts"], known["replayed"], facts)
-        if run.finished("cutover", "approval") is None:
-            raise ApprovalMissing(
-                f"The cut-over of {run.plan.full_name} has not been approved: run 05_cutover from its beginning."
-            )
-        session, patience = action.session, locks.Patience(budget_s, lock_timeout_ms)
-        if backup.gone(run, session):
-            raise PromiseBroken(f"The backup {run.plan.backup} is gone: run 01_backup again, and it is made anew, then this.")
-        waits: list[tuple[float, float]] = []
-        references_logged = foreign_keys.remembered(run)
+    run, session, patience = action.run, action.session, locks.Patience(budget_s, lock_timeout_ms)
+    if run.finished("cutover", "approval") is None:
+        raise ApprovalMissing(f"The cut-over of {run.plan.full_name} has not been approved: run 05_cutover from its beginning.")
+    if backup.gone(run, session):
+        raise PromiseBroken(f"The backup {run.plan.backup} is gone: run 01_backup again, and it is made anew, then this.")
+    waits: list[tuple[float, float]] = []
+    references_logged = foreign_keys.remembered(run)
 
-        def attempt() -> Swap:
-            foreign_keys.refuse_gaps(run, session, references_logged)
-            _catch_up(run, session, patience)
-            statements = list(swapping.swap_statements(run))
-            clock, at = locks.Clock(), time.monotonic() - patience.started
-            tables, views = swapping.lock_set(run)
-            own, moved = [run.names["shadow"]], swapping.sequences(run)
-            try:
-                with locks.exclusive(session, patience, tables, views, clock=clock, sequences=moved, ours=own):
-                    if foreign_keys.gap(run, session, references_logged):
-                        raise locks.NotYet("a change of the log's triggers on a referencing table, or of its partitions")
-                    replayed = _replay_last(run, session, patience)
-                    session.at_once(statements)
-                    logging = session.value("changes.logging_back", **run.names)
-                    session.run("ledger.remember_triggers", triggers=logging, **run.names)
-                    # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.
-                    _record(action, patience, replayed, 0.0, waits)
-                    if replayed:  # again: one may have begun since the first look
-                        locks.refuse_late_snapshots(session, patience)
-            finally:
-                waits.append((at, clock.queued))
-            return _record(action, patience, replayed, clock.locked, waits)
+    def attempt() -> Evidence:
+        foreign_keys.refuse_gaps(run, session, references_logged)
+        _catch_up(run, session, patience)
+        statements = list(swapping.swap_statements(run))
+        clock, at = locks.Clock(), time.monotonic() - patience.started
+        tables, views = swapping.lock_set(run)
+        own, moved = [run.names["shadow"]], swapping.sequences(run)
+        try:
+            with locks.exclusive(session, patience, tables, views, clock=clock, sequences=moved, ours=own):
+                if foreign_keys.gap(run, session, references_logged):
+                    raise locks.NotYet("a change of the log's triggers on a referencing table, or of its partitions")
+                replayed = _replay_last(run, session, patience)
+                session.at_once(statements)
+                logging = session.value("changes.logging_back", **run.names)
+                session.run("ledger.remember_triggers", triggers=logging, **run.names)
+                # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.
+                _record(action, patience, replayed, 0.0, waits)
+                if replayed:  # again: one may have begun since the first look
+                    locks.refuse_late_snapshots(session, patience)
+        finally:
+            waits.append((at, clock.queued))
+        return _record(action, patience, replayed, clock.locked, waits)
 
-        with restore.from_the_copy(run):
-            return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+    with restore.from_the_copy(run):
+        return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
-def _record(action: Action, patience: locks.Patience, replayed: int, locked: float, waits: list[tuple[float, float]]) -> Swap:
+def _record(action: Action, patience: locks.Patience, replayed: int, locked: float, waits: list[tuple[float, float]]) -> Evidence:
     slowest = max((length for _, length in waits), default=0.0)
     sentence = (
-        f"{action.run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us "
-        f"longer than"
-        f" {slowest * 1000:.0f} ms; attempts: {len(waits)}. The way back is open: 90_rollback replays what changes"
-        " from now on into the retired table and swaps back."
+        f"{action.run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us longer"
+        f" than {slowest * 1000:.0f} ms; attempts: {len(waits)}. The way back is open: 90_rollback replays what changes from now on"
+        " into the retired table and swaps back."
     )
     blockers = [str(each) for each in patience.blockers.values()]
-    facts = {"locked_s": locked, "attempts": waits, "replayed": replayed, "blockers": blockers}
-    action.finish(sentence, replayed, **facts)
-    return Swap(sentence, locked, waits, replayed, facts)
+    return action.finish(sentence, replayed, locked_s=locked, attempts=waits, replayed=replayed, blockers=blockers)
 
 
 def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
@@ -189,13 +164,13 @@ def validations(run: Run, session: Session | None = None) -> composite.Validatio
         if not key.validated:
             continue
         if plan.server_version >= 18:
-            yield key.name, statement("cutover.validate", table=plan.source, constraint=(key.name,)), []
+            yield key.name, statement("ddl.validate", table=plan.source, constraint=(key.name,)), []
             continue
         own = (plan.table.schema_name, plan.table.name, key.name)
         if own in {(row["schema"], row["name"], row["key"]) for row in there}:
             continue
         for leaf in changes.leaves(run):
-            yield key.name, statement("cutover.validate", table=leaf, constraint=(key.name,)), []
+            yield key.name, statement("ddl.validate", table=leaf, constraint=(key.name,)), []
         referenced = [sql.Identifier(*table) for table in plan.referenced_tables]
         # It adopts the partitions' keys without a scan.
         yield key.name, swapping.add(plan.source, key.name, plan.becomes(key), key.comment), [*referenced, plan.source]

@@ -246,7 +246,7 @@ def _decide(session: Session, found: int, parameters: Parameters, database: Data
         legacy_inserts=parameters.legacy_inserts, backup=backup, backup_method=parameters.backup_method,
         restore_from=parameters.restore_from, findings=(),
     )  # fmt: skip
-    judged = findings.worst_first([*findings.judge(session, plan, row, division, database.name), *advice.given(session, plan)])
+    judged = findings.worst_first([*findings.judge(session, plan, row, division), *advice.given(session, plan)])
     where = f"{plan.full_name}.{plan.key}"  # a value without a partition may come of bounds that cannot be
     if all(each.level != "blocker" or each.object == where for each in judged):
         judged = findings.worst_first([*partition.rehearse(session, plan), *judged])

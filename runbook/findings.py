@@ -18,7 +18,7 @@ from runbook.words import counted
 LEVELS = ("blocker", "warning", "note")
 
 
-def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division | None, database: str) -> tuple[Finding, ...]:
+def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division | None) -> tuple[Finding, ...]:
     """All findings, worst first."""
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])

@@ -28,10 +28,10 @@ def statements(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> 
             yield statement("rollback.set_default", **names(run, reference))
     if run.plan.restore_from == "source":
         yield from matviews.forget(run)
-        yield statement("rollback.drop_retired", **run.names)
-    yield statement("rollback.drop_staging", **run.names)
+        yield statement("ddl.drop", table=run.names["retired"])
+    yield statement("ddl.drop_schema", schema=run.names["staging"])
     if drop_backup and run.plan.backup_method == "table":
-        yield statement("backup.drop", **run.names)
+        yield statement("ddl.drop", table=run.names["backup"])
 
 
 def preview(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Sheet:

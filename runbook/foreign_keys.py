@@ -14,7 +14,7 @@ from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit, with_key
-from runbook.references import added, itself, names, tables
+from runbook.references import added, itself, logged, names, tables
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import statement
@@ -70,8 +70,9 @@ def remove(run: Run, references: list[Reference] | None = None) -> Statements:
 
 def remove_column(run: Run, reference: Reference) -> Statements:
     """The role column and its check go."""
-    yield statement("foreign_keys.drop_check", **names(run, reference))
-    yield statement("foreign_keys.drop_column", **names(run, reference))
+    own = names(run, reference)
+    yield statement("ddl.drop_constraint", table=own["reference"], constraint=own["check_name"])
+    yield statement("foreign_keys.drop_column", **own)
 
 
 def preview(run: Run) -> Sheet:
@@ -84,7 +85,7 @@ def preview(run: Run) -> Sheet:
 
 def _validate(run: Run, reference: Reference) -> sql.Composed:
     own = names(run, reference)
-    return statement("foreign_keys.validate", table=own["reference"], constraint=own["check_name"])
+    return statement("ddl.validate", table=own["reference"], constraint=own["check_name"])
 
 
 @recorded("foreign_keys", "columns")
@@ -95,7 +96,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
     run, session = action.run, action.session
     for reference in added(run):
         patience = locks.Patience(budget_s, lock_timeout_ms)
-        if not session.value("foreign_keys.logged", **names(run, reference)):
+        if not logged(run, session, reference):
             statements = [*log_table(run, reference), *column(run, reference)]
         else:  # begun before: its triggers may have been switched off since, and a partition may have come
             statements = [statement("foreign_keys.switch_off", **names(run, reference)), *_switch_on(run, reference)]

@@ -63,7 +63,7 @@ def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: str) -> Stat
         yield statement("restore.adopt", index=(name,), leaf=leaf, kind=trusted(kind), timing=trusted(index.timing))
     elif index.constraint_type == "x":
         yield statement(
-            "restore.add_constraint",
+            "ddl.add_constraint",
             table=leaf,
             constraint=(name,),
             definition=trusted(index.constraint_definition or ""),
@@ -91,13 +91,13 @@ def adopt(run: Run) -> Statements:
         name = sql.Identifier(index.name)
         if index.primary:
             definition = trusted(run.plan.new_primary_constraint)
-            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
+            yield statement("ddl.add_constraint", table=names["shadow"], constraint=name, definition=definition)
         elif index.everywhere and index.constraint:
             definition = trusted(index.constraint_definition or "")
-            yield statement("restore.add_constraint", table=names["shadow"], constraint=name, definition=definition)
+            yield statement("ddl.add_constraint", table=names["shadow"], constraint=name, definition=definition)
         elif index.everywhere:
             unique = sql.SQL("UNIQUE" if index.unique else "")
-            yield statement("restore.index_root", **names, index=name, unique=unique, tail=trusted(index.tail))
+            yield statement("restore.create_index", leaf=names["shadow"], index=name, unique=unique, tail=trusted(index.tail))
         else:
             continue
         yield from _comments(index, names["shadow"], (run.staging, index.name))
@@ -113,7 +113,7 @@ def remove(run: Run) -> Statements:
         for index in run.plan.indexes:
             name = index.leaf_names[leaf] if leaf else index.name
             if index.constraint:
-                yield statement("restore.drop_constraint", table=table, constraint=(name,))
+                yield statement("ddl.drop_constraint", table=table, constraint=(name,))
             yield statement("restore.drop_index", index=(run.staging, name))
 
 

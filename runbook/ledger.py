@@ -19,7 +19,7 @@ from runbook import catalog, drift, locks
 from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
 from runbook.parameters import resolve
-from runbook.plan import Plan, from_json
+from runbook.plan import Plan
 from runbook.provenance import operator
 from runbook.redaction import known_secrets, redact
 from runbook.session import Session
@@ -89,6 +89,16 @@ class Run:
     def names(self) -> dict[str, sql.Composable]:
         """What every statement of this run may name."""
         return {**self.plan.names(self.staging), "migration": sql.Literal(self.migration)}
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the names were swapped: the table is the partitioned one, unless the way back was taken since."""
+        return self.finished("cutover", "swap") is not None
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether the table itself is partitioned by now."""
+        return self.plan.restore_from == "backup" or self.swapped
 
     def frame(self, query: str | sql.Composed, /, **names: Value) -> pd.DataFrame:
         """A named statement's rows as a DataFrame."""
@@ -291,4 +301,4 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
     if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")
-    return Run(database, row["id"], from_json(row["plan"]), row["state"])
+    return Run(database, row["id"], Plan.model_validate(row["plan"]), row["state"])

@@ -55,7 +55,7 @@ def _make(run: Run, view: Matview) -> Statements:
     yield statement("matviews.own", block=spelled(own))
     if view.populated:
         yield statement("matviews.refresh", view=new)
-        yield statement("matviews.analyze", view=new)
+        yield statement("ddl.analyze", table=new)
 
 
 def _exchange(run: Run, view: Matview) -> Statements:

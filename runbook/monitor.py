@@ -13,7 +13,7 @@ from runbook.application import filled
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.growth import ranges_of
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.points import partitioned, stage
+from runbook.points import stage
 from runbook.session import Session
 from runbook.statements import spelled
 from runbook.words import counted
@@ -29,7 +29,7 @@ def look(action: Action, file: str = "") -> Evidence:
     Only reads, after 91_finish too. Raises OutOfOrder before the cut-over: there are no partitions to look at.
     """
     run, session = action.run, action.session
-    if not partitioned(run):
+    if not run.partitioned:
         raise OutOfOrder(f"{run.plan.full_name} is not partitioned yet: 08_monitor is for the time after 05_cutover.")
     root = spelled(run.plan.source)
     leaves = session.rows("monitor.partitions", root=root)
@@ -135,24 +135,45 @@ def check(
             if leaf["dead"] > FEW_DEAD and 100 * leaf["dead"] > max_dead_percent * (leaf["dead"] + leaf["rows"])]  # fmt: skip
     share, log, new = seen["pruning_percent"], (seen["log_bytes"] or 0) / MIB, seen["new_values"]
     ahead = seen.get("ahead")
-    passed = {
-        f"{counted(ahead or 0, 'partition is', 'partitions are')} still to come (min_ahead is {min_ahead}): add the next ones with 20_add_partitions, for a row"
-        " beyond them is refused.": ahead is not None and ahead < min_ahead,
-        f"{counted(seen['default_rows'], 'row lies', 'rows lie')} in the DEFAULT partition (max_default_rows is {max_default_rows:,}): give their values"
-        " a partition.": seen["default_rows"] > max_default_rows,
-        f"New values of {run.plan.key} came that have no partition: {', '.join(new[:10])} (max_new_values is {max_new_values})."
-        : len(new) > max_new_values,
-        f"More than {max_dead_percent} % of the rows are dead in {', '.join(dead)}: VACUUM it, and see what holds autovacuum up."
-        : bool(dead),
-        f"Only {share or 0:.0f} % of the calls prune (min_pruning_percent is {min_pruning_percent}): 07_application says which do not."
-        : share is not None and share < min_pruning_percent,
-        f"What prunes is not known (min_pruning_percent is {min_pruning_percent}): name a file of statements in queries, or CREATE"
-        " EXTENSION pg_stat_statements.": share is None and min_pruning_percent > 0,
-        f"{counted(seen['filled_rows'], 'row')} needed the fill trigger since yesterday (max_filled_rows is {max_filled_rows}): 07_application"
-        " says what to change.": max_filled_rows is not None and seen["filled_rows"] > max_filled_rows,
-        f"The log of the way back has {log:,.0f} MiB (max_log_mib is {max_log_mib:,}): end it with 91_finish, or take it with"
-        " 90_rollback.": log > max_log_mib,
-    }  # fmt: skip
-    if said := [sentence for sentence, is_so in passed.items() if is_so]:
+    passed = [
+        (
+            ahead is not None and ahead < min_ahead,
+            f"{counted(ahead or 0, 'partition is', 'partitions are')} still to come (min_ahead is {min_ahead}): add the next ones with"
+            " 20_add_partitions, for a row beyond them is refused.",
+        ),
+        (
+            seen["default_rows"] > max_default_rows,
+            f"{counted(seen['default_rows'], 'row lies', 'rows lie')} in the DEFAULT partition (max_default_rows is {max_default_rows:,}):"
+            " give their values a partition.",
+        ),
+        (
+            len(new) > max_new_values,
+            f"New values of {run.plan.key} came that have no partition: {', '.join(new[:10])} (max_new_values is {max_new_values}).",
+        ),
+        (
+            bool(dead),
+            f"More than {max_dead_percent} % of the rows are dead in {', '.join(dead)}: VACUUM it, and see what holds autovacuum up.",
+        ),
+        (
+            share is not None and share < min_pruning_percent,
+            f"Only {share or 0:.0f} % of the calls prune (min_pruning_percent is {min_pruning_percent}): 07_application says which do not.",
+        ),
+        (
+            share is None and min_pruning_percent > 0,
+            f"What prunes is not known (min_pruning_percent is {min_pruning_percent}): name a file of statements in queries, or CREATE"
+            " EXTENSION pg_stat_statements.",
+        ),
+        (
+            max_filled_rows is not None and seen["filled_rows"] > max_filled_rows,
+            f"{counted(seen['filled_rows'], 'row')} needed the fill trigger since yesterday (max_filled_rows is {max_filled_rows}):"
+            " 07_application says what to change.",
+        ),
+        (
+            log > max_log_mib,
+            f"The log of the way back has {log:,.0f} MiB (max_log_mib is {max_log_mib:,}): end it with 91_finish, or take it with"
+            " 90_rollback.",
+        ),
+    ]
+    if said := [sentence for is_so, sentence in passed if is_so]:
         raise PromiseBroken(f"{run.plan.full_name}: {' '.join(said)}")
     return action.finish(f"No threshold is passed on {run.plan.full_name}.", thresholds=len(passed))

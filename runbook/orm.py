@@ -36,7 +36,7 @@ def tables(run: Run, *, new: bool) -> MetaData:
     the keys to them that the server keeps for itself, are left out: nobody writes to them by name.
     """
     plan, metadata = run.plan, MetaData()
-    live = plan.restore_from == "backup" or run.finished("cutover", "swap") is not None
+    live = run.partitioned
     leaves = {(row["schema"], row["name"]) for row in run.frame("application.leaves").to_dict("records")}
     source = (plan.table.schema_name, plan.table.name)
     needed = {(source, column.name) for column in plan.columns}

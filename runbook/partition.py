@@ -34,13 +34,13 @@ def create(run: Run) -> Statements:
     for table in (run.names["shadow"], *changes.leaves(run, run.staging)):
         yield from revoke(table, plan.table.strangers)
         yield from tune(table, plan.columns)
-        yield statement("partition.own", table=table, owner=run.names["owner"])
+        yield statement("ddl.own", table=table, owner=run.names["owner"])
     for column in plan.columns:
         if column.identity:
             sequence = sql.SQL("SEQUENCE {}").format(sql.Identifier(run.staging, column.identity_sequence or ""))
             yield from revoke(sequence, plan.table.strangers)
     if plan.table.comment:
-        yield statement("partition.comment", table=run.names["shadow"], comment=plan.table.comment)
+        yield statement("ddl.comment", table=run.names["shadow"], comment=plan.table.comment)
 
 
 def tune(table: sql.Composable, columns: Iterable[Column]) -> Statements:
@@ -77,7 +77,7 @@ def tables(plan: Plan, staging: str) -> Statements:
     for check in plan.checks:
         if check.validated:
             constraint = {"table": names["shadow"], "constraint": sql.Identifier(check.name)}
-            yield statement("partition.add_check", **constraint, definition=trusted(check.definition))
+            yield statement("ddl.add_constraint", **constraint, definition=trusted(check.definition))
             if check.comment:
                 yield statement("partition.comment_constraint", **constraint, comment=check.comment)
     for each in plan.partitions:
@@ -117,7 +117,7 @@ def _refused(session: Session, plan: Plan) -> str:
     keys = {index.name: index.constraint_definition or "" for index in plan.indexes if index.constraint and index.everywhere}
     keys |= {index.name: plan.new_primary_constraint for index in plan.indexes if index.primary}
     for name, definition in keys.items():
-        session.run("restore.add_constraint", table=shadow, constraint=(name,), definition=trusted(definition))
+        session.run("ddl.add_constraint", table=shadow, constraint=(name,), definition=trusted(definition))
     return ""
 
 
@@ -262,26 +262,18 @@ def start_log(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
 
 def tree(run: Run) -> pd.DataFrame:
     """The partitions with their bounds, as the catalog has them: the shadow's, or after the cut-over the table's."""
-    return run.frame("partition.staged", shadow_text=_text(run, "source" if run.finished("cutover", "swap") else "shadow"))
+    return run.frame("partition.staged", shadow_text=spelled(run.names["source" if run.swapped else "shadow"]))
 
 
 @recorded("partition", "check")
 def check(action: Action) -> Evidence:
     """Raises PromiseBroken unless every planned partition stands and the log's triggers are on."""
-    run = action.run
-    _require(run, action.session)
-    return action.finish(f"{len(run.plan.partitions)} partitions stand and the change log is on.")
-
-
-def _require(run: Run, session: Session) -> None:
-    rows = session.rows("partition.staged", shadow_text=_text(run, "shadow"))
+    run, session = action.run, action.session
+    rows = session.rows("partition.staged", shadow_text=spelled(run.names["shadow"]))
     missing = {partition.name for partition in run.plan.partitions} - {row["partition"] for row in rows}
     if missing:
         raise PromiseBroken(
             f"The partitions {', '.join(sorted(missing))} of {run.plan.full_name} are missing: run 02_partition again."
         )
     changes.refuse_gaps(run, session)
-
-
-def _text(run: Run, name: str) -> sql.Literal:
-    return sql.Literal(run.names[name].as_string(None))
+    return action.finish(f"{len(run.plan.partitions)} partitions stand and the change log is on.")

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 from psycopg import sql
 
@@ -164,7 +163,6 @@ class Plan(Fact):
             **self.listed(self.own_roles),
             "s_hash": self.hashed("s"),
             **{f"{alias}_key": self.value(column, alias) for column in self.columns if column.name == self.key for alias in "sv"},
-            "pk": identifiers(self.primary_key),
             "s_pk": sql.SQL(", ").join(sql.Identifier("s", name) for name in self.primary_key),
             "d_pk": sql.SQL(", ").join(sql.Identifier("d", name) for name in self.primary_key),
             "new_pk": identifiers(self.new_primary_key),
@@ -267,8 +265,3 @@ def fit(name: str, taken: Iterable[str] = ()) -> str:
         if short not in used:
             return short
     raise ValueError(name)
-
-
-def from_json(stored: dict[str, Any]) -> Plan:
-    """A plan as the ledger keeps it."""
-    return Plan.model_validate(stored)

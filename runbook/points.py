@@ -57,11 +57,6 @@ def shown(rows: list[dict[str, Any]], columns: list[str]) -> Any:
     return styled.map(lambda _: "text-align: left; vertical-align: top; white-space: pre-wrap")
 
 
-def partitioned(run: Run) -> bool:
-    """Whether the table itself is partitioned by now."""
-    return run.plan.restore_from == "backup" or run.finished("cutover", "swap") is not None
-
-
 @contextmanager
 def stage(run: Run, session: Session) -> Iterator[None]:
     """A transaction that is rolled back, in which nobody is waited for long; names are looked for where the table is."""
@@ -80,7 +75,7 @@ def copy_table(run: Run, session: Session) -> None:
         session.run("foreign_keys.add_own_column", **references.names(run, reference) | {"shadow": names["shadow"]})
     name = next((index.name for index in plan.indexes if index.primary), "key")
     key = trusted(plan.new_primary_constraint)
-    session.run("restore.add_constraint", table=names["shadow"], constraint=(name,), definition=key)
+    session.run("ddl.add_constraint", table=names["shadow"], constraint=(name,), definition=key)
     listed = [map(sql.Literal, each.values) for each in plan.partitions if each.values and plan.partition_by == "list"]
     wanted = [sql.SQL("s.{} IN ({})").format(names["key"], sql.SQL(", ").join(values)) for values in listed]
     for some in wanted or [sql.SQL("true").format()]:
@@ -145,7 +140,7 @@ def show(run: Run) -> Any:
     commit: it is shown on a table of its own.
     """
     with run.action("application", "points", again=True) as action:
-        session, there, rows = action.session, partitioned(run), list[dict[str, Any]]()
+        session, there, rows = action.session, run.partitioned, list[dict[str, Any]]()
 
         def tell(name: str, told: tuple[str, str], names: dict[str, Any]) -> None:
             words = {"key": run.plan.key, "legacy": run.plan.legacy_inserts, "table": "", "role": ""} | names.get("words", {})
@@ -263,4 +258,4 @@ def _moving(run: Run, session: Session) -> dict[str, Any]:
         again = statement("application.moving_again", **ours)
         return row | {"instead": _plain(again), "seen then": _try(session, again, run.plan)}
     finally:
-        session.run("application.moving_gone", **ours)
+        session.run("ddl.drop", table=ours["moving"])

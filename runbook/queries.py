@@ -14,7 +14,7 @@ from psycopg import sql
 from runbook.errors import BadInput
 from runbook.ledger import Run
 from runbook.plan import Plan
-from runbook.points import copy_table, partitioned, shown, stage
+from runbook.points import copy_table, shown, stage
 from runbook.session import Session
 from runbook.statements import rendered, trusted
 from runbook.words import counted
@@ -99,7 +99,7 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _side(run: Run, session: Session, after: bool) -> Iterator[None]:
     """The database as it was, or will be: names mean the other table by temporary views, which the planner sees through."""
-    there = partitioned(run)
+    there = run.partitioned
     with stage(run, session):
         if there == after:
             yield
@@ -145,7 +145,7 @@ def compare(run: Run, file: str = "") -> Any:
         session, partitions = action.session, {each.name for each in run.plan.partitions}
         found, where = statements(run.plan, session, file)
         rows: list[dict[str, Any]] = [{"calls": calls, "statement": text} for calls, text in found]
-        there = partitioned(run)
+        there = run.partitioned
         for after, cost in ((False, "cost before"), (True, "cost after")):
             if there and not after and (run.plan.restore_from == "backup" or run.state == "finished"):
                 continue  # nothing is left of what was before

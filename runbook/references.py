@@ -10,7 +10,7 @@ from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import equal, fit, identifiers
 from runbook.session import Session
-from runbook.statements import statement, trusted
+from runbook.statements import spelled, statement, trusted
 
 
 def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
@@ -37,7 +37,6 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "reference_text": sql.Literal(reference.identifier.as_string(None)),
         "table_text": sql.Literal(f"{reference.schema_name}.{reference.table}"),
         "reference_log": sql.Identifier(run.staging, run.plan.internal(f"references_{number}")),
-        "reference_log_text": sql.Literal(sql.Identifier(run.staging, run.plan.internal(f"references_{number}")).as_string(None)),
         "reference_function": sql.Identifier(run.staging, f"log_references_{number}"),
         "fill_function": sql.Identifier(run.staging, f"fill_{number}"),
         "filled": (counts := sql.Identifier(run.staging, run.plan.internal("filled"))),
@@ -76,7 +75,6 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "w_columns": listed("w", columns),
         "k_columns": listed("k", keys),
         "s_referenced": listed("s", referenced),
-        "referenced": identifiers(referenced),
         "r_is_s": equal("s", referenced, "r", columns, own),
         "w_is_v": equal("v", referenced, "w", columns, own),
         "w_is_s": equal("s", referenced, "w", columns, own),
@@ -146,12 +144,16 @@ def tables(run: Run, reference: Reference, session: Session | None = None) -> li
     return [(sql.Identifier(row["schema"], row["name"]), row["validated"]) for row in rows]
 
 
+def logged(run: Run, session: Session, reference: Reference) -> bool:
+    """Whether 04 has been here: the column, its triggers and this log come in one transaction, so where the log is, they are."""
+    return bool(session.value("catalog.there", name=spelled(names(run, reference)["reference_log"])))
+
+
 def hand_over(run: Run, session: Session) -> None:
     """Within a replay: pass on the keys whose partition key changed to the logs of the tables that reference them."""
     for reference in added(run):
-        own = names(run, reference)
-        if session.value("foreign_keys.logged", **own):
-            session.run("foreign_keys.hand_over", **own)
+        if logged(run, session, reference):
+            session.run("foreign_keys.hand_over", **names(run, reference))
 
 
 def pass_on(run: Run, session: Session) -> None:

@@ -44,7 +44,7 @@ def put_back(action: Action) -> Evidence:
                     " ALTER TABLE … DISABLE TRIGGER … while 03_restore runs."
                 )
             ahead = _advance(run, session)
-            session.run("repair.analyze", **run.names)
+            session.run("ddl.analyze", table=run.names["source"])
             return action.finish(
                 f"{counted(rows, 'row')} of {run.plan.backup} {'was' if rows == 1 else 'were'} missing in {run.plan.full_name} and {'is' if rows == 1 else 'are'} back.{ahead}",
                 rows,

@@ -71,7 +71,7 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
     known = {(each.schema_name, each.table, each.columns[: len(plan.primary_key)]) for each in plan.references}
     lost = [each for each in lost if (each.schema_name, each.table, each.columns) not in known]
     plan = plan.model_copy(update={"references": (*plan.references, *lost)})
-    seen = (*findings.judge(session, plan, row, None, database), *_findings(session, plan))
+    seen = (*findings.judge(session, plan, row, None), *_findings(session, plan))
     return plan.model_copy(update={"findings": findings.worst_first(seen)})
 
 
@@ -192,8 +192,8 @@ def preview_keys(run: Run) -> Sheet:
 def _validations(run: Run, reference: Reference) -> Iterator[sql.Composed]:
     own = names(run, reference)
     if reference.adds_column and not reference.not_null:
-        yield statement("foreign_keys.validate", table=own["reference"], constraint=own["check_name"])
-    yield statement("foreign_keys.validate", table=own["reference"], constraint=own["constraint"])
+        yield statement("ddl.validate", table=own["reference"], constraint=own["check_name"])
+    yield statement("ddl.validate", table=own["reference"], constraint=own["constraint"])
 
 
 def add_columns(action: Action, lock_timeout_ms: int, budget_s: float) -> Evidence:
@@ -271,9 +271,9 @@ def take_away(run: Run) -> Iterator[sql.Composed]:
         made = [each for each in lost(run) if session.value("repair.key_exists", **names(run, each), key_name=each.name)]
     for reference in made:
         own = names(run, reference)
-        yield statement("repair.drop_key", **own)
+        yield statement("ddl.drop_constraint", table=own["reference"], constraint=own["constraint"])
         if reference.adds_column:
             yield statement("foreign_keys.drop_fill", **own)
-            yield statement("foreign_keys.drop_check", **own)
+            yield statement("ddl.drop_constraint", table=own["reference"], constraint=own["check_name"])
             yield statement("foreign_keys.drop_column", **own)
-    yield statement("rollback.drop_staging", **run.names)
+    yield statement("ddl.drop_schema", schema=run.names["staging"])

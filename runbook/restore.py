@@ -48,6 +48,9 @@ def preview(run: Run) -> Sheet:
     return Sheet([statement("restore.copy_range", **run.names, first="(0,0)", last="(4096,0)"), *_after_the_copy(run)])
 
 
+ROUNDS = 20  # of replays, where the application writes faster than one can be
+
+
 @recorded("restore", "copy")
 def copy(
     action: Action, workers: int = 0, range_mib: int = 32, max_replica_lag_s: int = 0, max_active_sessions: int = 0
@@ -200,13 +203,13 @@ def _one_by_one(session: Session, statements: list[sql.Composed]) -> None:
 
 
 @recorded("restore", "replay", again=True)
-def replay(action: Action, rounds: int = 20) -> Evidence:
+def replay(action: Action) -> Evidence:
     """Replay the log until its tail is short; what stays is replayed under the cut-over's locks."""
     if action.run.plan.restore_from == "backup":
         return repair.nothing_to(action, "replay")
     run, session = action.run, action.session
     total, before = 0, sys.maxsize
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         with from_the_copy(run):
             keys, _horizon = changes.replay(run, session)
         total += keys

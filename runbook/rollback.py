@@ -31,7 +31,7 @@ from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.facts import Matview, Reference
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
 from runbook.plan import fit
-from runbook.references import added
+from runbook.references import added, logged
 from runbook.references import names as reference_names
 from runbook.session import Session
 from runbook.sheet import Sheet
@@ -41,11 +41,7 @@ from runbook.words import counted
 
 def preview(run: Run) -> Sheet:
     """What this step runs, from where the migration stands now."""
-    return Sheet(unswap_statements(run, run.plan.matviews) if _swapped(run) else take_away(run))
-
-
-def _swapped(run: Run) -> bool:
-    return run.finished("cutover", "swap") is not None
+    return Sheet(unswap_statements(run, run.plan.matviews) if run.swapped else take_away(run))
 
 
 def _closed(run: Run, session: Session) -> str:
@@ -113,7 +109,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     run, session = action.run, action.session
     if closed := _closed(run, session):
         return action.finish(closed, swapped=False)
-    if not _swapped(run):
+    if not run.swapped:
         return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=False)
     losses.refuse_out_of_turn(run, session)
     losses.refuse(run, session)
@@ -220,13 +216,13 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     run, session = action.run, action.session
     if closed := _closed(run, session):
         return action.finish(closed)
-    if _swapped(run):
+    if run.swapped:
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
     losses.refuse_out_of_turn(run, session)
     patience = locks.Patience(budget_s, lock_timeout_ms)
     _validate(_as_it_is(run, session), session, lock_timeout_ms, budget_s)
     # A role column that this migration did not add is the application's own.
-    mine = [each for each in added(run) if session.value("foreign_keys.logged", **reference_names(run, each))]
+    mine = [each for each in added(run) if logged(run, session, each)]
     retired = run.finished("rollback", "swap")
 
     def attempt() -> Evidence:
@@ -257,9 +253,7 @@ def _validate(run: Run, session: Session, lock_timeout_ms: int, budget_s: float)
         if row["validated"] or table is None:
             continue
 
-        cutover.validate(
-            run, session, locks.Patience(budget_s), name, statement("cutover.validate", table=table, constraint=(name,))
-        )
+        cutover.validate(run, session, locks.Patience(budget_s), name, statement("ddl.validate", table=table, constraint=(name,)))
     for reference in valid:
         if composite.by_leaf(run, reference):
             for what, each, tables in composite.validate(run, reference, reference.definition, session):
@@ -297,7 +291,7 @@ def _release_backup(run: Run, session: Session, keep: bool) -> str:
         return f"The backup {run.plan.backup} was there no more."
     if keep:
         name = fit(f"{run.plan.backup}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
-        session.run("backup.rename", **run.names, to=(name,))
+        session.run("ddl.rename", table=run.names["backup"], to=(name,))
         return f"The backup is {name} now."
-    session.run("backup.drop", **run.names)
+    session.run("ddl.drop", table=run.names["backup"])
     return f"The backup {run.plan.backup} is gone."

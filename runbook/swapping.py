@@ -35,7 +35,7 @@ def sequences(run: Run) -> list[sql.Composed]:
 
 def standing(session: Session, tables: Iterable[sql.Composable]) -> list[sql.Composable]:
     """Those of them that are there."""
-    return [each for each in tables if not session.value("cutover.gone", name=each.as_string(None))]
+    return [each for each in tables if session.value("catalog.there", name=spelled(each))]
 
 
 def logs(run: Run, session: Session) -> list[sql.Composable]:
@@ -119,7 +119,7 @@ def _carry(run: Run) -> Statements:
 
 def add(table: sql.Composable, name: str, definition: str, comment: str | None = None) -> sql.Composed:
     """Add a constraint, with its comment."""
-    parts = [statement("cutover.add_constraint", table=table, constraint=(name,), definition=trusted(definition))]
+    parts = [statement("ddl.add_constraint", table=table, constraint=(name,), definition=trusted(definition))]
     if comment:
         parts.append(statement("partition.comment_constraint", table=table, constraint=(name,), comment=comment))
     return sql.SQL("; ").join(parts)
@@ -129,7 +129,7 @@ def rename(run: Run, *, retire: bool) -> Statements:
     """Table, indexes and identity sequences take the retired names, or their own names back."""
     plan, schema = run.plan, run.plan.table.schema_name
     if not retire:
-        yield statement("cutover.rename_table", table=run.names["retired"], to=run.names["name"])
+        yield statement("ddl.rename", table=run.names["retired"], to=run.names["name"])
     for index in plan.indexes:
         old, new = (index.name, index.retired_name) if retire else (index.retired_name, index.name)
         yield statement("cutover.rename_index", index=(schema, old), to=(new,))
@@ -137,7 +137,7 @@ def rename(run: Run, *, retire: bool) -> Statements:
         old, new = (own, retired) if retire else (retired, own)
         yield statement("cutover.rename_sequence", sequence=(schema, old), to=(new,))
     if retire:
-        yield statement("cutover.rename_table", table=plan.source, to=run.names["retired_name"])
+        yield statement("ddl.rename", table=plan.source, to=run.names["retired_name"])
 
 
 def _identity_sequences(run: Run) -> Iterator[tuple[str, str]]:

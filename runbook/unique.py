@@ -73,7 +73,7 @@ def build(plan: Plan, guard: Guard, staging: str, schema: str = "") -> Statement
         yield statement("unique.defer", **own)
     yield statement("unique.settle", **own)
     if not schema:
-        yield statement("unique.own", **own)
+        yield statement("ddl.own", table=own["guard"], owner=own["owner"])
 
 
 def builds(run: Run) -> list[list[sql.Composed]]:
@@ -84,7 +84,7 @@ def builds(run: Run) -> list[list[sql.Composed]]:
 def pending(run: Run, session: Session) -> list[list[sql.Composed]]:
     """The builds of the guards that are not there yet."""
     there = [spelled((run.plan.guard_schema, guard.table)) for guard in run.plan.guards]
-    return [each for guard, each in zip(there, builds(run), strict=True) if session.value("cutover.gone", name=guard)]
+    return [each for guard, each in zip(there, builds(run), strict=True) if not session.value("catalog.there", name=guard)]
 
 
 def keep(plan: Plan, guard: Guard, staging: str, schema: str = "") -> Statements:
@@ -111,4 +111,4 @@ def attach(run: Run) -> Statements:
 def remove(run: Run) -> Statements:
     """The inverse of all of it."""
     if run.plan.guards:
-        yield statement("unique.remove", **names(run.plan, run.plan.guards[0], run.staging))
+        yield statement("ddl.drop_schema", schema=names(run.plan, run.plan.guards[0], run.staging)["guards"])

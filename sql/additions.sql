@@ -160,9 +160,6 @@ ALTER TABLE {root} ATTACH PARTITION {leaf} {bound};
 ALTER TABLE {leaf} DROP CONSTRAINT {check};
 COMMENT ON TABLE {leaf} IS NULL
 
--- name: analyze
-ANALYZE {leaf}
-
 -- name: upkeep
 -- Each of these locks this partition, not the others; readers and writers of the other partitions go on.
 -- Empty it. (TRUNCATE would be refused where foreign keys point at the table.)

@@ -177,13 +177,7 @@ UPDATE {moving} SET part = 'b' WHERE id = 1
 -- name: moving_again
 SELECT part FROM {moving} WHERE id = 1 FOR UPDATE
 
--- name: moving_gone
-DROP TABLE IF EXISTS {moving}
-
 -- name: filled
 -- Rows whose writer did not know of the role column.
 SELECT coalesce(t, referencing) AS "table", count(*) FILTER (WHERE at > now() - interval '1 day') AS "since yesterday", count(at) AS rows, max(at) AS last
   FROM unnest({tables}::name[]) t FULL JOIN {filled} ON referencing = t GROUP BY 1 ORDER BY 1
-
--- name: has_filled
-SELECT to_regclass({filled}) IS NOT NULL

@@ -10,6 +10,9 @@ SELECT c.oid::bigint AS oid, n.nspname AS schema, pg_table_is_visible(c.oid) AS 
                                               quote_ident(n.nspname) || '.' || quote_ident(c.relname))
  ORDER BY c.relpersistence = 't', preference, visible DESC, c.oid
 
+-- name: there
+SELECT to_regclass({name}) IS NOT NULL
+
 -- name: tables
 -- The ordinary tables of the database, to help with a misspelt name.
 SELECT n.nspname || '.' || c.relname AS name

@@ -1,8 +1,5 @@
 -- 05: the swap. All of it in one transaction that holds ACCESS EXCLUSIVE on the tables named in its LOCK.
 
--- name: gone
-SELECT to_regclass({name}) IS NULL AS gone
-
 -- name: drop_key
 ALTER TABLE {table} DROP CONSTRAINT {constraint}
 
@@ -21,9 +18,6 @@ DROP FUNCTION {keep_function}()
 
 -- name: rename_index
 ALTER INDEX {index} RENAME TO {to}
-
--- name: rename_table
-ALTER TABLE {table} RENAME TO {to}
 
 -- name: rename_sequence
 ALTER SEQUENCE {sequence} RENAME TO {to}
@@ -47,12 +41,6 @@ SELECT setval({to}, CASE WHEN ahead.position BETWEEN q.seqmin AND q.seqmax THEN 
 SELECT setval({to}, s.last_value, s.is_called)
   FROM {sequence} s JOIN pg_sequence q ON q.seqrelid = {sequence_text}::regclass CROSS JOIN {original} o
  WHERE s.last_value <> o.last_value + current_setting('max_connections')::numeric * q.seqincrement * q.seqcache OR s.is_called <> o.is_called
-
--- name: add_constraint
-ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
-
--- name: validate
-ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
 
 -- name: unplaced_rows
 SELECT count(*) FROM {unplaced}

@@ -19,10 +19,6 @@ BEGIN
   RETURN NULL;
 END $$
 
--- name: logged
--- The column, its triggers and this log come in one transaction: where the log is, they are.
-SELECT to_regclass({reference_log_text}) IS NOT NULL
-
 -- name: add_column
 -- ACCESS EXCLUSIVE for an instant; a constant default rewrites nothing.
 ALTER TABLE {reference} ADD COLUMN {role_column} {role_type} {default} {not_null}
@@ -82,10 +78,6 @@ ALTER TABLE {reference} ALTER COLUMN {role_column} SET NOT NULL, DROP CONSTRAINT
 -- name: checked
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference_text}) AND conname = {check_text})
 
--- name: validate
--- SHARE UPDATE EXCLUSIVE: readers and writers go on.
-ALTER TABLE {table} VALIDATE CONSTRAINT {constraint}
-
 -- name: blocks
 SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_size')::bigint AS blocks
 
@@ -95,9 +87,6 @@ SELECT pg_relation_size({reference_text}::regclass) / current_setting('block_siz
 CREATE UNLOGGED TABLE {places} AS
 SELECT r.ctid AS place, {reference_key_aliases}, {s_key} AS value FROM {reference} r JOIN {source} s ON {r_is_s}
  WHERE {s_key} IS DISTINCT FROM {frequent} AND r.{role_column} IS DISTINCT FROM {s_key}
-
--- name: drop_places
-DROP TABLE IF EXISTS {places}
 
 -- name: one_of_every_index
 -- A column of every index, which an update may set to what it is and nobody notices: no trigger is for it.
@@ -214,17 +203,8 @@ INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN 
 -- name: drop_column
 ALTER TABLE IF EXISTS {reference} DROP COLUMN IF EXISTS {role_column}
 
--- name: drop_check
-ALTER TABLE IF EXISTS {reference} DROP CONSTRAINT IF EXISTS {check_name}
-
--- name: drop_key
-ALTER TABLE IF EXISTS {reference} DROP CONSTRAINT IF EXISTS {constraint}
-
 -- name: add_key
 ALTER TABLE IF EXISTS {reference} ADD CONSTRAINT {constraint} {definition} NOT VALID
-
--- name: add_key_validated
-ALTER TABLE {reference} ADD CONSTRAINT {constraint} {definition}
 
 -- name: drop_default
 ALTER TABLE {reference} ALTER COLUMN {role_column} DROP DEFAULT

@@ -67,9 +67,6 @@ REFRESH MATERIALIZED VIEW {view}
 SET LOCAL ROLE {owner};
 EXPLAIN {query}
 
--- name: analyze
-ANALYZE {view}
-
 -- name: set_schema
 -- Its indexes go with it.
 ALTER MATERIALIZED VIEW {view} SET SCHEMA {to}

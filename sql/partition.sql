@@ -47,20 +47,11 @@ SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class WHERE relname
 -- What default privileges gave. The source's own grants follow at the cut-over; a later partition gets those of the others.
 REVOKE ALL ON {object} FROM {roles}
 
--- name: own
-ALTER TABLE {table} OWNER TO {owner}
-
--- name: add_check
-ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
-
 -- name: statistics
 ALTER TABLE {table} ALTER COLUMN {column} SET STATISTICS {target}
 
 -- name: column_options
 ALTER TABLE {table} ALTER COLUMN {column} SET ({options})
-
--- name: comment
-COMMENT ON TABLE {table} IS {comment}
 
 -- name: comment_constraint
 COMMENT ON CONSTRAINT {constraint} ON {table} IS {comment}

@@ -67,9 +67,6 @@ SELECT setval({sequence_text}::regclass, {last})
 -- name: missing
 SELECT count(*) FROM {backup} s WHERE NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
 
--- name: analyze
-ANALYZE {source}
-
 -- name: referencing
 -- A table that references the source without a foreign key: what the key to come depends on.
 SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, pg_get_userbyid(c.relowner) AS owner,
@@ -103,6 +100,3 @@ UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid =
 
 -- name: wrong
 SELECT count(*) FROM {reference} w JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
-
--- name: drop_key
-ALTER TABLE {reference} DROP CONSTRAINT IF EXISTS {constraint}

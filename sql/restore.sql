@@ -31,13 +31,6 @@ CREATE UNIQUE INDEX {index} ON {leaf} ({columns}){include} {nulls}{rest}
 -- name: adopt
 ALTER TABLE {leaf} ADD CONSTRAINT {index} {kind} USING INDEX {index}{timing}
 
--- name: add_constraint
-ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition}
-
--- name: index_root
--- Adopts the partitions' matching indexes; nothing is built again.
-CREATE {unique} INDEX {index} ON {shadow} USING {tail}
-
 -- name: built
 SELECT x.relname AS name, EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = x.oid AND k.conrelid = i.indrelid) AS adopted
   FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
@@ -46,9 +39,6 @@ SELECT x.relname AS name, EXISTS (SELECT FROM pg_constraint k WHERE k.conindid =
 -- name: building
 -- A session's CREATE INDEX has given the index its OID and is at work on it.
 SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE pid = {pid} AND phase LIKE 'building%')
-
--- name: drop_constraint
-ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {constraint}
 
 -- name: drop_index
 DROP INDEX IF EXISTS {index}

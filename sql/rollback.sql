@@ -48,13 +48,6 @@ SELECT DISTINCT n.nspname AS schema, c.relname AS name
  WHERE t.tgfoid IN (SELECT p.oid FROM pg_proc p JOIN pg_namespace s ON s.oid = p.pronamespace WHERE s.nspname = {staging_name})
    AND NOT c.relispartition ORDER BY 1, 2
 
--- name: drop_staging
--- The logs and their functions; the shadow is gone before.
-DROP SCHEMA IF EXISTS {staging} CASCADE
-
--- name: drop_retired
-DROP TABLE IF EXISTS {retired}
-
 -- name: set_default
 ALTER TABLE IF EXISTS {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
 

@@ -20,9 +20,6 @@ ALTER TABLE {guard} ADD CONSTRAINT {index} UNIQUE USING INDEX {index} DEFERRABLE
 ALTER TABLE {guard} REPLICA IDENTITY FULL;
 ANALYZE {guard}
 
--- name: own
-ALTER TABLE {guard} OWNER TO {owner}
-
 -- name: create_function
 -- SECURITY DEFINER: the application's role has no rights on the guard. enable_seqscan off: a plan made while the guard was
 -- small must not stay. A row that moves is deleted and inserted, in this order.
@@ -77,9 +74,6 @@ ALTER FUNCTION {truncate_function}() OWNER TO {owner}
 -- name: attach_truncate
 CREATE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION {truncate_function}();
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger}
-
--- name: remove
-DROP SCHEMA IF EXISTS {guards} CASCADE
 
 -- name: forget_detached
 -- After a partition with rows was detached: their values are free again.

@@ -59,7 +59,7 @@ def test_an_idle_transaction_makes_the_cutover_give_up_and_is_named(clinic, sql,
             cutover.swap(run, lock_timeout_ms=100, budget_s=2)
         assert_as_before(sql)
     assert f"waiting for pid {pid}" in capsys.readouterr().out
-    assert cutover.swap(run).locked_s < 5
+    assert cutover.swap(run).facts["locked_s"] < 5
 
 
 def test_whoever_keeps_any_statement_waiting_is_named_and_kept_in_the_record(clinic, capsys, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_an_old_writer_elsewhere_does_not_hold_everybody_up(server, clinic, sql)
         run = ready(clinic)
         with traffic.pool(clinic, server.version, writers=2) as pool:
             pool.go_on(10)
-            assert cutover.swap(run, budget_s=20).locked_s < 5
+            assert cutover.swap(run, budget_s=20).facts["locked_s"] < 5
 
 
 @pytest.mark.long
@@ -208,7 +208,7 @@ def test_a_running_autovacuum_is_got_past(clinic, sql):
     run = run.__class__(run.database, run.migration, run.plan)
     with vacuum_that_takes_long(clinic, sql) as pid:
         swapped = cutover.swap(run, budget_s=30)
-        assert swapped.locked_s < 5
+        assert swapped.facts["locked_s"] < 5
         assert sql(
             "SELECT count(*) FROM pg_stat_progress_vacuum WHERE pid = %s AND relid = 'users_retired'::regclass", [pid]
         ) == [(0,)]
@@ -242,7 +242,7 @@ def test_autovacuum_of_what_only_we_use_keeps_nobody_waiting(forward, clinic, sq
         ]
     assert not [each.name for each in run.database.statements[before:] if each.error], "each attempt kept everybody waiting"
     if step == "swap":
-        assert len(said.attempts) == 1
+        assert len(said.facts["attempts"]) == 1
 
 
 @pytest.mark.long
@@ -363,7 +363,7 @@ def test_whoever_takes_a_number_before_the_table_starves_nobody(database, sql):
     assert not failures
     assert sql("SELECT id FROM orders WHERE id > 500 ORDER BY id") == sorted(written)
     assert sql("SELECT pg_get_serial_sequence('orders', 'id')") == [("public.orders_id_seq",)]
-    assert len(swapped.attempts) < 8
+    assert len(swapped.facts["attempts"]) < 8
     assert max(waits) < 0.06 + 2 * 0.3 + 1.0
 
 
@@ -420,7 +420,7 @@ def test_an_application_starves_nobody_whatever_it_touches_first(clinic, sql, or
             thread.join(30)
     assert not [error for error in failures if error.sqlstate != "40001"]
     # Relative to what is promised: the timeout, the swap itself, and a machine with little to spare.
-    assert max(waits) < 0.3 + 3 * swapped.locked_s + 1.0
+    assert max(waits) < 0.3 + 3 * swapped.facts["locked_s"] + 1.0
     assert "no session waited" in swapped.sentence
 
 
@@ -602,7 +602,7 @@ def test_many_rows_that_refer_to_one_are_not_corrected_under_the_locks(forward, 
     snapshots = cutover.locks.wait_for_snapshots
     monkeypatch.setattr(cutover.locks, "wait_for_snapshots", waited)
     swapped = cutover.swap(run)
-    assert len(swapped.attempts) > 1
+    assert len(swapped.facts["attempts"]) > 1
     with run.database.session() as session:
         corrected = session.rows("ledger.history", migration=run.migration)
     assert corrected
