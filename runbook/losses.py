@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,33 @@ def whole(run: Run, session: Session) -> Iterator[None]:
         yield
     except errors.UniqueViolation as error:
         raise PromiseBroken(_doubles(run, session, error)) from None
+
+
+@contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Raises PromiseBroken for what the server refuses because of what was made since the cut-over, and says what to do about it."""
+    name, again = run.plan.full_name, "then run 90_rollback again."
+    try:
+        yield
+    except errors.InvalidTableDefinition as error:
+        raise PromiseBroken(
+            f"A view that reads {name}, or what else rests on it, was changed since the cut-over as the original's cannot be"
+            f" ({error.diag.message_primary}): take that back, or drop it, {again}"
+        ) from None
+    except errors.ExclusionViolation as error:
+        constraint = str(error.diag.constraint_name).removesuffix("_retired")
+        raise PromiseBroken(
+            f"The way back of {name} is closed while rows stand in it that {constraint} of the original excludes: correct those that"
+            f" came since the cut-over, {again}"
+        ) from None
+    except errors.DependentObjectsStillExist as error:
+        said = " ".join((error.diag.message_detail or str(error)).split())
+        here = re.sub(
+            rf"(?<!function ){run.staging}\.", f"{run.plan.table.schema_name}.", said
+        )  # where the table was when it failed
+        raise PromiseBroken(
+            f"Objects that were made since the cut-over depend on {name} and would go with it: {here}. Drop them first, {again}"
+        ) from None
 
 
 def _doubles(run: Run, session: Session, error: Exception) -> str:

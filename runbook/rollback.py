@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -162,26 +161,8 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
                 locks.refuse_late_snapshots(session, patience)
             return evidence
 
-    try:
+    with losses.explained(run):
         evidence = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
-    except errors.InvalidTableDefinition as error:
-        raise PromiseBroken(
-            f"A view that reads {run.plan.full_name}, or what else rests on it, was changed since the cut-over as the original's cannot be"
-            f" ({error.diag.message_primary}): take that back, or drop it, then run 90_rollback again."
-        ) from None
-    except errors.ExclusionViolation as error:
-        raise PromiseBroken(
-            f"The way back of {run.plan.full_name} is closed while rows stand in it that {str(error.diag.constraint_name).removesuffix('_retired')} of the original"
-            " excludes: correct those that came since the cut-over, then run 90_rollback again."
-        ) from None
-    except errors.DependentObjectsStillExist as error:
-        said = " ".join((error.diag.message_detail or str(error)).split())
-        said = re.sub(
-            rf"(?<!function ){run.staging}\.", f"{run.plan.table.schema_name}.", said
-        )  # where the table was when it failed
-        raise PromiseBroken(
-            f"Objects that were made since the cut-over depend on {run.plan.full_name} and would go with it: {said}. Drop them first, then run 90_rollback again."
-        ) from None
     sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}{stale}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
 
