@@ -124,18 +124,19 @@ def _refused(session: Session, plan: Plan) -> str:
 def _refused_default(session: Session, plan: Plan) -> Finding | None:
     """What an INSERT that leaves the key out will meet; a sequence is not asked, which would count."""
     key = next(column for column in plan.columns if column.name == plan.key)
-    if key.default is None or "nextval(" in key.default:
+    default = key.default or session.row("draft.domain", type=key.type, key_text=spelled((key.name,)))["default"]
+    if default is None or "nextval(" in default:
         return None
     only = [trusted("d" if column == key else "NULL") for column in plan.copied]  # nor are other columns' defaults
     names = {**plan.names("pg_temp"), "columns": plan.listed()["columns"], "only": sql.SQL(", ").join(only)}
-    names |= {"default": trusted(key.default), "type": trusted(key.type)}
+    names |= {"default": trusted(default), "type": trusted(key.type)}
     try:
         with session.connection.transaction(force_rollback=True):
             session.run("partition.try_default", **names)
     except psycopg.errors.CheckViolation as error:
         if not error.diag.constraint_name:  # the row met no partition; what else refuses it does so already
             return Finding.warning(
-                f"{plan.full_name}.{plan.key} DEFAULT", f"The default of {plan.key} ({key.default}) fits no partition: an INSERT that leaves {plan.key} out will be refused (23514).",
+                f"{plan.full_name}.{plan.key} DEFAULT", f"The default of {plan.key} ({default}) fits no partition: an INSERT that leaves {plan.key} out will be refused (23514).",
                 f'Add a partition for it, or a default partition ({{"name": "default"}}); or ALTER TABLE {plan.full_name} ALTER {plan.key} SET DEFAULT … first.',
             )  # fmt: skip
     except psycopg.Error:  # as where it reads what only the application's sessions set

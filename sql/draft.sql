@@ -82,6 +82,16 @@ SELECT EXISTS (SELECT FROM {table} WHERE {column} = {value}::{type})
 -- Those values that a check of the key alone allows.
 SELECT {key}::text AS value FROM (SELECT v::{type} AS {key}, n FROM unnest({values}::text[]) WITH ORDINALITY u (v, n)) k WHERE ({condition}) IS NOT FALSE ORDER BY n
 
+-- name: domain
+-- What a domain is made of in the end, its default, and its checks as checks of the key; of any other type just that.
+WITH RECURSIVE made AS (
+  SELECT oid, typbasetype, typtype, typdefault FROM pg_type WHERE oid = {type}::regtype
+  UNION ALL SELECT t.oid, t.typbasetype, t.typtype, t.typdefault FROM pg_type t JOIN made m ON m.typbasetype = t.oid AND m.typtype = 'd')
+SELECT (SELECT format_type(oid, NULL) FROM made WHERE typtype <> 'd') AS type,
+       (SELECT typdefault FROM made WHERE typtype = 'd' AND typdefault IS NOT NULL LIMIT 1) AS default,
+       ARRAY(SELECT json_build_object('name', conname, 'definition', regexp_replace(pg_get_constraintdef(c.oid), '\mVALUE\M', {key_text}, 'g'))
+               FROM pg_constraint c JOIN made m ON m.oid = c.contypid WHERE c.contype = 'c') AS checks
+
 -- name: labels
 -- Every value that a type can have, where these are few.
 SELECT enumlabel::text AS label FROM pg_enum WHERE enumtypid = {type}::regtype

@@ -300,6 +300,21 @@ def test_what_a_type_can_be_and_no_partition_takes_is_named(database, sql):
         assert [left in each for each in said if each.startswith("No partition takes")] == [True] * bool(left)
 
 
+@pytest.mark.parametrize(("domain", "left"), [
+    ("DOMAIN of_things AS text DEFAULT 'done' CHECK (VALUE IN ('new', 'done'))", "takes 'done', which state (of_things_check)"),
+    ("DOMAIN inner_of AS varchar(9) DEFAULT 'done' CHECK (VALUE IN ('new', 'done')); CREATE DOMAIN of_things AS inner_of CHECK (VALUE <> 'odd')",
+     "takes 'done', which state (inner_of_check)"),
+    ("TYPE mood AS ENUM ('new', 'gone', 'odd'); CREATE DOMAIN of_things AS mood DEFAULT 'gone' CHECK (VALUE <> 'odd')", "takes 'gone', which state"),
+])  # fmt: skip
+def test_what_a_domain_allows_and_takes_by_default_is_named(database, sql, domain, left):
+    sql(
+        f"CREATE {domain}; CREATE TABLE things (id int PRIMARY KEY, state of_things NOT NULL); INSERT INTO things VALUES (1, 'new')"
+    )
+    said = [each.sentence for each in runbook.draft(database=database, table="things", key="state").plan.findings]
+    assert [left in each for each in said if each.startswith("No partition takes")] == [True]
+    assert len([each for each in said if "(23514)" in each and each.startswith("The default of state ('")]) == 1
+
+
 @pytest.mark.parametrize(("column", "left"), [
     ("state text NOT NULL CHECK (state IN ('new', 'it''s', 'done'))", "\"it's\", 'done', which state (things_state_check)"),
     ("state varchar(50) NOT NULL CHECK (state = 'new' OR state = 'gone')", "'gone', which state"),
