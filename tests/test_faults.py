@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,6 @@ from runbook.changes import Rewritten
 from runbook.database import target
 from runbook.errors import AlreadyRunning, LockNotGranted, PlanOutdated, PromiseBroken, RunbookError
 from tests import dumps, migration, servers, traffic
-
-ROOT = Path(__file__).parent.parent
 
 
 def long(*values: str) -> list[Any]:
@@ -65,25 +65,38 @@ def rest(run: migration.Run, name: str) -> None:
         migration.walk(run, {each: step(each)})
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.migration"])  # a process for each step, but what they all import is loaded once
+
+
+def act(url: str, name: str, begins: Connection, said: Path) -> None:
+    """The named step, by the last plan; what is printed goes to a file."""
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    run = ledger.open_last(url, "users")
+    begins.send(True)
+    step(name)(run)
+
+
 class Child:
     """One step in a process of its own, as a kernel runs it."""
 
-    def __init__(self, url: str, name: str) -> None:
-        code = (
-            "import runbook, sys; from tests import migration;"
-            f"run = runbook.open_last({url!r}, 'users');"
-            f"print('begins', flush=True); {{**migration.FORWARD, **migration.BACK}}[{name!r}](run)"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().strip() == "begins", self.process.stderr and self.process.stderr.read()
+    def __init__(self, url: str, name: str, folder: Path) -> None:
+        here, there = FORKS.Pipe()
+        self.said = folder / f"{name}.txt"
+        self.process = FORKS.Process(target=act, args=(url, name, there, self.said))
+        self.process.start()
+        there.close()
+        assert here.recv(), self.said.read_text()
 
     def kill(self, how: int = signal.SIGKILL) -> str:
-        self.process.send_signal(how)
-        _, said = self.process.communicate(timeout=60)
-        return said
+        assert self.process.pid is not None
+        with suppress(ProcessLookupError):  # it was faster
+            os.kill(self.process.pid, how)
+        self.process.join(60)
+        assert self.process.exitcode is not None, "it lives on"
+        return self.said.read_text()
 
 
 class Holder:
@@ -128,12 +141,12 @@ def assert_nothing_left(sql) -> None:
 
 
 @pytest.mark.parametrize("name", ["copy", *long("settle", "index", "replay", "fill")])
-def test_a_killed_kernel_costs_nothing(prepare, server, clinic, sql, name):
+def test_a_killed_kernel_costs_nothing(prepare, server, clinic, sql, name, tmp_path):
     run = prepare(name)
     with traffic.pool(clinic, server.version, writers=1) as pool:
         pool.go_on(10)
         holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
-        child = Child(clinic, name)
+        child = Child(clinic, name, tmp_path)
         holder.wait()
         child.kill()
         holder.release()
@@ -176,10 +189,10 @@ def struck(run: migration.Run, name: str) -> tuple[threading.Thread, list[BaseEx
 
 
 @pytest.mark.parametrize("name", ["fill", *long("copy", "index", "replay")])
-def test_an_interrupt_cancels_what_every_worker_runs(prepare, clinic, sql, name):
+def test_an_interrupt_cancels_what_every_worker_runs(prepare, clinic, sql, name, tmp_path):
     run = prepare(name)
     holder = Holder(clinic, LOCKED[name].format(staging=run.staging))
-    child = Child(clinic, name)
+    child = Child(clinic, name, tmp_path)
     holder.wait()
     assert "KeyboardInterrupt" in child.kill(signal.SIGINT)
     assert sql("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND state = 'active'") == [(0,)]
@@ -188,11 +201,13 @@ def test_an_interrupt_cancels_what_every_worker_runs(prepare, clinic, sql, name)
     assert_nothing_left(sql)
 
 
-def strike(fault: str, run: migration.Run, name: str, server: servers.Server, clinic: str, sql: Callable[..., Any]) -> None:
+def strike(
+    fault: str, run: migration.Run, name: str, server: servers.Server, clinic: str, sql: Callable[..., Any], tmp_path: Path
+) -> None:
     """The step begins, and this happens to it at whatever moment; returns when nothing of it works any more."""
     moment = random.uniform(0, 0.15)
     if fault in ("the kernel is killed", "an interrupt"):
-        child = Child(clinic, name)
+        child = Child(clinic, name, tmp_path)
         time.sleep(moment)
         child.kill(signal.SIGKILL if fault == "the kernel is killed" else signal.SIGINT)
     else:
@@ -222,13 +237,13 @@ def strike(fault: str, run: migration.Run, name: str, server: servers.Server, cl
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in STEPS if "check" not in name and name != "approval"])
-def test_every_step_survives_every_fault(prepare, server, clinic, sql, name):
+def test_every_step_survives_every_fault(prepare, server, clinic, sql, name, tmp_path):
     """One after the other, the step begun again after each; the same step once more finishes."""
     run = prepare(name)
     with traffic.pool(clinic, server.version, writers=2, crashes=True) as pool:
         for fault in FAULTS:
             pool.go_on(10)
-            strike(fault, run, name, server, clinic, sql)
+            strike(fault, run, name, server, clinic, sql, tmp_path)
         pool.go_on(10)
         again(run, name)
     assert_nothing_left(sql)
@@ -272,10 +287,10 @@ def test_the_ledger_and_the_swap_never_disagree(prepare, sql, name):
 
 
 @pytest.mark.long
-def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(prepare, clinic, sql):
+def test_a_second_run_is_refused_by_name_while_the_first_lives_and_not_after(prepare, clinic, sql, tmp_path):
     run = prepare("copy")
     holder = Holder(clinic, LOCKED["copy"].format(staging=run.staging))
-    child = Child(clinic, "copy")
+    child = Child(clinic, "copy", tmp_path)
     holder.wait()
     with pytest.raises(AlreadyRunning, match=r"runbook restore\.copy of postgres"):
         restore.copy(run)
