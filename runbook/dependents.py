@@ -169,7 +169,7 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"The trigger {trigger} of {name} fires when {reference.role_column} is filled in, and from the cut-over on whenever the {plan.key} of"
                 " the row referred to changes: what it writes, such as the time or an audit row, is written for each of these rows and stays, after the way"
                 " back, too; one that refuses or undoes updates stops 04.",
-                f"Where that would be wrong, ALTER TABLE {name} DISABLE TRIGGER {trigger}; until the cut-over, or let it return where current_setting('runbook.correcting', true) = 'on'.",
+                f"Where that would be wrong, ALTER TABLE {name} DISABLE TRIGGER {trigger}; until the cut-over, or let it return where current_setting('runbook.correcting', true) = 'on', as it is while 04 and 05 fill in; from then on only the trigger itself can tell.",
             )
     yield from _together(plan)
     others = {f"{each.schema_name}.{each.table}" for each in plan.references if each.adds_column}

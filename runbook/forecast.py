@@ -46,7 +46,8 @@ def measure(action: Action) -> Evidence:
     if any(row["step"] != "plan" for row in session.rows("ledger.history", migration=run.migration)):
         return action.finish("There is no forecast: the migration was under way before one was made.")
     try:
-        with session.transaction(lock_timeout="300ms", statement_timeout="5s"):
+        # In one snapshot: a row that moves meanwhile would be copied twice.
+        with session.transaction("REPEATABLE READ", lock_timeout="300ms", statement_timeout="5s"):
             sample = sampled(run, session)
             raise psycopg.Rollback
         begun = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
+from inspect import getsource
 from typing import Any
 
 from sqlalchemy import (
@@ -21,12 +22,25 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import SAWarning
+from sqlalchemy.types import NullType, UserDefinedType
 
 from runbook import drift, imports
 from runbook.ledger import Run
 from runbook.plan import fit, with_key
 from runbook.references import added, names
 from runbook.statements import spelled
+
+
+class PostgresType(UserDefinedType[Any]):
+    """A type of PostgreSQL's that SQLAlchemy does not know."""
+
+    cache_ok = True
+
+    def __init__(self, spelt: str) -> None:
+        self.spelt = spelt
+
+    def get_col_spec(self, **_: Any) -> str:
+        return self.spelt
 
 
 def tables(run: Run, *, new: bool) -> MetaData:
@@ -62,6 +76,11 @@ def tables(run: Run, *, new: bool) -> MetaData:
             if (table.schema or default, table.name) in leaves:
                 metadata.remove(table)
         for table in metadata.tables.values():
+            unknown = [column for column in table.columns if isinstance(column.type, NullType)]
+            place = {"schema": table.schema or default, "table": table.name}
+            spelt = run.frame("application.types", **place).set_index("name")["type"].to_dict() if unknown else dict[str, str]()
+            for column in unknown:
+                column.type = PostgresType(spelt[column.name])
             for key in [key for key in table.foreign_key_constraints if key.referred_table not in metadata.tables.values()]:
                 _drop_key(table, key)
     if new != live:
@@ -156,7 +175,28 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
             if reference and len(reference.columns) == 1 and len(key.columns) > 1 and relationship.source.table is key.table:
                 relationship.name = self.find_free_name(re.sub(r"_id$", "", reference.columns[0]), global_names, local_names)
 
-    return str(Models(metadata, run.database.engine, []).generate())
+        def add_import(self, obj: Any) -> None:
+            if isinstance(obj, PostgresType):
+                self.add_literal_import("sqlalchemy.types", "UserDefinedType")
+                self.add_literal_import("typing", "Any")
+            else:
+                super().add_import(obj)
+
+        def render_column_type(self, column: Column[Any]) -> str:
+            return (
+                f"PostgresType({column.type.spelt!r})"
+                if isinstance(column.type, PostgresType)
+                else str(super().render_column_type(column))
+            )
+
+    models = str(Models(metadata, run.database.engine, []).generate())
+    if "UserDefinedType" in models:
+        models = models.replace("class Base(", f"{getsource(PostgresType)}\n\nclass Base(", 1)
+    for module in ("datetime", "decimal", "uuid"):  # a column can be called as the module whose type it has
+        if re.search(rf"^    {module}: Mapped\[", models, re.MULTILINE):
+            models = re.sub(rf"^import {module}$", f"import {module} as {module}_", models, flags=re.MULTILINE)
+            models = re.sub(rf"(?<=[\[ ]){module}(?=\.[A-Za-z]+[\],])", f"{module}_", models)
+    return models
 
 
 def named(table: Table) -> list[Any]:

@@ -446,9 +446,9 @@ SELECT DISTINCT 'blocker', c.oid::regclass::text, format('%s, which references i
 UNION ALL
 -- A trigger on a row is a trigger of the row's partition.
 SELECT DISTINCT 'warning', t.tgname::text, format('%s, which the trigger %s calls, asks for the name of the table (TG_TABLE_NAME, TG_RELID): for each row that will be the partition''s.', t.tgfoid::regprocedure, t.tgname),
-       'Give it the name as an argument of the trigger, or ask pg_partition_root(TG_RELID).'
+       'Give it the name as an argument of the trigger, or ask coalesce(pg_partition_root(TG_RELID), TG_RELID), which is right before and after.'
   FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
- WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 1 = 1 AND p.prosrc ~* '\mTG_(TABLE_NAME|RELNAME|RELID)\M'
+ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 1 = 1 AND regexp_replace(p.prosrc, 'coalesce\s*\(\s*pg_partition_root\s*\(\s*TG_RELID\s*\)\s*,\s*TG_RELID\s*\)', '', 'gi') ~* '\mTG_(TABLE_NAME|RELNAME|RELID)\M'
 UNION ALL
 SELECT 'blocker', v.oid::regclass::text, format('The view %s groups by the primary key alone, which will no longer be one.', v.oid::regclass),
        'Name every column that it selects in its GROUP BY first.'

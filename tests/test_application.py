@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from decimal import Decimal
+
 import psycopg
 import pytest
+from sqlalchemy import create_engine, select
+from sqlalchemy.orm import Session
 
 from runbook import additions, application, embedded, monitor, points, queries, verify
 from runbook.drizzle import Drizzle
@@ -60,6 +65,22 @@ def test_the_drizzle_schema_has_the_composite_keys_in_the_strict_state(migrated)
     assert "userRole: varchar('user_role', { length: 50 }).notNull().default('user')" in new
     assert "foreignKey({ columns: [table.userId, table.userRole], foreignColumns: [userSchema.id, userSchema.role] })" in new
     assert "users_patients" not in new and "_retired" not in new and "_backup" not in new
+
+
+def test_models_can_be_imported_whatever_the_columns_are_called_and_made_of(database, sql, tmp_path, monkeypatch):
+    """As those that have the name of a module, and types of which SQLAlchemy knows nothing."""
+    sql("CREATE TABLE person (uuid uuid PRIMARY KEY, datetime timestamptz, decimal numeric(4,2) NOT NULL, kind text NOT NULL, place point, seen xid8 NOT NULL);"
+        " INSERT INTO person VALUES (gen_random_uuid(), now(), 1.5, 'a', '(1,2)', '3')")  # fmt: skip
+    schema = application.Schema(migration.plan(database, "person", "kind"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, models in zip(("models_before", "models_after"), schema.sqlalchemy, strict=True):
+        (tmp_path / f"{name}.py").write_text(models)
+        loaded = importlib.import_module(name)
+        with Session(create_engine(database.replace("postgresql://", "postgresql+psycopg://"))) as session:
+            (person,) = session.scalars(select(loaded.Person))
+        assert (type(person.uuid).__name__, person.decimal, person.place, person.seen) == ("UUID", Decimal("1.50"), "(1,2)", "3")
+        assert not loaded.Person.__table__.columns["seen"].nullable
+    assert all("dataType: () => 'point'" in old and "dataType: () => 'xid8'" in old for old in schema.drizzle)
 
 
 @pytest.mark.long
