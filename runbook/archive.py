@@ -69,6 +69,7 @@ class Manifest(BaseModel):
     files: dict[str, str]
     previous: Entry | None
     broken_off: list[Entry]
+    rewritten: dict[str, str] = {}
 
 
 class Run:
@@ -164,7 +165,7 @@ class Run:
 
     def seal(self, **facts: Any) -> str:
         """Ends the run, well or not, and chains it to the run sealed before; returns its manifest's sha256, the head."""
-        from runbook.pages import index, unlink_missing
+        from runbook.pages import index, unlinked
 
         runs, states = self.folder.parent, {step["state"] for step in self.manifest["steps"]}
         state = "failed"
@@ -172,8 +173,13 @@ class Run:
             state = "unfinished"
         if states == {"completed"} and (self.manifest.get("by_hand") or facts.get("result", "completed") == "completed"):
             state = "completed"
+        if pages := unlinked(self.folder):  # whoever comes after a kill between two of them knows both
+            self.manifest["rewritten"] = {page.name: hashlib.sha256(text.encode()).hexdigest() for page, text in pages.items()}
+            self._write()
+            for page, text in pages.items():
+                write_whole(page, text)
+            del self.manifest["rewritten"]
         self.manifest |= {"state": state, "sealed": True}
-        unlink_missing(self.folder)
         self._hash(*files(self.folder))
         with _alone(runs):
             self.manifest |= {"previous": end(runs), "ended": _now()}

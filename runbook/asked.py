@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runbook.errors import BadInput
-from runbook.ledger import Run
 from runbook.parameters import Parameters
+
+if TYPE_CHECKING:
+    from runbook.ledger import Run
 
 DIVISION = ("partitions", "every", "ahead", "modulus")  # after the cut-over 20 goes by these
 DECISIVE = ("key", "partition_by", "unique", "legacy_inserts", "restore_from")

@@ -32,13 +32,13 @@ def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
             said.append(f"{run} is not in the chain that ends in HEAD: it was added, or runs were re-ordered.")
             left.pop(run)
             continue
-        said += _differs(entry, digests, after)
+        said += _differs(runs, entry, digests, after)
         if entry["run"] not in left:  # a gap: go on with what lies before it
             entry = _latest(left, digests) if left else None
             continue
         manifest = left.pop(entry["run"])
         for broken in manifest["broken_off"]:
-            said += _differs(broken, digests, manifest["run"])
+            said += _differs(runs, broken, digests, manifest["run"])
         after, entry = manifest["run"], manifest["previous"]
     if (page := list_of_runs(runs)) and not ((there := runs / "index.html").is_file() and sha256(there) == page):
         said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
@@ -51,7 +51,9 @@ def _latest(left: dict[str, dict[str, Any]], digests: dict[str, str]) -> dict[st
     return {"run": run, "manifest": digests[run]}
 
 
-def _differs(entry: dict[str, str], digests: dict[str, str], after: str) -> list[str]:
+def _differs(runs: Path, entry: dict[str, str], digests: dict[str, str], after: str) -> list[str]:
+    if entry["run"] not in digests and (runs / entry["run"]).is_dir():
+        return []  # its manifest cannot be read, which is said already
     if entry["run"] not in digests:
         return [f"{entry['run']} is missing: it was removed, though {after} names it."]
     if digests[entry["run"]] != entry["manifest"]:
@@ -63,12 +65,13 @@ def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     if manifest["run"] != folder.name:
         yield f"{folder.name} holds the record of {manifest['run']}: it was renamed, or exchanged with another."
     there = {file.relative_to(folder).as_posix(): file for file in files(folder)}
+    anew = {} if manifest["sealed"] else manifest.get("rewritten", {})  # pages that were about to lose their dead links
     for name, digest in manifest["files"].items():
         if name not in there:
             yield f"{folder.name}/{name} was removed."
         elif there[name].is_symlink():
             yield f"{folder.name}/{name} was replaced by a link."
-        elif sha256(there[name]) != digest:
+        elif sha256(there[name]) not in (digest, anew.get(name)):
             yield f"{folder.name}/{name} was changed."
     # A run that still works, or broke off, has a notebook that is not hashed yet; by hand there may be several.
     known = set(manifest["files"])

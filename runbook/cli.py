@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from runbook import __version__, archive, embedded, imports, ledger, parameters,
 from runbook.audit import audit as audited
 from runbook.database import target
 from runbook.errors import BadInput
-from runbook.execution import FORWARD, begin, own, perform, seal, under_way
+from runbook.execution import FORWARD, begin, own, perform, seal, under_way, went_back
 from runbook.options import Sentence, gather, offered, options, step
+from runbook.signals import held
 
 
 @click.group(cls=Sentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -91,7 +93,8 @@ def run(
 @options(out=True)
 def rollback(file: Path | None, pairs: Any, database: str | None, out: Path) -> None:
     """The way back from any step, without losing a write (notebook 90)."""
-    perform(("90_rollback",), gather(file, pairs, database), out)
+    given = gather(file, pairs, database)
+    perform(("90_rollback",), given, out, partial(went_back, str(given.get("database", "embedded")), str(given["table"])))
 
 
 @main.command(short_help="Every step but the cut-over, then the way back.")
@@ -211,7 +214,8 @@ def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, 
         click.echo(f"The notebooks are in {record.folder}.")
         desk.serve(record, browser=not no_browser)
     finally:
-        head = seal(record, str(given.get("database", "embedded")), str(given["table"]), "worked through by hand")
+        with held():
+            head = seal(record, str(given.get("database", "embedded")), str(given["table"]), "worked through by hand")
         click.echo(f"\nRecord: {record.folder}\nHead:   {head}")
 
 
@@ -219,7 +223,7 @@ def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, 
 @click.argument("runs", type=click.Path(path_type=Path, exists=True, file_okay=False), default="runs")
 @click.option("--database", help="Compare with the heads in this database's ledger, too.")
 def audit(runs: Path, database: str | None) -> None:
-    """Compute every hash of the record again, and name what was changed, removed, added or re-ordered."""
+    """Compute every hash of the record in RUNS (default: runs) again, and name what was changed, removed, added or re-ordered."""
     heads: list[str] = []
     if database:
         with target(database).session("audit") as session:
@@ -233,8 +237,15 @@ def audit(runs: Path, database: str | None) -> None:
         click.echo(sentence)
     if said:
         sys.exit(1)
-    vouched = "" if database else " Nobody but its own HEAD vouches for the last run: with --database the ledger does."
-    click.echo(f"{runs} is as it was recorded.{vouched}")
+    who = (
+        "Nobody but its own HEAD"
+        if (runs / "HEAD").is_file()
+        else "There is no HEAD, as after a kill before it was written: nobody"
+    )
+    click.echo(
+        f"{runs} is as it was recorded."
+        + ("" if database else f" {who} vouches for the last run: with --database the ledger does.")
+    )
 
 
 @main.command()

@@ -244,7 +244,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
                 await asyncio.wait_for(asyncio.gather(*rest, return_exceptions=True), LAST_WORDS_S)
 
         ours = cell.outputs[-1] if cell.get("outputs") else None
-        with suppress(Exception):
+        with suppress(Exception, KeyboardInterrupt, Terminated):  # a second signal ends the listening, not the record
             ensure_event_loop().run_until_complete(listen())
         if ours in cell.get("outputs", []):  # the reason stands last
             cell.outputs.remove(ours)

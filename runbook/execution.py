@@ -24,7 +24,7 @@ from runbook.database import target
 from runbook.errors import BadInput, RunbookError
 from runbook.parameters import check, clinic
 from runbook.redaction import redact
-from runbook.signals import Terminated, ended_by_signals
+from runbook.signals import Terminated, ended_by_signals, held
 from runbook.statements import folder
 from runbook.words import counted
 
@@ -48,7 +48,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     table, where = str(given["table"]), str(given.get("database", "embedded"))
     if where != "embedded":
         target(where)  # where nobody answers, there is nothing to record
-    if names[0] in FORWARD[1:]:
+    if names[0] not in (FORWARD[0], "90_rollback"):  # the way back is the answer to another plan
         _refuse_another_plan(where, given)
     record = begin(out, given)
     lines: list[dict[str, Any]] = []
@@ -87,7 +87,8 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
         raise
     finally:
         bar.close()
-        head = seal(record, where, table, stopped or "completed")
+        with held():
+            head = seal(record, where, table, stopped or "completed")
     if not stopped:
         click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{planned}{result()}".rstrip())
     click.echo(f"\nRecord: {record.folder}")
@@ -187,6 +188,13 @@ def under_way(where: str, table: str) -> bool:
         found = ledger.of(target(where), table)
         return bool((found.database.frame("ledger.history", migration=found.migration)["step"] != "plan").any())
     return False
+
+
+def went_back(where: str, table: str) -> str:
+    """What 90 says of the way back."""
+    history = _history(where, table)
+    done = history[(history["step"] == "rollback") & (history["state"] == "done")].drop_duplicates("action", keep="last")
+    return "\n".join(done[done["action"] != "clean"]["sentence"])
 
 
 def _line(name: str, done: Executed, before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psycopg import errors
 
-from runbook import attaching, changes, cutover, foreign_keys, locks, matviews, swapping
+from runbook import attaching, changes, cutover, foreign_keys, locks, losses, matviews, swapping
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -81,6 +81,7 @@ def drop(
     run, session = action.run, action.session
     if run.finished("finish", "approval") is None:
         raise ApprovalMissing(f"Finishing {run.plan.full_name} has not been approved: run 91_finish from its beginning.")
+    losses.refuse_renamed(run, session, "then run 91_finish again.")
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:

@@ -15,10 +15,10 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import catalog, drift, locks
+from runbook import asked, catalog, drift, locks
 from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
-from runbook.parameters import resolve
+from runbook.parameters import check, injected, resolve
 from runbook.plan import Plan
 from runbook.provenance import operator
 from runbook.redaction import known_secrets, redact
@@ -284,6 +284,8 @@ def open(database: str = "embedded", table: str = "", plan: str = "", *, ended: 
             f"{run.plan.full_name} has the plan {run.plan.hash[:12]}, not {given.plan[:12]}: look at it with 00_plan, and name its"
             " hash (or none) if that is the one to go on with."
         )
+    if not ended:  # the way back is the answer to another plan
+        asked.refuse_another(run, check(told := injected()), set(told))
     return run
 
 

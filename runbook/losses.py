@@ -12,7 +12,9 @@ from runbook import catalog, changes, locks
 from runbook.changes import BACK, Rewritten
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import Run
+from runbook.references import added, logged
 from runbook.session import Session
+from runbook.statements import spelled
 
 
 def replay(run: Run, session: Session, patience: locks.Patience) -> tuple[int, str]:
@@ -50,6 +52,11 @@ def explained(run: Run) -> Iterator[None]:
         raise PromiseBroken(
             f"The way back of {name} is closed while rows stand in it that {constraint} of the original excludes: correct those that"
             f" came since the cut-over, {again}"
+        ) from None
+    except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedObject, errors.UndefinedFunction) as error:
+        raise PromiseBroken(
+            f"The way back of {name} names what was renamed or dropped since the cut-over ({error.diag.message_primary}): give it its name back,"
+            f" or make it again, {again}"
         ) from None
     except errors.DependentObjectsStillExist as error:
         said = " ".join((error.diag.message_detail or str(error)).split())
@@ -117,6 +124,29 @@ def refuse_out_of_turn(run: Run, session: Session) -> None:
             f"The migration of {row['later']} came after that of {run.plan.full_name} and is still open: {shared}. Roll {row['later']} back first"
             f"{', or finish it,' if row['can_end'] else ','} then run 90_rollback again."
         )
+
+
+def refuse_renamed(run: Run, session: Session, again: str = "then run 90_rollback again.") -> None:
+    """Raises OutOfOrder where a referencing table, or a column of its key, has another name by now: what the migration gave it would be
+    left on it. One that was dropped needs nothing."""
+    planned = {(each.schema_name, each.table) for each in run.plan.references}
+    for reference in run.plan.references:
+        place, name = (reference.schema_name, reference.table), f"{reference.schema_name}.{reference.table}"
+        if not session.value("catalog.there", name=spelled(reference.identifier)):
+            found = session.rows("rollback.elsewhere", key_name=reference.name, source_text=spelled(run.plan.source))
+            if now := [f"{row['schema']}.{row['name']}" for row in found if (row["schema"], row["name"]) not in planned]:
+                raise OutOfOrder(f"{name} is {now[0]} now, and the migration knows it by its name: rename it back, {again}")
+            continue
+        wanted = [
+            *reference.columns,
+            *([reference.role_column] if reference in added(run) and logged(run, session, reference) else []),
+        ]
+        where = {"schemas": [place[0]] * len(wanted), "tables": [place[1]] * len(wanted)}
+        if gone := [row["what"] for row in session.rows("catalog.gone", **where, columns=wanted)]:
+            raise OutOfOrder(
+                f"{', '.join(gone)}, which the migration knows by name, is there no more: rename it back, or add a column of that name where it was"
+                f" dropped, {again}"
+            )
 
 
 def refuse(run: Run, session: Session) -> None:

@@ -135,14 +135,17 @@ def _begun(manifest: dict[str, Any]) -> str:
     return f"{manifest.get('begun', '')[:19].replace('T', ' ')} UTC"
 
 
-def unlink_missing(folder: Path) -> None:
-    """Of links to notebooks that this run did not come to only the words are left."""
+def unlinked(folder: Path) -> dict[Path, str]:
+    """The pages with links to notebooks that this run did not come to, and what is to stand there: of these links only the words."""
+    found = {}
     for page in folder.glob("*.html"):
-        text = page.read_text(encoding="utf-8")
+        text = before = page.read_text(encoding="utf-8")
         for name in set(re.findall(r'<a href="([\w.-]+\.html)"', text)):
             if not (folder / name).is_file():
                 text = text.replace(f'<a href="{name}"', "<a")
-        write_whole(page, text)
+        if text != before:
+            found[page] = text
+    return found
 
 
 def index(runs: Path) -> Path:

@@ -15,7 +15,7 @@ from psycopg import sql
 from runbook import changes, compare, indexes, pace, refill, repair
 from runbook import unique as unique_keys
 from runbook.changes import SHORT_TAIL, Rewritten, Statements
-from runbook.errors import NotEqual, PromiseBroken
+from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.session import Session
 from runbook.sheet import Sheet
@@ -111,7 +111,10 @@ def _start_again_if_rewritten(run: Run, session: Session) -> None:
 
 @contextmanager
 def from_the_copy(run: Run) -> Iterator[None]:
-    """When the source turns out to be rewritten or truncated, the steps that rest on the copy count as not done."""
+    """When the source turns out to be rewritten or truncated, the steps that rest on the copy count as not done. Raises OutOfOrder before
+    there is one."""
+    if run.finished("restore", "copy") is None:
+        raise OutOfOrder(f"{run.plan.full_name} has not been copied yet: run 03_restore from its beginning.")
     try:
         yield
     except Rewritten as rewritten:
@@ -223,9 +226,15 @@ def replay(action: Action) -> Evidence:
     )
 
 
+def compare_all(run: Run) -> Evidence:
+    """Compare every row of source and shadow in one snapshot; raises NotEqual, naming partitions and keys. What a repair put back is
+    compared once: what the application deleted since is not missing."""
+    seen = run.finished("restore", "compare") if run.plan.restore_from == "backup" else None
+    return seen or _compare_all(run)
+
+
 @recorded("restore", "compare", again=True)
-def compare_all(action: Action) -> Evidence:
-    """Compare every row of source and shadow in one snapshot; raises NotEqual, naming partitions and keys."""
+def _compare_all(action: Action) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return refill.compare(action)
     run = action.run

@@ -109,8 +109,15 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     if closed := _closed(run, session):
         return action.finish(closed, swapped=False)
     if not run.swapped:
-        return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=False)
+        before = run.finished("rollback", "swap")  # which somebody asks for again before the rest is done
+        was_swapped = bool(before and before.facts.get("swapped"))
+        return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=was_swapped)
     losses.refuse_out_of_turn(run, session)
+    losses.refuse_renamed(run, session)
+    if not session.value("catalog.there", name=spelled(run.names["retired"])):
+        raise PromiseBroken(
+            f"The original, {spelled(run.names['retired'])}, is there no more, and with it the way back: 91_finish ends the migration."
+        )
     losses.refuse(run, session)
     unlike = losses.unlike(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
@@ -200,17 +207,20 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     if run.swapped:
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
     losses.refuse_out_of_turn(run, session)
+    retired = run.finished("rollback", "swap")
+    gone_back = retired is not None and retired.facts.get("swapped")  # and what was on the referencing tables went with that
+    if not gone_back:
+        losses.refuse_renamed(run, session)
     patience = locks.Patience(budget_s, lock_timeout_ms)
     _validate(_as_it_is(run, session), session, lock_timeout_ms, budget_s)
     # A role column that this migration did not add is the application's own.
     mine = [each for each in added(run) if logged(run, session, each)]
-    retired = run.finished("rollback", "swap")
 
     def attempt() -> Evidence:
         tables, shadow = unlogged(run, session), swapping.standing(session, [run.names["shadow"]])
         with locks.exclusive(session, patience, tables, ours=shadow, logs=swapping.logs(run, session), dropped=shadow):
             session.run_all((*attaching.forget(run, session), *matviews.forget(run)))
-            session.run_all(take_away(run, [] if retired and retired.facts.get("swapped") else mine))
+            session.run_all(take_away(run, [] if gone_back else mine))
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             return action.finish(f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it.")
 

@@ -14,6 +14,26 @@ class Terminated(SystemExit):
 
 
 @contextmanager
+def held() -> Iterator[None]:
+    """What is told to the process meanwhile (SIGINT, SIGTERM, SIGHUP) reaches it afterwards."""
+    came: list[int] = []
+    known = {}
+    if threading.current_thread() is threading.main_thread():
+        known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in known.items():
+        if handler not in (signal.SIG_IGN, None):
+            signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in known.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if came:
+            signal.raise_signal(signal.Signals(came[0]))
+
+
+@contextmanager
 def ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP become an exception, so that the record is finished; a handler of the caller stays."""
 

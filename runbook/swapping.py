@@ -18,13 +18,13 @@ def lock_set(run: Run, session: Session | None = None) -> tuple[list[sql.Composa
     """What a swap locks: referencing tables, source, tables that the source references or whose policies read it; and the views.
     In this order a row is written and its foreign keys are looked up: in the other one each would wait for a writer that waits.
 
-    With a session: those that still stand; a referencing table may have been dropped since."""
+    With a session: those that still stand; a referencing table, or a view, may have been dropped since."""
     plan = run.plan
     tables: list[sql.Composable] = [*(reference.identifier for reference in plan.references), plan.source]
     tables += [sql.Identifier(*table) for table in plan.referenced_tables]
     unique = {each.as_string(None): each for each in tables}
     views: list[sql.Composable] = [sql.Identifier(*view) for view in plan.view_tables]
-    return list(unique.values()) if session is None else standing(session, unique.values()), views
+    return (list(unique.values()), views) if session is None else (standing(session, unique.values()), standing(session, views))
 
 
 def sequences(run: Run) -> list[sql.Composed]:

@@ -6,7 +6,7 @@
 SELECT c.oid::bigint AS oid, n.nspname AS schema, pg_table_is_visible(c.oid) AS visible,
        CASE {name} WHEN c.relname THEN 1 WHEN n.nspname || '.' || c.relname THEN 2 ELSE 3 END AS preference
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind IN ('r', 'p') AND {name} IN (c.relname, n.nspname || '.' || c.relname, quote_ident(c.relname),
+ WHERE c.relkind IN ('r', 'p') AND n.nspname !~ '^runbook_\d+$' AND {name} IN (c.relname, n.nspname || '.' || c.relname, quote_ident(c.relname),
                                               quote_ident(n.nspname) || '.' || quote_ident(c.relname))
  ORDER BY c.relpersistence = 't', preference, visible DESC, c.oid
 
@@ -271,7 +271,8 @@ SELECT 'publication', p.pubname::text, a.added, format('ALTER PUBLICATION %I DRO
                             WHERE a.attrelid = s.oid AND to_jsonb(r) -> 'prattrs' <> 'null' AND a.attname = ANY (f.columns)), '')
               || coalesce(' WHERE (' || f.filter || ')', '')
          FROM (SELECT (SELECT array_agg(c.name) FROM jsonb_array_elements_text(coalesce(to_jsonb(t) -> 'attnames', '[]')) c(name)) AS columns, to_jsonb(t) ->> 'rowfilter' AS filter
-                 FROM pg_publication_tables t WHERE t.pubname = p.pubname AND t.schemaname = s.schema_name AND t.tablename = s.relname) f) a(added)
+                 FROM (SELECT 1) one  -- of a partitioned table the view has the partitions, maybe
+                 LEFT JOIN pg_publication_tables t ON t.pubname = p.pubname AND t.schemaname = s.schema_name AND t.tablename = s.relname) f) a(added)
 UNION ALL
 SELECT 'statistics', x.stxname::text,
        pg_get_statisticsobjdef(x.oid) || format('; ALTER STATISTICS %s OWNER TO %I', o.qualified, pg_get_userbyid(x.stxowner))

@@ -48,6 +48,11 @@ SELECT DISTINCT n.nspname AS schema, c.relname AS name
  WHERE t.tgfoid IN (SELECT p.oid FROM pg_proc p JOIN pg_namespace s ON s.oid = p.pronamespace WHERE s.nspname = {staging_name})
    AND NOT c.relispartition ORDER BY 1, 2
 
+-- name: elsewhere
+-- Where a key to the table is that has this name.
+SELECT n.nspname AS schema, c.relname AS name FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE k.contype = 'f' AND k.conparentid = 0 AND k.conname = {key_name} AND k.confrelid = to_regclass({source_text})
+
 -- name: set_default
 ALTER TABLE IF EXISTS {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
 
