@@ -81,5 +81,6 @@ def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
             name for name in there if name.endswith(STATEMENTS) or name in HALF | PAPERS | {f".{each}.part" for each in PAPERS}
         }
     known |= {parent.as_posix() for name in known for parent in Path(name).parents}
+    known |= {f".{name}.part" for name in anew}
     for name in (there.keys() | {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir()}) - known:
         yield f"{folder.name}/{name} was added."

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from runbook.audit import audit
 from runbook.engine import Executed, execute
 from runbook.pages import index, render_html
 from runbook.redaction import known_secrets, redact
+from runbook.signals import ended_by_signals, held
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -447,7 +449,9 @@ def test_a_record_that_a_kill_cut_off_anywhere_is_no_alarm(tmp_path: Path) -> No
         try:
             os.fsync, os.replace = dying(os.fsync), dying(os.replace)
             run = Run.begin(runs, "users", {"table": "users"})
-            run.add(executed(run.start("00_plan.ipynb")), rendered=True)
+            path = run.start("00_plan.ipynb")
+            path.with_suffix(".html").write_text('<a href="01_backup.html">on</a>')  # to which this run does not come
+            run.add(executed(path), rendered=True)
             run.seal(result="completed")
             os._exit(0)
         finally:
@@ -463,6 +467,18 @@ def test_a_record_that_a_kill_cut_off_anywhere_is_no_alarm(tmp_path: Path) -> No
         if ended:
             break
     assert last > 5
+
+
+def test_a_signal_waits_until_the_record_is_sealed(tmp_path: Path) -> None:
+    """SIGTERM and SIGINT, while it is being done."""
+    for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
+        with pytest.raises(error), ended_by_signals():
+            run = Run.begin(tmp_path / "runs", "users", {"table": "users"})
+            with held():
+                os.kill(os.getpid(), number)
+                run.seal(result="completed")
+        assert run.manifest["sealed"]
+    assert audit(tmp_path / "runs") == []
 
 
 def test_a_run_that_was_stopped_between_two_notebooks_is_not_completed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import runbook
-from runbook import cli, parameters, verify
+from runbook import cli, ledger, parameters, restore, verify
 from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PlanOutdated, RunbookError, ServerUnavailable
 from tests import migration, servers
 from tests.conftest import fresh
@@ -130,6 +130,38 @@ def test_a_table_that_cannot_be_partitioned_as_asked(clinic: str, sql: Sql, chan
         assert part in str(caught.value)
     assert is_a_sentence(str(caught.value)), str(caught.value)
     assert dump(clinic) == before
+
+
+def test_what_papermill_injects_and_the_plan_does_not_have_is_refused(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every notebook after 00; the way back is the answer to it."""
+    migration.plan(clinic)
+    monkeypatch.setattr(ledger, "injected", lambda: {"key": "rolle", "database": clinic})
+    with pytest.raises(BadInput, match=r"key is 'rolle', but the plan .* has 'role'"):
+        runbook.open(clinic, "users")
+    assert runbook.open_last(clinic, "users").plan.key == "role"
+
+
+@pytest.mark.parametrize("command", ["monitor", "add", "finish"])
+def test_a_command_that_asks_for_another_plan_is_refused(clinic: str, tmp_path: Path, command: str) -> None:
+    migration.plan(clinic)
+    words = [command, "-f", CLINIC_FILE, "--database", clinic, "-p", "unique", "global", "--out", str(tmp_path / "runs")]
+    done = CliRunner().invoke(cli.main, words)
+    assert (done.exit_code, (tmp_path / "runs").exists()) == (1, False)
+    assert "unique is 'global', but the plan" in done.stderr
+
+
+def test_nothing_is_settled_before_it_is_copied(forward: Callable[..., Any]) -> None:
+    run = forward("partition check")
+    for step in (restore.settle, restore.replay, restore.compare_all):
+        with pytest.raises(OutOfOrder, match=r"public\.users has not been copied yet: run 03_restore from its beginning"):
+            step(run)
+
+
+def test_a_shadow_is_not_taken_for_the_table(forward: Callable[..., Any], clinic: str, sql: Sql) -> None:
+    forward("shadow")
+    sql("ALTER TABLE users RENAME TO people")
+    with pytest.raises(BadInput, match="users is not a table of"):
+        runbook.open(clinic, "users")
 
 
 def test_a_name_in_several_schemas_is_not_guessed_at(clinic: str, sql: Sql) -> None:

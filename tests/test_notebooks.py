@@ -191,6 +191,7 @@ def test_rollback_and_finish_are_notebooks_too(walked: Walked, clinic: str, tmp_
     result = command(verb, "-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", *waits, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert f"{name:<17} done" in result.stdout
+    assert ("is the original table again" in result.stdout) == (verb == "rollback")
     state = "rolled back" if verb == "rollback" else "finished"
     assert query(clinic, "SELECT state FROM runbook.migration") == [(state,)]
 

@@ -102,6 +102,17 @@ def test_a_repair_twice_says_that_it_is_done(clinic: str, sql: Sql, capsys: pyte
 
 
 @pytest.mark.long
+def test_what_the_application_deletes_after_it_was_put_back_is_not_missing(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}; {FEW}")
+    walk(clinic, *REPAIR[:2], **PLANNED)
+    [(user,)] = sql("SELECT id FROM users_backup LIMIT 1")
+    sql("DELETE FROM appointments WHERE user_id = %s", [user])
+    sql("DELETE FROM users WHERE id = %s", [user])
+    walk(clinic, *REPAIR, **PLANNED)
+    assert sql("SELECT (SELECT count(*) FROM users_backup) - (SELECT count(*) FROM users)") == [(1,)]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("column", LOST, ids=["without the column", "with the column"])
 def test_the_way_back_takes_the_key_away_and_leaves_the_rows(clinic: str, sql: Sql, column: str) -> None:
     sql(f"{BY_HAND}; {column}")

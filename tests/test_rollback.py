@@ -238,9 +238,10 @@ def test_what_was_made_of_it_since_the_cut_over_is_said(clinic, sql):
     assert "The original" not in migration.walk(run, migration.BACK)["swap back"].sentence
     run = migration.forward(clinic)
     sql(
-        "CREATE INDEX by_phone ON users (phone); REVOKE DELETE ON users FROM clinic_app; DROP TRIGGER users_set_updated_at ON users"
+        "CREATE INDEX by_phone ON users (phone); CREATE PUBLICATION late FOR TABLE users; REVOKE DELETE ON users FROM clinic_app; DROP TRIGGER users_set_updated_at ON users"
     )
     said = migration.walk(run, migration.BACK)["swap back"].sentence
+    assert re.search("does not have what was changed since the cut-over: .*ALTER PUBLICATION late ADD TABLE", said)
     assert re.search("does not have what was changed since the cut-over: .*CREATE INDEX by_phone ON ONLY public.users", said)
     assert re.search("still has what was changed since the cut-over: .*DELETE.*CREATE TRIGGER users_set_updated_at", said)
 
