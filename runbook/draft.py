@@ -15,7 +15,7 @@ from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
 from runbook.facts import Named
 from runbook.overview import strip
-from runbook.parameters import Parameters, resolve
+from runbook.parameters import Parameters, forget, resolve
 from runbook.plan import Plan, fit
 from runbook.provenance import operator
 from runbook.session import Session
@@ -157,6 +157,7 @@ def draft(**given: Any) -> Draft:
 
     Raises BadInput for parameters that name what is not there, or values that contradict each other.
     """
+    forget()
     parameters = resolve(**given)
     database = target(parameters.database, parameters.users)
     if not parameters.key:

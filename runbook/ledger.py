@@ -18,7 +18,7 @@ from psycopg import sql
 from runbook import asked, catalog, drift, locks
 from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
-from runbook.parameters import check, injected, resolve
+from runbook.parameters import check, forget, injected, resolve
 from runbook.plan import Plan
 from runbook.provenance import operator
 from runbook.redaction import known_secrets, redact
@@ -277,6 +277,7 @@ def open(database: str = "embedded", table: str = "", plan: str = "", *, ended: 
     Raises OutOfOrder when there is no plan (or, without `ended`, only one that was rolled back), PlanOutdated when
     its hash is not the one asked for, and BadInput for parameters that are wrong.
     """
+    forget()
     given = resolve(database=database, table=table, plan=plan)
     run = of(target(given.database, given.users), given.table, ended=ended)
     if not run.plan.hash.startswith(given.plan):

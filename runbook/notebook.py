@@ -38,6 +38,8 @@ def _explain(shell: Any, kind: type[BaseException], error: BaseException, trace:
         sentence, way_out = "Interrupted. The statement that ran was cancelled.", GO_ON
     else:
         sentence, way_out = told(error), GO_ON if isinstance(error, psycopg.Error) else ""
+    if isinstance(error, NameError):
+        way_out = "Run this notebook from its first cell."
     if isinstance(error, RunbookError) and not re.search("|".join(NOTEBOOKS.values()), sentence):
         way_out = "Put that right, then run this notebook again: what is done is not done again."
     shown = f"{kind.__name__}: {sentence}" if isinstance(error, RunbookError) else sentence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -220,18 +221,26 @@ def resolve(**given: Any) -> Parameters:
     return check({**clinic(), **said})
 
 
+def forget() -> None:
+    """In a notebook's kernel: what was opened before is none any more, should it be refused now; no later cell works on with it."""
+    for name in ("run", "draft"):
+        _shown_names().pop(name, None)
+
+
+def _shown_names() -> dict[str, Any]:
+    """What a notebook's cells have defined; nothing where there is no notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "user_ns", {})
+
+
 def injected() -> dict[str, Any]:
     """What Papermill's injected cell assigned in this kernel: it refuses no name by itself.
 
     Papermill opens that cell with the comment "# Parameters"; elsewhere there is none, and nothing to check. The cell's
     own text counts: `backup` may name the module by now. Of one that was corrected and run again, the last text counts.
     """
-    try:
-        from IPython import get_ipython
-    except ImportError:  # pragma: no cover - IPython comes with jupyterlab
-        return {}
-    shell = get_ipython()
-    cells = getattr(shell, "user_ns", {}).get("In", []) if shell else []
+    defined = _shown_names()
+    cells = defined.get("In", [])
     last = next((cell for cell in reversed(cells) if cell.startswith("# Parameters\n")), "")
     given: dict[str, Any] = {}
     for node in ast.parse(last).body:
@@ -240,5 +249,5 @@ def injected() -> dict[str, Any]:
             try:
                 given[name] = ast.literal_eval(node.value)
             except ValueError:  # float("nan") and the like
-                given[name] = shell.user_ns[name]
+                given[name] = defined[name]
     return given

@@ -26,6 +26,7 @@ from runbook.database import target
 from runbook.ledger import STEPS, of
 from runbook.parameters import Parameters
 from runbook.provenance import LIBRARIES, checkout
+from tests import migration
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, cells, dump, notebook, walk
 
 Walked = Callable[..., None]
@@ -247,6 +248,22 @@ for cell in {cells!r}:
 print(shell.user_ns["x"])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("global\n", "")
+
+
+def test_what_was_open_is_none_any_more_when_the_next_is_refused(clinic: str) -> None:
+    """Else later cells would go on with it: elsewhere, or by what was just refused."""
+    migration.plan(clinic)
+    cells = [
+        "import runbook",
+        f"run = runbook.open({clinic!r}, 'users')",
+        f"run = runbook.open({clinic!r}, 'nobody')",
+        "run.plan",
+    ]
+    code = f"""from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+print([type(shell.run_cell(cell, silent=True).error_in_exec).__name__ for cell in {cells!r}])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "['NoneType', 'NoneType', 'BadInput', 'NameError']", done.stderr
 
 
 def test_the_embedded_example_of_two_users_ends_two_nothing_nothing() -> None:
