@@ -269,7 +269,10 @@ def check(action: Action, keep_backup: bool = False) -> Evidence:
         released = _release_backup(run, session, keep_backup)
         session.run("ledger.undo", migration=run.migration, steps=list(STEPS))
         session.run("ledger.set_state", state="rolled back", migration=run.migration)
-        return action.finish(f"{run.plan.full_name} is what it was.{altered} {released}", same=not altered)
+        said = f"{run.plan.full_name} is what it was.{altered} {released}"
+        if run.plan.restore_from == "backup":
+            said = f"The keys and columns of the repair are gone; the rows that it put back stay, and so does {run.plan.backup}.{altered}"
+        return action.finish(said, same=not altered)
 
 
 def _release_backup(run: Run, session: Session, keep: bool) -> str:

@@ -530,10 +530,13 @@ def test_many_active_sessions_pause_the_copy_and_it_says_so(clinic, sql, capsys)
 
 
 def read_whole(session, sql):
-    """How often one of the clinic's tables was read from its beginning to its end, so far."""
+    """How often one of the clinic's tables was read from its beginning to its end, so far: a session that has ended says it last."""
     servers.flush_statistics(session.connection)
     tables = "('users', 'users_patients', 'appointments')"
-    return sql(f"SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname IN {tables}")[0][0]
+    query, seen = f"SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname IN {tables}", None
+    while seen != (seen := sql(query)[0][0]):
+        time.sleep(0.2)
+    return seen
 
 
 def test_a_log_that_was_long_makes_no_later_replay_read_the_whole_table(forward, clinic, sql):

@@ -120,6 +120,8 @@ def test_the_way_back_takes_the_key_away_and_leaves_the_rows(clinic: str, sql: S
     walk(clinic, *REPAIR, **PLANNED)
     walk(clinic, "90_rollback", **PLANNED)
     assert dump(clinic, "--exclude-schema=runbook", "--schema-only") == before
+    [(said,)] = sql("SELECT sentence FROM runbook.action WHERE (step, action) = ('rollback', 'check')")
+    assert said == "The keys and columns of the repair are gone; the rows that it put back stay, and so does users_backup."
     assert sql("SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM users_backup)") == [(1000, 1000)]
 
 
