@@ -58,7 +58,7 @@ class Database:
                     prepare_threshold=sys.maxsize,  # only what asks for it
                 )
         except psycopg.OperationalError as error:
-            reason = " ".join(str(error).split())
+            reason = "; ".join(" ".join(line.split()) for line in str(error).splitlines() if line.strip())
             raise ServerUnavailable(
                 f"{self.name} cannot be reached: {ended(reason)} Mend that, or correct database; then run this again."
             ) from None

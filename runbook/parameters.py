@@ -115,7 +115,7 @@ KINDS = {"str": "text", "bool": "yes/no", "int": "number", "float": "number", "d
 MEANT = {
     "string_type": "must be text: put it in quotes",
     "int_type": "must be a whole number: write it in digits, without quotes",
-    "bool_type": "must be true or false: write it without quotes",
+    "bool_type": "must be true or false: write one of these, without quotes",
     "greater_than_equal": "must be at least {ge}: choose a larger one",
     "less_than_equal": "must be at most {le}: choose a smaller one",
     "literal_error": "must be {expected}: choose one of these",
@@ -131,8 +131,8 @@ def _sentences(error: ValidationError) -> list[str]:
         name, *inner = map(str, problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = get_close_matches(name, Parameters.model_fields, 1)
-            also = f": did you mean {near[0]}? There are" if near else "; there are"
-            said[name] = f"{name} is not a parameter of any notebook{also}: {', '.join(Parameters.model_fields)}."
+            also = f": did you mean {near[0]}?" if near else f"; there are: {', '.join(Parameters.model_fields)}."
+            said[name] = f"{name} is not a parameter of any notebook{also}"
             continue
         given, meant = problem["input"], MEANT.get(problem["type"], "").format(**problem.get("ctx", {}))
         meant = meant or f'{problem["msg"].removeprefix("Value error, ")}: write it as {{"name": ["value"]}}'
@@ -187,6 +187,8 @@ def from_command_line(pairs: list[tuple[str, str]]) -> dict[str, Any]:
     """`-p name value`: text stays text where the parameter is text, anything else is read as JSON."""
     given: dict[str, Any] = {}
     for name, value in pairs:
+        if name in given:
+            raise BadInput(f"{name} is given twice: say it once.")
         given[name] = value
         field = Parameters.model_fields.get(name)
         if field is not None and str not in (field.annotation, *getattr(field.annotation, "__args__", ())):

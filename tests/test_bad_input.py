@@ -286,9 +286,11 @@ def test_a_pool_of_transactions_is_refused_and_one_of_sessions_works(server, cli
 
 
 COMMANDS: list[tuple[list[str], int, list[str]]] = [
-    (["run", "-p", "partition", "users"], 1, ["partition is not a parameter of any notebook: did you mean partitions? There are: database, "]),
+    (["run", "-p", "partition", "users"], 1, ["partition is not a parameter of any notebook: did you mean partitions?"]),
+    (["run", "-p", "workers", "1", "-p", "workers", "2"], 1, ["workers is given twice: say it once."]),
+    (["run", "-p", "nope", "1"], 1, ["nope is not a parameter of any notebook; there are: database, "]),
     (["run", "-p", "workers", "two"], 1, ["workers is 'two' (text)", "must be a whole number"]),
-    (["run", "-p", "drop_backup", '"false"'], 1, ["drop_backup is 'false' (text)", "must be true or false: write it without quotes"]),
+    (["run", "-p", "drop_backup", '"false"'], 1, ["drop_backup is 'false' (text)", "must be true or false: write one of these, without quotes"]),
     (["run", "-p", "workers", "-1"], 1, ["workers is -1", "must be at least 0: choose a larger one"]),
     (["run", "--users", "5"], 1, ["users loads the embedded example"]),
     (["run", "--reset"], 1, ["--reset begins the embedded example afresh", "is left alone"]),
