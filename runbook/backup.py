@@ -68,6 +68,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
     if session.value("catalog.there", name=spelled(run.names["backup"])):
         raise BadInput(f"A backup {run.plan.backup} exists, and is never overwritten: rename or drop it, or plan another name.")
     alone = session.alone
+    session.give_way()
     with session.transaction("REPEATABLE READ", lock_timeout="5s"):
         session.run("changes.hold", origin=run.names["source"])
         snapshot = session.value("restore.export_snapshot")
@@ -204,6 +205,7 @@ def client(program: str, database: Database) -> Path:
 
 def _sums_at(run: Run, snapshot: str) -> Sums:
     with run.database.session("backup") as session, session.transaction("REPEATABLE READ"):
+        session.give_way()
         session.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
         return session.rows("backup.sums", **_names(run, "source"))
 

@@ -150,9 +150,13 @@ def validate(
     run: Run, session: Session, patience: locks.Patience, what: str, each: sql.Composed, tables: Sequence[sql.Composable] = ()
 ) -> None:
     """One of the validations. Writers queue behind a lock on `tables` only; for its own the statement waits longer."""
-    if not tables:
-        patience.lock_timeout_ms = UNFELT_MS
-    locks.apply(run.database, session, patience, what, [each], tables, "SHARE ROW EXCLUSIVE")
+    if tables:
+        locks.apply(run.database, session, patience, what, [each], tables, "SHARE ROW EXCLUSIVE")
+        return
+    patience.lock_timeout_ms = UNFELT_MS
+    with run.database.session("cutover.validate") as apart:
+        apart.give_way()
+        locks.apply(run.database, apart, patience, what, [each])
 
 
 def validations(run: Run, session: Session | None = None) -> composite.Validations:

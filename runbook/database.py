@@ -108,7 +108,10 @@ class Database:
             raise
         finally:
             self.waits.pop(session.pid, None)
-        self._rest(connection)
+        if session.gave_way:
+            connection.close()
+        else:
+            self._rest(connection)
 
     def _rest(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Keep it for the next session, without its locks, its settings and what it had of temporary things; or close it."""

@@ -130,6 +130,7 @@ def piece(blocks: int, block_size: int, range_mib: int, workers: int) -> int:
 
 def _copy_range(run: Run, holder: int, brakes: pace.Brakes, progress: pace.Progress, session: Session, each: Range) -> None:
     brakes.wait(session)
+    session.give_way()
     first, last = (sql.Literal(f"({block},0)") for block in each)
     with session.transaction(lock_timeout="30s", synchronous_commit="off"):
         changes.hold(run, session)
@@ -151,6 +152,7 @@ def settle(action: Action) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return repair.nothing_to(action, "settle")
     run = action.run
+    action.session.give_way()
     with from_the_copy(run):
         keys = changes.settle(run, action.session)
     return action.finish(f"{counted(keys, 'change')} made during the copy {'was' if keys == 1 else 'were'} settled.", keys)
@@ -192,6 +194,7 @@ def _build(run: Run, session: Session, build: indexes.Build, holder: int) -> Non
     while before and not before.ended and not (before.pid and session.value("restore.building", pid=before.pid)):
         time.sleep(0.01)
     build.pid = session.pid
+    session.give_way()
     try:
         with session.transaction(lock_timeout="30s", synchronous_commit="off"):
             session.run_all(build.statements)
@@ -201,6 +204,7 @@ def _build(run: Run, session: Session, build: indexes.Build, holder: int) -> Non
 
 
 def _one_by_one(session: Session, statements: list[sql.Composed]) -> None:
+    session.give_way()
     for each in statements:  # in no transaction: VACUUM wants none
         session.run(each)
 
@@ -211,6 +215,7 @@ def replay(action: Action) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return repair.nothing_to(action, "replay")
     run, session = action.run, action.session
+    session.give_way()  # 05 does not, so that it comes to an end
     total, before = 0, sys.maxsize
     for _ in range(ROUNDS):
         with from_the_copy(run):
@@ -238,6 +243,7 @@ def _compare_all(action: Action) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return refill.compare(action)
     run = action.run
+    action.session.give_way()
     with from_the_copy(run):
         seen = compare.exactly(run, action.session, changes.FORWARD)
     return action.finish(seen.sentence, seen.rows, sums=seen.sums)

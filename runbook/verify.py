@@ -169,6 +169,7 @@ def pruning(run: Run) -> pd.DataFrame:
 def compare(run: Run) -> pd.DataFrame:
     """The result against the retired table, every row; the backup against its own evidence, and the writes since."""
     with _look(run, "compare") as look:
+        look.session.give_way()
         promise, seen = "Every row equals the retired table's, to the byte", []
 
         def rows() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -67,3 +68,24 @@ def test_what_rests_is_closed_after_a_while(server: servers.Server, database: st
     while sql(seen) != [(0,)] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert sql(seen) == [(0,)]
+
+
+def test_what_gave_way_to_the_application_is_used_for_nothing_else(database: str) -> None:
+    found = target(database)
+    with found.session("copy") as first:
+        first.give_way()
+        pid = first.pid
+        assert os.getpriority(os.PRIO_PROCESS, pid) == 10
+    with found.session("swap") as second:
+        assert second.pid != pid
+        assert os.getpriority(os.PRIO_PROCESS, second.pid) == 0
+
+
+@pytest.mark.pooler
+def test_a_pools_connection_stays_what_it_was_for_the_application(server: servers.Server, clinic: str) -> None:
+    """It goes on to whoever comes next."""
+    with servers.pooler(server, "session") as port:
+        found = target(clinic.replace(f"port={server.port}", f"port={port}"))
+        with found.session("copy") as session:
+            session.give_way()
+            assert os.getpriority(os.PRIO_PROCESS, session.pid) == 0
