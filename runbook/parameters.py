@@ -225,8 +225,10 @@ def resolve(**given: Any) -> Parameters:
 
 def forget() -> None:
     """In a notebook's kernel: what was opened before is none any more, should it be refused now; no later cell works on with it."""
+    defined = _shown_names()
     for name in ("run", "draft"):
-        _shown_names().pop(name, None)
+        if type(defined.get(name)).__module__.startswith("runbook."):  # somebody's console may have its own
+            del defined[name]
 
 
 def _shown_names() -> dict[str, Any]:
