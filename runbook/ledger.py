@@ -130,23 +130,16 @@ class Run:
 
     def statements(self) -> pd.DataFrame:
         """Every statement that this kernel ran for this database: when, which, how long, how many rows, for whom it waited."""
-        frame = pd.DataFrame(
-            [vars(each) for each in self.database.statements], columns=["at", "name", "seconds", "rows", "waited_for"]
-        )
-        return frame.assign(
-            at=[f"{at:%H:%M:%S.%f}"[:-3] for at in frame["at"]],
-            seconds=frame.seconds.round(4),
-            rows=frame.rows.map(lambda rows: "" if rows < 0 else rows),  # of what has no rows
-            waited_for=frame.waited_for.map("; ".join),
-        )
+        from runbook import overview
+
+        return overview.statements(self)
 
     @contextmanager
     def action(self, step: str, action: str, *, again: bool = False) -> Iterator[Action]:
         """Hold the table for one action and keep the ledger true about it.
 
         Already done (and not `again`): the action is not repeated; `evidence` has what was seen then.
-        Raises OutOfOrder before its time, AlreadyRunning when another run holds the table, PlanOutdated when the
-        table's definition changed since the plan.
+        Raises OutOfOrder before its time, AlreadyRunning when another run holds the table, PlanOutdated when its definition changed.
         """
         with self.database.session(f"{step}.{action}") as session, locks.attended(self.database):
             claim(session, self.plan)
@@ -274,8 +267,7 @@ def kept(session: Session) -> bool:
 def open(database: str = "embedded", table: str = "", plan: str = "", *, ended: bool = False) -> Run:
     """The open run of a table, with its frozen plan from the ledger.
 
-    Raises OutOfOrder when there is no plan (or, without `ended`, only one that was rolled back), PlanOutdated when
-    its hash is not the one asked for, and BadInput for parameters that are wrong.
+    Raises OutOfOrder without a plan (or, but for `ended`, with one that was rolled back), PlanOutdated with another, and BadInput.
     """
     forget()
     given = resolve(database=database, table=table, plan=plan)

@@ -106,12 +106,8 @@ def apply(
     """Run statements in one short transaction, as `persist` does, under a lock on `tables`; without tables each waits for its own."""
 
     def attempt() -> None:
-        alone = (
-            exclusive(session, patience, tables, mode=mode)
-            if tables
-            else session.transaction(lock_timeout=f"{patience.lock_timeout_ms}ms")
-        )
-        with alone:
+        limit = f"{patience.lock_timeout_ms}ms"
+        with exclusive(session, patience, tables, mode=mode) if tables else session.transaction(lock_timeout=limit):
             session.run_all(statements)
 
     persist(database, session, patience, what, attempt)
@@ -215,11 +211,6 @@ def together(
     return statement("locks.lock", block=f"BEGIN\n{lines};\nEND")
 
 
-def lock_ours(tables: Sequence[sql.Composable]) -> sql.Composed:
-    """Locks tables that nobody but the runbook uses, with their partitions."""
-    return statement("locks.lock_ours", tables=sql.SQL(", ").join(tables))
-
-
 @contextmanager
 def exclusive(
     session: Session,
@@ -257,7 +248,7 @@ def exclusive(
             for row in session.rows("locks.toasted", tables=[each.as_string(None) for each in dropped]) if dropped else ():
                 session.run("locks.evict_toast", table=(row["schema"], row["name"]))
             if ours:
-                session.run(lock_ours(ours))
+                session.run("locks.lock_ours", tables=sql.SQL(", ").join(ours))
             # lock_timeout counts for each table; statement_timeout for all of them. Below half of deadlock_timeout: who waits for us
             # in the other order must not be told of a deadlock, for we let go before.
             timeout = sql.Literal(f"{max(1, min(patience.lock_timeout_ms, deadlock_ms // 2 - 1))}ms")

@@ -29,6 +29,18 @@ class Words(str):
         return str(self)
 
 
+def statements(run: Run) -> pd.DataFrame:
+    """What ran so far, as a notebook shows it."""
+    columns = ["at", "name", "seconds", "rows", "waited_for"]
+    frame = pd.DataFrame([vars(each) for each in run.database.statements], columns=columns)
+    return frame.assign(
+        at=[f"{at:%H:%M:%S.%f}"[:-3] for at in frame["at"]],
+        seconds=frame.seconds.round(4),
+        rows=frame.rows.map(lambda rows: "" if rows < 0 else rows),  # of what has no rows
+        waited_for=frame.waited_for.map("; ".join),
+    )
+
+
 def strip(plan: Plan, run: Run | None = None) -> Any:
     """The steps with what the ledger says of each, as links; the notebook that is open is marked. Without a run: before it."""
     order = ledger.REPAIR if plan.restore_from == "backup" else ledger.STEPS

@@ -47,7 +47,7 @@ def logs(run: Run, session: Session) -> list[sql.Composable]:
 def lock_statements(run: Run) -> Statements:
     """The locks that come first, as the first attempt takes them."""
     tables, views = lock_set(run)
-    yield locks.lock_ours([run.names["shadow"]])
+    yield statement("locks.lock_ours", tables=run.names["shadow"])
     yield locks.together(tables, views, "ACCESS EXCLUSIVE", sequences=sequences(run))
 
 

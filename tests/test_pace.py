@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from runbook import execution, pace, restore, workers
 from runbook.database import Database
 from runbook.session import Session
-from tests.migration import forward, plan
+from tests.migration import FORWARD, forward, plan, walk
 
 Sql = Callable[..., list[tuple[Any, ...]]]
 
@@ -88,3 +90,18 @@ def test_beside_the_steps_stand_a_bars_numbers() -> None:
     bar = tqdm(total=8, file=io.StringIO())
     execution._teller(bar)("\rcopied:  45%|████▌     | 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]")
     assert bar.postfix == "copied:  45% 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]"
+
+
+def test_the_copy_gives_way_and_what_holds_locks_does_not(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a lock of ours would wait for us to get the processor, too."""
+    run, plain, seen = forward(clinic, "partition check"), Session.run, defaultdict[str, set[int]](set)
+
+    def noting(session: Session, query: Any, *words: Any, **names: Any) -> Any:
+        if isinstance(query, str):
+            seen[query].add(os.getpriority(os.PRIO_PROCESS, session.pid))
+        return plain(session, query, *words, **names)
+
+    monkeypatch.setattr(Session, "run", noting)
+    walk(run, FORWARD, first="copy")
+    assert seen["restore.copy_range"] == {10}
+    assert seen["locks.evict"] == {0}, "with which each of our locks begins"
