@@ -205,7 +205,6 @@ def client(program: str, database: Database) -> Path:
 
 def _sums_at(run: Run, snapshot: str) -> Sums:
     with run.database.session("backup") as session, session.transaction("REPEATABLE READ"):
-        session.give_way()
         session.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
         return session.rows("backup.sums", **_names(run, "source"))
 

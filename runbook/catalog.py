@@ -94,8 +94,10 @@ def within_key(exclusion: str, key: str) -> bool:
 def fingerprint(session: Session, oid: int) -> str:
     """A digest of all that a plan rests on, what is carried over included; run with qualified names. Prepared: it is asked for
     again under locks, and most of its time is its planning."""
-    prepare = True
-    return str(session.value("catalog.definition", prepare, lines=_lines(sql.Literal(oid))))
+    name = (f"runbook_definition_{oid}",)
+    if not session.value("catalog.prepared", name=name[0]):
+        session.run("catalog.prepare_definition", name=name, lines=_lines(sql.Literal(oid)))
+    return str(session.value("catalog.definition", name=name))
 
 
 def lines(session: Session, table: sql.Composable) -> list[str]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from runbook import embedded, postgres
 from runbook.errors import BadInput, ServerUnavailable
-from runbook.session import Session, Statement, first_line, is_alone, noted, pid_of
+from runbook.session import Connection, Session, Statement, first_line, noted
 from runbook.statements import Value, statement
 from runbook.words import ended
 
@@ -41,21 +41,16 @@ class Database:
     embedded: bool = False
     statements: list[Statement] = field(default_factory=list)
     waits: dict[int, dict[int, str]] = field(default_factory=dict)
-    _resting: list[tuple[psycopg.Connection[dict[str, Any]], threading.Timer]] = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )
+    _resting: list[tuple[Connection, threading.Timer]] = field(default_factory=list, init=False, repr=False, compare=False)
     _gate: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
-    def connect(self, purpose: str = "") -> psycopg.Connection[dict[str, Any]]:
+    def connect(self, purpose: str = "") -> Connection:
         """A new connection in autocommit mode; raises ServerUnavailable with the server's own reason."""
         options = {"application_name": f"runbook {purpose}".strip(), "connect_timeout": "15", "client_encoding": "UTF8"}
         try:
             with postgres.without_libpq_variables() if self.embedded else nullcontext():
-                connection = psycopg.connect(
-                    make_conninfo(self.conninfo, **options),
-                    autocommit=True,
-                    row_factory=dict_row,
-                    prepare_threshold=sys.maxsize,  # only what asks for it
+                connection = Connection.connect(
+                    make_conninfo(self.conninfo, **options), autocommit=True, row_factory=dict_row, prepare_threshold=None
                 )
         except psycopg.OperationalError as error:
             reason = "; ".join(" ".join(line.split()) for line in str(error).splitlines() if line.strip())
@@ -63,7 +58,7 @@ class Database:
                 f"{self.name} cannot be reached: {ended(reason)} Mend that, or correct database; then run this again."
             ) from None
         connection.add_notice_handler(_pass_on)
-        _settle_in(connection)
+        _settle_in(connection, purpose)
         return connection
 
     @cached_property
@@ -113,7 +108,7 @@ class Database:
         else:
             self._rest(connection)
 
-    def _rest(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+    def _rest(self, connection: Connection) -> None:
         """Keep it for the next session, without its locks, its settings and what it had of temporary things; or close it."""
         with suppress(psycopg.Error):
             connection.execute("RESET ALL; DISCARD TEMP; SELECT pg_advisory_unlock_all()")
@@ -127,7 +122,7 @@ class Database:
                     return
         connection.close()
 
-    def _rested(self, purpose: str) -> psycopg.Connection[dict[str, Any]] | None:
+    def _rested(self, purpose: str) -> Connection | None:
         while True:
             with self._gate:
                 if not self._resting:
@@ -135,14 +130,12 @@ class Database:
                 connection, closing = self._resting.pop()
             closing.cancel()
             try:
-                name = sql.Literal(f"runbook {purpose}".strip())
-                connection.execute(sql.SQL("SET application_name = {}").format(name))
-                _settle_in(connection)
+                _settle_in(connection, purpose)
                 return connection
             except psycopg.Error:  # ended meanwhile, by the server or by somebody
                 connection.close()
 
-    def _end_rest(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+    def _end_rest(self, connection: Connection) -> None:
         with self._gate:
             ended = [each for each in self._resting if each[0] is connection]
             self._resting[:] = [each for each in self._resting if each[0] is not connection]
@@ -150,23 +143,25 @@ class Database:
             each.close()
 
 
-def _settle_in(connection: psycopg.Connection[dict[str, Any]]) -> None:
-    """Our settings, whatever the role's are.
+def _settle_in(connection: Connection, purpose: str) -> None:
+    """Our settings, whatever the role's are, in one round trip.
 
     client_connection_check_interval: without it the backend of a killed client keeps its locks until its statement ends.
     row_security off: an error is better than a silently filtered copy. An interval stays text: a month is no timedelta.
     """
     connection.adapters.register_loader("interval", TextLoader)
-    connection.execute(
-        "SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
+    settings = (
+        "SET application_name = {}; SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
         " SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
         " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off; SET default_tablespace = '';"
-        " SET default_table_access_method = heap; SET default_transaction_isolation = 'read committed'"
+        " SET default_table_access_method = heap; SET default_transaction_isolation = 'read committed'; "
+        + ("SET transaction_timeout = 0; " if connection.info.server_version >= 170000 else "")
     )
-    if connection.info.server_version >= 170000:
-        connection.execute("SET transaction_timeout = 0")
-    if not is_alone(connection):
-        connection.execute(statement("pace.one_process"))
+    name, settled = sql.Literal(f"runbook {purpose}".strip()), statement("pace.settle", alone=statement("pace.alone"))
+    cursor = connection.execute(sql.SQL(settings).format(name) + settled)
+    while cursor.nextset():
+        pass
+    connection.pid = (cursor.fetchone() or {})["pid"]
 
 
 def _pass_on(said: psycopg.errors.Diagnostic) -> None:
@@ -200,7 +195,7 @@ def target(database: str, users: int | None = None) -> Database:
     found = Database("environment" if database == "environment" else database, make_conninfo("", **parts))
     with found.connect("version") as connection:
         version = connection.info.server_version // 10000
-        if pid_of(connection) != connection.info.backend_pid:
+        if connection.pid != connection.info.backend_pid:
             _refuse_shared_sessions(found, connection)
     if not OLDEST <= version <= NEWEST:
         raise BadInput(
@@ -209,11 +204,12 @@ def target(database: str, users: int | None = None) -> Database:
     return found
 
 
-def _refuse_shared_sessions(database: Database, connection: psycopg.Connection[dict[str, Any]]) -> None:
+def _refuse_shared_sessions(database: Database, connection: Connection) -> None:
     """Something stands between us and the server: raises BadInput when a session is ours for a transaction only, and with it
     its settings and the lock by which a second run is refused."""
     with database.connect("version") as other:
-        seen = [(pid_of(each), each is other) for each in (connection, other) * 3]
+        asked = [(each.execute("SELECT pg_backend_pid() AS pid").fetchone(), each is other) for each in (connection, other) * 3]
+        seen = [((row or {})["pid"], which) for row, which in asked]
     if len(set(seen)) > 2 or len({pid for pid, _ in seen}) < 2:
         raise BadInput(
             f"{database.name} is a connection pool that gives a session away after each transaction, with our settings and locks:"

@@ -143,17 +143,19 @@ class Run:
         """
         with self.database.session(f"{step}.{action}") as session, locks.attended(self.database):
             claim(session, self.plan)
-            if session.row("ledger.remembered", migration=self.migration)["state"] == "replaced":
+            standing = session.row("ledger.standing", migration=self.migration)
+            if standing["state"] == "replaced":
                 raise PlanOutdated(
                     f"{self.plan.full_name} was planned anew since this notebook was opened: run it from its beginning."
                 )
-            found = _finished(session, self.migration, step, action)
-            if found and (not again or (step in STEPS[:5] and _finished(session, self.migration, "cutover", "swap"))):
-                yield Action(self, session, 0, found)
+            done = frozenset(standing["done"])
+            if f"{step}.{action}" in done and (not again or (step in STEPS[:5] and "cutover.swap" in done)):
+                yield Action(self, session, 0, _finished(session, self.migration, step, action))
                 return
             if step in STEPS and step != "application":  # that one is of use at any time
-                self._refuse_out_of_order(session, step)
-                self.refuse_outdated(session)
+                self._refuse_out_of_order(session, step, done)
+                if "cutover.swap" not in done:
+                    self.refuse_outdated(session)
             number = session.value(
                 "ledger.begin_action", migration=self.migration, step=step,
                 action=action, operator=operator(),
@@ -177,29 +179,25 @@ class Run:
         except Exception:
             return
 
-    def _refuse_out_of_order(self, session: Session, step: str) -> None:
+    def _refuse_out_of_order(self, session: Session, step: str, done: frozenset[str]) -> None:
         order = REPAIR if self.plan.restore_from == "backup" else STEPS
         if step not in order:
             raise OutOfOrder(f"{NOTEBOOKS[step]} is no part of a repair: {', '.join(NOTEBOOKS[each] for each in order)} are.")
-        back = _finished(session, self.migration, "rollback", "swap")
-        if back and back.facts.get("swapped") and not _finished(session, self.migration, "rollback", "clean"):
+        back = _finished(session, self.migration, "rollback", "swap") if "rollback.swap" in done else None
+        if back and back.facts.get("swapped") and "rollback.clean" not in done:
             raise OutOfOrder(f"The way back of {self.plan.full_name} was begun and is not completed: run 90_rollback again.")
         for earlier in order[: order.index(step)]:
-            if not _finished(session, self.migration, earlier, "check"):
+            if f"{earlier}.check" not in done:
                 raise OutOfOrder(
                     f"{NOTEBOOKS[step]} rests on {NOTEBOOKS[earlier]}, which has not been completed for {self.plan.full_name}:"
                     f" run {NOTEBOOKS[earlier]} first."
                 )
-        if (
-            step in ("backup", "partition", "restore", "foreign_keys")
-            and order == STEPS
-            and _finished(session, self.migration, "cutover", "swap")
-        ):
+        if step in ("backup", "partition", "restore", "foreign_keys") and order == STEPS and "cutover.swap" in done:
             raise OutOfOrder(f"{self.plan.full_name} has been cut over already: nothing is left for {NOTEBOOKS[step]} to do.")
 
     def refuse_outdated(self, session: Session) -> None:
-        """Raises PlanOutdated when the source is not what was planned; after the cut-over there is nothing to compare."""
-        if self.plan.restore_from == "backup" or _finished(session, self.migration, "cutover", "swap"):
+        """Before the cut-over: raises PlanOutdated when the source is not what was planned."""
+        if self.plan.restore_from == "backup":
             return
         with session.qualified():
             if catalog.fingerprint(session, self.plan.table.oid) != self.plan.fingerprint:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psycopg
 from psycopg import sql
@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 from runbook.database import Database
 from runbook.errors import LockNotGranted, ServerUnavailable
-from runbook.session import Session
+from runbook.session import Connection, Session
 from runbook.statements import spelled, statement, trusted
 
 Result = TypeVar("Result")
-Connection = psycopg.Connection[dict[str, Any]]
 # What PostgreSQL says when a lock was not had: lock_timeout, statement_timeout over several locks, deadlock.
 BUSY = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
 

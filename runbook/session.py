@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ class Statement:
 
 
 NICE = 10  # a tenth of the processor where everybody wants it, the whole where nobody does
-READS = re.compile(r"(?:\s*--.*\n)*\s*(?:SELECT|EXPLAIN|SHOW)\b")
+READS = re.compile(r"(?:\s*--.*\n)*\s*(?:SELECT|EXPLAIN|SHOW|PREPARE|EXECUTE)\b")
+
+
+class Connection(psycopg.Connection[dict[str, Any]]):
+    """A connection that knows the server's process behind it: whatever stands in between may give it a number of its own."""
+
+    pid: int = 0
 
 
 def write_down(statements: Sequence[Statement]) -> None:
@@ -58,44 +64,47 @@ def _secrets() -> frozenset[str]:
 class Session:
     """One connection that runs named statements and keeps a record of each."""
 
-    connection: psycopg.Connection[dict[str, Any]]
+    connection: Connection
     statements: list[Statement]
     gave_way: bool = False
     locked_s: float = 0.0  # for how long, in all, it kept everybody else from what it locked
     waits: dict[int, str] = field(default_factory=dict)  # the locks that the present statement waits for, by who holds them
 
-    @cached_property
+    @property
     def pid(self) -> int:
-        """The server's process; asked for, because whatever stands in between may give the connection a number of its own."""
-        return pid_of(self.connection)
+        """The server's process."""
+        return self.connection.pid
 
     @property
     def alone(self) -> bool:
         """Whether nobody but the runbook is at work on the server. If somebody is, one process of ours is enough: with a second
         one on two processors the slowest hundredth of the application's writes took twice as long."""
-        return is_alone(self.connection)
+        found = self.connection.execute(statement("pace.alone")).fetchone()  # not for the record: it is asked all the time
+        return bool(found and found["alone"])
 
     def give_way(self) -> None:
-        """From now on the application's processes have the processor first, where the server's are on this machine and ours to tell: on
-        two processors the slowest hundredth of its writes took half as long. Not for what holds locks that others wait for.
+        """From now on the application's processes have the processor first, if it is at work and the server's are on this machine and
+        ours to tell: on two processors the slowest hundredth of its writes took half as long. Not for what holds locks that others
+        wait for.
 
-        The connection is not used for anything else afterwards, since only a superuser of the machine could take it back.
+        The connection is not used for anything else afterwards, since only a superuser of the machine could take it back; and the
+        next one has to learn the catalog anew.
         """
         ours, known = Path(f"/proc/{self.pid}/cmdline"), self.connection.info
         direct = known.host.startswith("/") and known.backend_pid == self.pid  # a pool's goes on to the application
         with suppress(OSError):
-            if direct and not self.gave_way and ours.read_bytes().startswith(b"postgres:"):
+            if direct and not self.gave_way and not self.alone and ours.read_bytes().startswith(b"postgres:"):
                 os.setpriority(os.PRIO_PROCESS, self.pid, NICE)
                 self.gave_way = True
                 if os.getsid(self.pid) == self.pid:  # what Linux shares out by sessions, it weighs by sessions
                     Path(f"/proc/{self.pid}/autogroup").write_text(str(NICE))
 
-    def run(self, query: str | sql.Composed, prepare: bool = False, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
-        """Run `group.name`, or a composed statement; the cursor has its rows. `prepare` keeps its plan for the next time."""
+    def run(self, query: str | sql.Composed, /, **names: Value) -> psycopg.Cursor[dict[str, Any]]:
+        """Run `group.name`, or a composed statement; the cursor has its rows."""
         composed = statement(query, **names) if isinstance(query, str) else query
         text = composed.as_string(None)
         with noted(self.statements, query if isinstance(query, str) else first_line(text), self.waits, text=text) as rows:
-            cursor = self.connection.execute(composed, prepare=prepare)
+            cursor = self.connection.execute(composed)
             rows.append(cursor.rowcount)
         return cursor
 
@@ -139,21 +148,22 @@ class Session:
             raise LookupError(f"{query!r} found no row")
         return found
 
-    def value(self, query: str | sql.Composed, prepare: bool = False, /, **names: Value) -> Any:
+    def value(self, query: str | sql.Composed, /, **names: Value) -> Any:
         """The first column of the first row, None where there is none."""
-        found = self.run(query, prepare, **names).fetchone()
+        found = self.run(query, **names).fetchone()
         return next(iter(found.values())) if found else None
 
     @contextmanager
     def qualified(self) -> Iterator[None]:
         """While it lasts, every name that the server renders is qualified, and every time is in UTC, wherever the operator
         sits. An error leaves that to the rollback."""
-        setting = "SELECT set_config('search_path', %s, false), set_config('TimeZone', %s, false)"
-        asked = "SELECT current_setting('search_path') AS path, current_setting('TimeZone') AS zone"
-        before = self.connection.execute(asked).fetchone() or {}
-        self.connection.execute(setting, ["pg_catalog", "UTC"])
+        setting = (
+            "SELECT current_setting('search_path') AS path, current_setting('TimeZone') AS zone,"
+            " set_config('search_path', {}, false), set_config('TimeZone', {}, false)"
+        )
+        before = self.connection.execute(sql.SQL(setting).format("pg_catalog", "UTC")).fetchone() or {}
         yield
-        self.connection.execute(setting, [before["path"], before["zone"]])
+        self.connection.execute(sql.SQL(setting).format(before["path"], before["zone"]))
 
     @contextmanager
     def transaction(self, isolation: str = "READ COMMITTED", **settings: str | int) -> Iterator[None]:
@@ -189,18 +199,6 @@ def noted(
         if waits:
             waits.clear()
         write_down(new)
-
-
-def is_alone(connection: psycopg.Connection[dict[str, Any]]) -> bool:
-    """Whether nobody but the runbook is at work on the server, or was a second ago."""
-    found = connection.execute(statement("pace.alone")).fetchone()  # not for the record: it is asked all the time
-    return bool(found and found["alone"])
-
-
-def pid_of(connection: psycopg.Connection[dict[str, Any]]) -> int:
-    """The server's process behind a connection."""
-    row = connection.execute("SELECT pg_backend_pid() AS pid").fetchone() or {}
-    return int(row["pid"])
 
 
 def changing(text: str) -> str:

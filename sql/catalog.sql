@@ -516,9 +516,15 @@ SELECT relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnames
 -- name: subscribed
 SELECT s.subname AS name FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid WHERE r.srrelid = {oid}
 
--- name: definition
+-- name: prepare_definition
 -- A fingerprint of all that a plan rests on, what is carried over included; the log's own triggers are not part of it.
-SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM ({lines}) part
+PREPARE {name} AS SELECT md5(string_agg(line, E'\n' ORDER BY line)) AS fingerprint FROM ({lines}) part
+
+-- name: prepared
+SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE name = {name})
+
+-- name: definition
+EXECUTE {name}
 
 -- name: lines
 -- What a table is, line by line.

@@ -165,6 +165,11 @@ UPDATE runbook.migration SET triggers = {triggers} WHERE id = {migration}
 -- name: remember_filenode
 UPDATE runbook.migration SET filenode = {filenode} WHERE id = {migration}
 
+-- name: standing
+-- With all that is done, each as step.action.
+SELECT m.state, ARRAY(SELECT DISTINCT a.step || '.' || a.action FROM runbook.action a WHERE a.migration = m.id AND a.state = 'done') AS done
+  FROM runbook.migration m WHERE m.id = {migration}
+
 -- name: remembered
 SELECT filenode, triggers, state FROM runbook.migration WHERE id = {migration}
 

@@ -12,8 +12,10 @@ SELECT NOT EXISTS (
 SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
        - coalesce(current_setting('reserved_connections', true)::int, 0) - sum(numbackends)::int AS free FROM pg_stat_database
 
--- name: one_process
-SET max_parallel_workers_per_gather = 0; SET max_parallel_maintenance_workers = 0
+-- name: settle
+-- The server's process; and where others are at work, no more than this one.
+SELECT pg_backend_pid() AS pid, CASE WHEN NOT alone THEN set_config('max_parallel_workers_per_gather', '0', false) END,
+       CASE WHEN NOT alone THEN set_config('max_parallel_maintenance_workers', '0', false) END FROM ({alone}) others
 
 -- name: replica_lag
 SELECT max(extract(epoch FROM replay_lag))::float8 FROM pg_stat_replication

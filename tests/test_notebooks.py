@@ -127,16 +127,7 @@ def nothing_is_left_among_the_notebooks(database: str, runs: Path, result: Resul
     assert "lies inside the notebooks' own folder" in refused.stderr
 
 
-def running_it_again_does_nothing_and_says_so(database: str, runs: Path, result: Result) -> None:
-    before = dump(database)
-    again = command("run", "-f", CLINIC_FILE, "--database", database, "-p", "approved_by", "ann", "--out", str(runs))
-    assert again.exit_code == 0, again.output
-    assert [line.split()[1] for line in again.stdout.splitlines()[:6]] == ["already"] * 6
-    assert dump(database) == before
-    assert command("audit", str(runs), "--database", database).exit_code == 0
-
-
-def test_a_run_migrates_and_is_on_record_and_another_does_nothing(clinic: str, tmp_path: Path) -> None:
+def test_a_run_migrates_and_is_on_record(clinic: str, tmp_path: Path) -> None:
     """One run for all that is promised of it: each takes half a minute."""
     given = ["-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", "--out", str(tmp_path)]
     result = command("run", *given)
@@ -146,9 +137,18 @@ def test_a_run_migrates_and_is_on_record_and_another_does_nothing(clinic: str, t
         each_step_prints_a_line_and_the_last_line_is_the_records_head,
         the_record_holds_every_executed_notebook_with_its_page,
         nothing_is_left_among_the_notebooks,
-        running_it_again_does_nothing_and_says_so,
     ):
         promise(clinic, tmp_path, result)
+    assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
+
+
+def test_another_run_does_nothing_and_says_so(walked: Walked, clinic: str, tmp_path: Path) -> None:
+    walked(*FORWARD)
+    before = dump(clinic)
+    again = command("run", "-f", CLINIC_FILE, "--database", clinic, "-p", "approved_by", "ann", "--out", str(tmp_path))
+    assert again.exit_code == 0, again.output
+    assert [line.split()[1] for line in again.stdout.splitlines()[:6]] == ["already"] * 6
+    assert dump(clinic) == before
 
 
 UNTIL = [pytest.param(n, id=name, marks=[] if n == len(FORWARD) else pytest.mark.long) for n, name in enumerate(FORWARD, 1)]

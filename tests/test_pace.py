@@ -7,8 +7,8 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -92,6 +92,28 @@ def test_beside_the_steps_stand_a_bars_numbers() -> None:
     assert bar.postfix == "copied:  45% 450k/1.00M [00:12<00:14, 37.2k rows/s, log 1,234]"
 
 
+@contextmanager
+def an_application(url: str) -> Iterator[None]:
+    """Somebody who asks for something small all the time."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            while not ended.is_set():
+                connection.execute("SELECT 1")
+                at_work.set()
+                ended.wait(0.1)
+
+    at_work, asking = threading.Event(), threading.Thread(target=ask)
+    asking.start()
+    try:
+        at_work.wait()
+        yield
+    finally:
+        ended.set()
+        asking.join()
+
+
 def test_the_copy_gives_way_and_what_holds_locks_does_not(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for a lock of ours would wait for us to get the processor, too."""
     run, plain, seen = forward(clinic, "partition check"), Session.run, defaultdict[str, set[int]](set)
@@ -102,6 +124,7 @@ def test_the_copy_gives_way_and_what_holds_locks_does_not(clinic: str, monkeypat
         return plain(session, query, *words, **names)
 
     monkeypatch.setattr(Session, "run", noting)
-    walk(run, FORWARD, first="copy")
+    with an_application(clinic):
+        walk(run, FORWARD, first="copy")
     assert seen["restore.copy_range"] == {10}
     assert seen["locks.evict"] == {0}, "with which each of our locks begins"

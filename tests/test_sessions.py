@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 
 from runbook.database import REST_S, target
@@ -75,6 +76,11 @@ def test_what_gave_way_to_the_application_is_used_for_nothing_else(database: str
     with found.session("copy") as first:
         first.give_way()
         pid = first.pid
+        assert os.getpriority(os.PRIO_PROCESS, pid) == 0, "nobody else is at work"
+    with found.session("copy") as first, psycopg.connect(database, autocommit=True) as application:
+        assert first.pid == pid
+        application.execute("SELECT 1")
+        first.give_way()
         assert os.getpriority(os.PRIO_PROCESS, pid) == 10
     with found.session("swap") as second:
         assert second.pid != pid
@@ -87,5 +93,7 @@ def test_a_pools_connection_stays_what_it_was_for_the_application(server: server
     with servers.pooler(server, "session") as port:
         found = target(clinic.replace(f"port={server.port}", f"port={port}"))
         with found.session("copy") as session:
-            session.give_way()
+            with psycopg.connect(clinic, autocommit=True) as application:
+                application.execute("SELECT 1")
+                session.give_way()
             assert os.getpriority(os.PRIO_PROCESS, session.pid) == 0

@@ -47,11 +47,10 @@ def test_a_row_that_slipped_past_the_log_is_named(forward, sql):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("round_", range(2))
-def test_six_writers_again_and_again(server, clinic, sql, round_):
+def test_six_writers_again_and_again(server, clinic, sql):
     with traffic.pool(clinic, server.version, writers=6, pause_s=0.001) as pool:
         pool.go_on(100)
-        for _ in range(2):
+        for _ in range(3):
             run = migration.forward(clinic)
             pool.go_on(100)
             migration.back(run)
