@@ -37,9 +37,11 @@ def script(run: Run) -> changes.Statements:
     yield statement("backup.copy", **_names(run, "backup"))
     yield from partition.revoke(run.names["backup"], run.plan.table.strangers)
     yield statement("ddl.own", table=run.names["backup"], owner=run.names["owner"])
-    yield statement(
-        "ddl.comment", table=run.names["backup"], comment=f"Backup of {run.plan.full_name}, made before it was partitioned"
-    )
+    yield statement("ddl.comment", table=run.names["backup"], comment=_comment(run))
+
+
+def _comment(run: Run) -> str:
+    return f"Backup of {run.plan.full_name}, made before it was partitioned"
 
 
 def sums(run: Run) -> sql.Composed:
@@ -85,7 +87,7 @@ def _as_table(run: Run, action: Any) -> Evidence:
             f"{run.plan.backup} holds the same {counted(rows, 'row')} as {run.plan.full_name}, by count and hash{each_value}.",
             rows,
             sums=here,
-            bytes=session.value("backup.bytes", backup_text=spelled(run.names["backup"])),
+            **session.row("backup.measure", backup_text=spelled(run.names["backup"])),
         )
 
 
@@ -255,10 +257,13 @@ def check(run: Run) -> Evidence:
 
 
 def gone(run: Run, session: Session) -> bool:
-    """Whether the backup's table was made, and is there no more; whether an archive is, only the machine that has it can tell."""
+    """Whether the backup's table was made, and is there no more, whoever's has its name now; whether an archive is, only the machine
+    that has it can tell. In a restored database its comment tells that it is the one."""
     made = run.finished("backup", "make")
-    there = session.value("catalog.there", name=spelled(run.names["backup"]))
-    return made is not None and "archive" not in made.facts and not there
+    if made is None or "archive" in made.facts:
+        return False
+    names = {"backup_text": spelled(run.names["backup"]), "oid": made.facts.get("oid"), "comment": _comment(run)}
+    return not session.value("backup.ours", **names)
 
 
 def still(run: Run, session: Session, made: Evidence) -> None:

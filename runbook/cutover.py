@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-from psycopg import sql
+from psycopg import errors, sql
 
 from runbook import backup, catalog, changes, composite, correction, foreign_keys, locks, matviews, references, restore, swapping
 from runbook.changes import Statements
@@ -149,14 +149,23 @@ def validate_foreign_keys(action: Action, lock_timeout_ms: int = 300, budget_s: 
 def validate(
     run: Run, session: Session, patience: locks.Patience, what: str, each: sql.Composed, tables: Sequence[sql.Composable] = ()
 ) -> None:
-    """One of the validations. Writers queue behind a lock on `tables` only; for its own the statement waits longer."""
-    if tables:
-        locks.apply(run.database, session, patience, what, [each], tables, "SHARE ROW EXCLUSIVE")
-        return
-    patience.lock_timeout_ms = UNFELT_MS
-    with run.database.session("cutover.validate") as apart:
-        apart.give_way()
-        locks.apply(run.database, apart, patience, what, [each])
+    """One of the validations. Writers queue behind a lock on `tables` only; for its own the statement waits longer. Raises
+    PromiseBroken for rows that refer to nothing, which came while keys were not checked."""
+    try:
+        if tables:
+            locks.apply(run.database, session, patience, what, [each], tables, "SHARE ROW EXCLUSIVE")
+            return
+        patience.lock_timeout_ms = UNFELT_MS
+        with run.database.session("cutover.validate") as apart:
+            apart.give_way()
+            locks.apply(run.database, apart, patience, what, [each])
+    except errors.ForeignKeyViolation as error:
+        place = {"schema": error.diag.schema_name, "table": error.diag.table_name, "constraint": error.diag.constraint_name}
+        raise PromiseBroken(
+            f"{place['constraint']} of {place['schema']}.{place['table']} cannot be validated, for some of its rows refer to nothing: they came"
+            f" while keys were not checked, and are found by {session.value('foreign_keys.orphans', **place)}. The application goes on, and"
+            " what it writes is checked. Correct or delete these rows, then run this notebook again."
+        ) from None
 
 
 def validations(run: Run, session: Session | None = None) -> composite.Validations:

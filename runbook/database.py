@@ -154,8 +154,9 @@ def _settle_in(connection: Connection, purpose: str) -> None:
         "SET application_name = {}; SET client_connection_check_interval = '1s'; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = '30s';"
         " SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET extra_float_digits = 1; SET DateStyle = ISO;"
         " SET IntervalStyle = iso_8601; SET bytea_output = hex; SET default_transaction_read_only = off; SET default_tablespace = '';"
-        " SET default_table_access_method = heap; SET default_transaction_isolation = 'read committed'; "
-        + ("SET transaction_timeout = 0; " if connection.info.server_version >= 170000 else "")
+        " SET default_table_access_method = heap; SET default_transaction_isolation = 'read committed';"
+        " SET standard_conforming_strings = on; SET quote_all_identifiers = off; SET transform_null_equals = off; SET array_nulls = on;"
+        " SET xmloption = content; " + ("SET transaction_timeout = 0; " if connection.info.server_version >= 170000 else "")
     )
     name, settled = sql.Literal(f"runbook {purpose}".strip()), statement("pace.settle", alone=statement("pace.alone"))
     cursor = connection.execute(sql.SQL(settings).format(name) + settled)

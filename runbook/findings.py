@@ -23,7 +23,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_locking(session, plan), *_watched(session), *possible.unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_locking(session, plan), *_watched(session), *_unpruned(session, plan), *possible.unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
         *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -129,6 +129,15 @@ def _watched(session: Session) -> Iterator[Finding]:
             f"The event trigger {row['name']} runs whenever something is created, altered or dropped, and by what it refuses a step would be"
             " stopped, the way back, too.",
             f"Look at {row['function']}; a rehearsal (`runbook rehearse`) tries all but the swap.",
+        )
+
+
+def _unpruned(session: Session, plan: Plan) -> Iterator[Finding]:
+    if session.value("catalog.pruning") == "off":
+        yield Finding.warning(
+            plan.full_name,
+            f"enable_partition_pruning is off for this role, database or server: every query would read all partitions of {plan.full_name}.",
+            "Switch it on (ALTER DATABASE, ALTER ROLE … RESET enable_partition_pruning, or postgresql.conf); 06 fails while it is off.",
         )
 
 

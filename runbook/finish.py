@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psycopg import errors
 
-from runbook import attaching, changes, cutover, foreign_keys, locks, losses, matviews, swapping
+from runbook import attaching, backup, changes, cutover, foreign_keys, locks, losses, matviews, swapping
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -85,11 +85,11 @@ def drop(
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:
-        backup_goes = drop_backup and run.plan.backup_method == "table"
+        backup_goes = drop_backup and run.plan.backup_method == "table" and not backup.gone(run, session)
         going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", backup_goes)) if goes]
         ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
         with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
-            session.run_all((*attaching.forget(run, session), *statements(run, drop_backup, keep_fill)))
+            session.run_all((*attaching.forget(run, session), *statements(run, backup_goes, keep_fill)))
             session.run("ledger.set_state", state="finished", migration=run.migration)
             return action.finish(
                 f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back."

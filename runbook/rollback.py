@@ -116,17 +116,18 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     losses.refuse_renamed(run, session)
     if not session.value("catalog.there", name=spelled(run.names["retired"])):
         raise PromiseBroken(
-            f"The original, {spelled(run.names['retired'])}, is there no more, and with it the way back: 91_finish ends the migration."
+            f"The original, {spelled(run.names['retired'])}, is there no more, and with it the way back: give it its name back where it was renamed,"
+            " then run 90_rollback again; else 91_finish ends the migration."
         )
     losses.refuse(run, session)
     unlike = losses.unlike(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
     logging = session.row("ledger.remembered", **run.names)["triggers"]
-    total, seen, stale, anew = 0, None, "", matviews.waiting(run, session)
+    total, seen, stale, others, anew = 0, None, "", "", matviews.waiting(run, session)
     statements = list(unswap_statements(_as_it_is(run, session), anew))
 
     def attempt() -> Evidence:
-        nonlocal total, logging, seen, stale
+        nonlocal total, logging, seen, stale, others
         now = session.value("changes.logging_back", **run.names)
         if now != logging:  # triggers switched off, partitions attached, detached, truncated: what was not logged is looked for
             losses.resync(run, session)
@@ -134,7 +135,14 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         keys, horizon = losses.replay(run, session, patience)
         total += keys
         if seen is None:
-            compared = _compared(run, session, logging)
+            try:
+                compared = _compared(run, session, logging)
+            except NotEqual as differing:
+                if others:
+                    raise
+                others = _of_others(run, differing)
+                losses.resync(run, session)
+                raise locks.NotYet("rows of the original that somebody wrote") from None
             stale = matviews.refresh(run, session, anew)
             seen = compared
         locks.wait_for_snapshots(session, horizon, patience)  # for which nothing dead could be cleaned away
@@ -170,7 +178,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
 
     with losses.explained(run):
         evidence = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
-    sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{unlike}{stale}"
+    sentence = f"{evidence.sentence} Names were locked for {clock.locked * 1000:.0f} ms.{others}{unlike}{stale}"
     return action.finish(sentence, evidence.rows, **evidence.facts, locked_s=clock.locked)
 
 
@@ -196,6 +204,14 @@ def _compared(run: Run, session: Session, logging: str) -> compare.Comparison:
         if session.value("changes.logging_back", **run.names) == logging:
             raise
         raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them") from None
+
+
+def _of_others(run: Run, found: NotEqual) -> str:
+    """What is said of an original that differs in rows of which no log knows: the table has what counts."""
+    return (
+        f" {spelled(run.names['retired'])} differed in rows that no log knows of, as when somebody wrote to it: it was given the table's ("
+        f"{str(found).partition(' differ in ')[2].partition(' Do not go on')[0].rstrip('.')})."
+    )
 
 
 @recorded("rollback", "clean", again=True)
@@ -266,7 +282,13 @@ def check(action: Action, keep_backup: bool = False) -> Evidence:
     if run.finished("rollback", "clean") is None:
         raise PromiseBroken(f"The migration of {run.plan.full_name} has not been taken away: run 90_rollback from its beginning.")
     with session.transaction(lock_timeout="10s"):
-        released = _release_backup(run, session, keep_backup)
+        try:
+            released = _release_backup(run, session, keep_backup)
+        except errors.DependentObjectsStillExist as error:
+            raise PromiseBroken(
+                f"The migration of {run.plan.full_name} is taken back, and only its backup is left: {' '.join((error.diag.message_detail or '').split())}."
+                " Drop that, or set keep_backup, then run 90_rollback again."
+            ) from None
         session.run("ledger.undo", migration=run.migration, steps=list(STEPS))
         session.run("ledger.set_state", state="rolled back", migration=run.migration)
         said = f"{run.plan.full_name} is what it was.{altered} {released}"

@@ -8,8 +8,12 @@ CREATE TABLE {backup} AS SELECT {all_columns} FROM ONLY {source} s
 -- Count and hash sum, by list for every value of the key.
 SELECT {value} AS value, count(*) AS rows, coalesce(sum({s_plain_hash}), 0)::text AS hash FROM {table} s GROUP BY 1 ORDER BY 1 NULLS FIRST
 
--- name: bytes
-SELECT pg_table_size({backup_text}::regclass)
+-- name: measure
+SELECT {backup_text}::regclass::oid::bigint AS oid, pg_table_size({backup_text}::regclass) AS bytes
+
+-- name: ours
+-- Whether the table that has the backup's name is the one that was made.
+SELECT EXISTS (SELECT FROM pg_class WHERE oid = to_regclass({backup_text}) AND (oid = {oid} OR obj_description(oid, 'pg_class') = {comment})) AS ours
 
 -- name: create_scratch
 CREATE DATABASE {scratch} TEMPLATE template0

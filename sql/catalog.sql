@@ -325,6 +325,9 @@ ORDER BY 1, 2
 SELECT e.evtname AS name, e.evtfoid::regprocedure::text AS function FROM pg_event_trigger e
  WHERE e.evtenabled <> 'D' AND e.evtevent IN ('ddl_command_start', 'ddl_command_end', 'sql_drop') ORDER BY 1
 
+-- name: pruning
+SHOW enable_partition_pruning
+
 -- name: lock_table
 SELECT current_setting('max_locks_per_transaction')::int * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int) AS places,
        current_setting('max_connections')::int AS connections

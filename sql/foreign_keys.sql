@@ -196,6 +196,17 @@ SELECT count(*) FROM {reference} w LEFT JOIN (SELECT {s_referenced}, {s_key} AS 
    AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
    AND NOT EXISTS (SELECT FROM {source} s JOIN {log} k ON {s_is_k} WHERE {w_is_s})
 
+-- name: orphans
+-- The query by which the rows are found that a foreign key refuses.
+SELECT format('SELECT * FROM %s r WHERE (%s) IS NOT NULL AND NOT EXISTS (SELECT FROM %s s WHERE (%s) = (%s))', k.conrelid::regclass, r.columns,
+              k.confrelid::regclass, s.columns, r.columns) AS query
+  FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL (SELECT string_agg(format('r.%I', a.attname), ', ' ORDER BY u.n) AS columns FROM unnest(k.conkey) WITH ORDINALITY u(number, n)
+                       JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number) r
+ CROSS JOIN LATERAL (SELECT string_agg(format('s.%I', a.attname), ', ' ORDER BY u.n) AS columns FROM unnest(k.confkey) WITH ORDINALITY u(number, n)
+                       JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.number) s
+ WHERE k.contype = 'f' AND (n.nspname, c.relname, k.conname) = ({schema}, {table}, {constraint})
+
 -- name: log_wrong
 INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN {source} v ON {w_is_v}
  WHERE w.{role_column} IS DISTINCT FROM {v_key}

@@ -267,7 +267,8 @@ BEGIN
       sql := format('EXPLAIN (FORMAT JSON, COSTS OFF) SELECT * FROM %s WHERE %s', root, look_up);
       EXECUTE sql INTO explained;
       reads := ARRAY(SELECT DISTINCT r #>> '{{}}' FROM jsonb_path_query(explained, relations) r ORDER BY 1);
-      seen := 'they read ' || coalesce(nullif(array_to_string(reads, ', '), ''), 'nothing');
+      seen := 'they read ' || coalesce(nullif(array_to_string(reads, ', '), ''), 'nothing')
+              || CASE current_setting('enable_partition_pruning') WHEN 'off' THEN ': enable_partition_pruning is off' ELSE '' END;
       ok := reads = ARRAY[part ->> 'name'];
     END IF;
     RETURN NEXT;

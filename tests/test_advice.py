@@ -38,6 +38,12 @@ def test_a_table_smaller_than_memory_is_told_that_reading_gains_nothing(clinic: 
     assert "is smaller than effective_cache_size (1,074 MB)" in findings(clinic, "note")
 
 
+def test_a_database_that_does_not_prune_is_told_so_before(clinic: str, sql: Sql) -> None:
+    assert "enable_partition_pruning" not in findings(clinic)
+    sql("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET enable_partition_pruning = off', current_database()); END $$")
+    assert "every query would read all partitions of public.users" in findings(clinic, "warning")
+
+
 def grow(sql: Sql, megabytes: int) -> None:
     """As the server sees it, the table has so many MB more: its free space map is a file with a hole."""
     sql("VACUUM users")

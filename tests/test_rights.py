@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict
 
 import runbook
-from runbook import backup, cli, cutover, embedded, verify
+from runbook import backup, cli, cutover, embedded, monitor, verify
 from runbook.database import target
 from runbook.errors import ApprovalMissing, BadInput, PlanBlocked
 from tests import migration, servers
@@ -248,6 +248,23 @@ def test_no_timeout_that_the_role_inherits_ends_a_session_of_ours(clinic, sql, s
         sql(f"ALTER DATABASE {database} SET {name} = '1s'")
     with target(clinic).connect() as connection:
         assert [connection.execute(f"SHOW {name}").fetchone()[name] for name in names] == ["0"] * len(names)
+
+
+def test_settings_by_which_statements_are_read_are_our_own(clinic, sql, capsys):
+    """With other ones a regular expression is another, and what the server renders is quoted throughout."""
+    settings = "standard_conforming_strings = off, quote_all_identifiers = on, transform_null_equals = on, array_nulls = off, xmloption = document"
+    sql("CREATE FUNCTION by_name() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF TG_TABLE_NAME = 'users' THEN NEW.phone = '1'; END IF; RETURN NEW; END $$;"
+        " CREATE TRIGGER by_name BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION by_name()")  # fmt: skip
+    for setting in settings.split(", "):
+        sql(f"DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {setting}', current_database()); END $$")
+    run = migration.plan(clinic, partitions=migration.PARTITIONS | {"users_rest": "default"})
+    assert any("TG_TABLE_NAME" in each.sentence for each in run.plan.findings)
+    migration.walk(run, migration.FORWARD)
+    verify.check(run)
+    monitor.look(run)
+    migration.back(run)
+    assert "warns" not in capsys.readouterr().out
 
 
 def test_a_member_of_the_owner_needs_nothing_more(owner, clinic, sql):
