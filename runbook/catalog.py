@@ -100,11 +100,13 @@ def fingerprint(session: Session, oid: int) -> str:
     return str(session.value("catalog.definition", name=name))
 
 
-def lines(session: Session, table: sql.Composable) -> list[str]:
-    """What a table is, line by line: what the fingerprint of it is a digest of."""
-    oid = sql.SQL("{}::regclass").format(sql.Literal(table.as_string(None)))
+def lines(session: Session, table: sql.Composable) -> dict[str, str]:
+    """What a table is, by what it is about: what the fingerprint of it is a digest of."""
+    oid, found = sql.SQL("{}::regclass").format(sql.Literal(table.as_string(None))), dict[str, str]()
     with session.qualified():
-        return [row["line"] for row in session.rows(_lines(oid))]
+        for row in session.rows(_lines(oid)):
+            found[row["what"]] = "\n".join(sorted([*found.get(row["what"], "").splitlines(), row["line"]]))
+    return found
 
 
 def _lines(oid: sql.Composable) -> sql.Composed:

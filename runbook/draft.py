@@ -179,6 +179,11 @@ def draft(**given: Any) -> Draft:
                 raise PlanBlocked(
                     f"Row-level security is forced on {table}, so that {me} may not copy it: ALTER ROLE {me} BYPASSRLS;"
                 ) from None
+            if who["dormant"]:
+                raise PlanBlocked(
+                    f"{me} is a member of {who['owner']}, which owns {table}, and does not inherit its rights: ALTER ROLE {me} SET role ="
+                    f" {who['owner']}; or let it inherit them (ALTER ROLE {me} INHERIT; from 16 on GRANT {who['owner']} TO {me} WITH INHERIT TRUE)."
+                ) from None
             raise PlanBlocked(
                 f"{me} may not read all that the plan rests on ({error.diag.message_primary}): GRANT SELECT ON {table} TO {me}; or,"
                 f" as every later step needs it, make {me} a member of the table's owner."

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from runbook.errors import OutOfOrder
 from runbook.plan import Plan
 from runbook.session import Session
+from runbook.statements import spelled
 
 
 def _described(kind: str, not_null: bool, default: str | None) -> str:
@@ -17,7 +18,8 @@ def since(session: Session, plan: Plan) -> str:
     """What was changed of the table since the plan, in words."""
     found = session.rows("catalog.columns", oid=plan.table.oid)
     if not found:
-        return "the table is gone"
+        another = session.value("catalog.there", name=spelled((plan.table.schema_name, plan.table.name)))
+        return "it is another table now, made or restored since" if another else "the table is gone"
     before = {column.name: (column.type, column.not_null, column.default) for column in plan.columns}
     now = {row["name"]: (row["type"], row["not_null"], row["default"]) for row in found}
     changes = [f"column {name} added" for name in now.keys() - before.keys()]

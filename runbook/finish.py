@@ -11,7 +11,7 @@ from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
 from runbook.rollback import unlogged
 from runbook.sheet import Sheet
-from runbook.statements import statement
+from runbook.statements import spelled, statement
 from runbook.words import counted
 
 
@@ -58,7 +58,8 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
     who = run.approver(
         approved_by, f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
     )
-    if (helped := foreign_keys.filled(run)) and not force_strict:
+    helped = foreign_keys.filled(run)
+    if helped and not force_strict and action.session.value("catalog.there", name=spelled(names(run, helped[0])["filled"])):
         last = action.session.row("rollback.last_filled", **names(run, helped[0]))
         hours = min(last["hours"], last["trigger_hours"])
         if hours < unneeded_for_h:

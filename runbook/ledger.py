@@ -290,7 +290,15 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
     with database.session("open") as session, locks.attended(database):
         if not kept(session):
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
-        _, schema, name = catalog.find(session, table, database.name)
+        try:
+            _, schema, name = catalog.find(session, table, database.name)
+        except BadInput:
+            if known := session.value("ledger.open_by_name", table=table):
+                raise OutOfOrder(
+                    f"{known}, whose migration is open, is there no more, and the migration knows it by its name: rename it back, then run"
+                    " this again."
+                ) from None
+            raise
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
     if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from psycopg import errors, sql
 
-from runbook import catalog, changes, locks
+from runbook import catalog, changes, locks, swapping
 from runbook.changes import BACK, Rewritten
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import Run
-from runbook.references import added, logged
+from runbook.references import added, logged, names
 from runbook.session import Session
 from runbook.statements import spelled
 
@@ -53,7 +53,13 @@ def explained(run: Run) -> Iterator[None]:
             f"The way back of {name} is closed while rows stand in it that {constraint} of the original excludes: correct those that"
             f" came since the cut-over, {again}"
         ) from None
-    except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedObject, errors.UndefinedFunction) as error:
+    except (
+        errors.UndefinedTable,
+        errors.UndefinedColumn,
+        errors.UndefinedObject,
+        errors.UndefinedFunction,
+        errors.InvalidSchemaName,
+    ) as error:
         raise PromiseBroken(
             f"The way back of {name} names what was renamed or dropped since the cut-over ({error.diag.message_primary}): give it its name back,"
             f" or make it again, {again}"
@@ -98,18 +104,45 @@ def resync(run: Run, session: Session) -> None:
 
 
 def unlike(run: Run, session: Session) -> str:
-    """What somebody made of the table since the cut-over, or took away: the original knows nothing of it."""
+    """What somebody made of the table since the cut-over, or took away: the original knows nothing of it. And what was made on the
+    role columns, which go."""
     validated = run.finished("cutover", "validate")
-    if validated is None or "lines" not in validated.facts:
-        return ""
-    then, now = set(validated.facts["lines"]), set(catalog.lines(session, run.plan.source))
-    said = {"does not have": sorted(now - then), "still has": sorted(then - now)}
-    return "".join(
-        f" The original {verb} what was changed since the cut-over: {'; '.join(line[:160] for line in lines[:10])}"
-        + (f"; and {len(lines) - 10} more." if len(lines) > 10 else ".")
-        for verb, lines in said.items()
-        if lines
-    )
+    then, now = validated.facts.get("lines") if validated else None, catalog.lines(session, run.plan.source)
+    said = {}
+    if isinstance(then, dict):
+        there = {
+            spelled(each) for each in swapping.standing(session, (reference.identifier for reference in run.plan.references))
+        }
+        lost = {
+            f"constraint {each.name} of {each.schema_name}.{each.table}"
+            for each in run.plan.references
+            if spelled(each.identifier) not in there
+        }
+        said = {
+            "Made since the cut-over, and the original has nothing of it": now.keys() - then.keys(),
+            "Changed since the cut-over, and in the original as before": {
+                each for each in now.keys() & then.keys() if now[each] != then[each]
+            },
+            "Taken away since the cut-over, and in the original again": {
+                each for each in then.keys() - now.keys() if each.replace('"', "") not in lost
+            },
+        }
+    return "".join(f" {what}: {_some(sorted(names))}." for what, names in said.items() if names) + on_roles(run, session)
+
+
+def on_roles(run: Run, session: Session) -> str:
+    """What somebody made on the role columns, and goes with them."""
+    named = {"our_keys": [each.name for each in run.plan.references]}
+    made = [
+        row["what"]
+        for each in added(run)
+        for row in session.rows("rollback.on_role", **names(run, each), **named, role_text=each.role_column)
+    ]
+    return f" With the role columns goes what was made on them: {_some(made)}." if made else ""
+
+
+def _some(names: list[str]) -> str:
+    return "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def refuse_out_of_turn(run: Run, session: Session) -> None:

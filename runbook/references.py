@@ -43,8 +43,8 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
         "note": statement("foreign_keys.note_fill", filled=counts),
         "named_function": sql.Identifier(run.staging, f"role_named_{number}"),
         "named_setting": sql.Literal(f"runbook.role_named_{run.migration}_{number}".replace("-", "_")),
-        "named_trigger": sql.Identifier(fit(f"zzz_runbook_explicit_{reference.role_column}")),  # triggers fire by name: first
-        "fill_trigger": sql.Identifier(fit(f"zzz_runbook_fill_{reference.role_column}")),
+        "named_trigger": sql.Identifier(fill_triggers(reference)[0]),
+        "fill_trigger": sql.Identifier(fill_triggers(reference)[1]),
         "places": sql.Identifier(run.staging, run.plan.internal(f"places_{number}")),
         "constraint_text": sql.Literal(reference.name),
         "insert_text": sql.Literal(f"runbook_reference_insert_{run.migration}_{number}"),
@@ -88,6 +88,11 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
             for a, equals, b in zip(referenced, _equals(reference), columns, strict=True)
         ),
     }
+
+
+def fill_triggers(reference: Reference) -> tuple[str, str]:
+    """The names of the triggers that fill the role column in for old code, in the order in which they fire: by name."""
+    return fit(f"zzz_runbook_explicit_{reference.role_column}"), fit(f"zzz_runbook_fill_{reference.role_column}")
 
 
 def _unknown(run: Run, reference: Reference) -> sql.Composable:

@@ -114,11 +114,12 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=was_swapped)
     losses.refuse_out_of_turn(run, session)
     losses.refuse_renamed(run, session)
-    if not session.value("catalog.there", name=spelled(run.names["retired"])):
-        raise PromiseBroken(
-            f"The original, {spelled(run.names['retired'])}, is there no more, and with it the way back: give it its name back where it was renamed,"
-            " then run 90_rollback again; else 91_finish ends the migration."
-        )
+    for what, name in (("The original", "retired"), ("The log of the way back", "back")):
+        if not session.value("catalog.there", name=spelled(run.names[name])):
+            raise PromiseBroken(
+                f"{what}, {spelled(run.names[name])}, is there no more, and with it the way back: give it its name back where it was renamed,"
+                " then run 90_rollback again; else 91_finish ends the migration."
+            )
     losses.refuse(run, session)
     unlike = losses.unlike(run, session)
     patience, clock = locks.Patience(budget_s, lock_timeout_ms), locks.Clock()
@@ -223,11 +224,17 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     if run.swapped:
         raise PromiseBroken(f"{run.plan.full_name} has not been swapped back: run 90_rollback from its beginning.")
     losses.refuse_out_of_turn(run, session)
+    partitioned = session.value("foreign_keys.partitioned", reference_text=spelled(run.plan.source))
+    if partitioned and run.plan.restore_from == "source" and swapping.standing(session, [run.names["retired"]]):
+        raise PromiseBroken(
+            f"{run.plan.full_name} is partitioned, and the ledger knows of no cut-over: rows of runbook.action were deleted. Put back what the"
+            " record's evidence.json has of it, then run 90_rollback again."
+        )
     retired = run.finished("rollback", "swap")
     gone_back = retired is not None and retired.facts.get("swapped")  # and what was on the referencing tables went with that
     if not gone_back:
         losses.refuse_renamed(run, session)
-    patience = locks.Patience(budget_s, lock_timeout_ms)
+    patience, going = locks.Patience(budget_s, lock_timeout_ms), "" if gone_back else losses.on_roles(run, session)
     _validate(_as_it_is(run, session), session, lock_timeout_ms, budget_s)
     # A role column that this migration did not add is the application's own.
     mine = [each for each in added(run) if logged(run, session, each)]
@@ -238,7 +245,9 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
             session.run_all((*attaching.forget(run, session), *matviews.forget(run)))
             session.run_all(take_away(run, [] if gone_back else mine))
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
-            return action.finish(f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it.")
+            return action.finish(
+                f"Nothing of the migration is left on {run.plan.full_name} and the tables that reference it.{going}"
+            )
 
     return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import psycopg
 
-from runbook import backup, changes, postgres, unique
+from runbook import backup, changes, postgres, references, unique
 from runbook import compare as comparing
 from runbook.errors import BadInput, NotEqual, PromiseBroken
 from runbook.ledger import Evidence, Run
@@ -130,6 +130,10 @@ def structure(run: Run) -> pd.DataFrame:
         look.names["tree"], look.names["added"] = (statement(f"verify.{each}", **look.names) for each in ("tree", "added"))
         for part in ("partitions", "columns", "indexes", "references", "constraints", "carried"):
             look.ask(f"verify.{part}")
+        for reference in [*references.added(run), *run.plan.own_roles] if run.plan.restore_from == "source" else []:
+            kept = run.plan.legacy_inserts == "fill" and run.state != "finished"
+            triggers = list(references.fill_triggers(reference)) if kept else []
+            look.ask("verify.filled", **references.names(run, reference), role_text=reference.role_column, triggers=triggers)
         for guard in run.plan.guards:
             look.ask("verify.guard", **{**look.names, **unique.names(run.plan, guard, run.staging), "name_text": guard.index})
         reason = _no_way_back(run)

@@ -530,25 +530,27 @@ SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE name = {name})
 EXECUTE {name}
 
 -- name: lines
--- What a table is, line by line.
-  SELECT concat_ws(' ', 'column', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
+-- What a table is, line by line, each with what it is about.
+  SELECT 'column ' || a.attname AS what,
+         concat_ws(' ', 'column', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
                    pg_get_expr(d.adbin, d.adrelid), a.attcollation::regcollation, a.attstorage, to_jsonb(a) ->> 'attcompression',
                    to_jsonb(a) ->> 'attstattarget', a.attoptions, col_description(a.attrelid, a.attnum)) AS line
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
    WHERE a.attrelid = {oid} AND a.attnum > 0 AND NOT a.attisdropped
   UNION ALL
-  SELECT concat_ws(' ', 'index', pg_get_indexdef(indexrelid), indisvalid) FROM pg_index WHERE indrelid = {oid}
+  SELECT 'index ' || indexrelid::regclass, concat_ws(' ', 'index', pg_get_indexdef(indexrelid), indisvalid) FROM pg_index WHERE indrelid = {oid}
   UNION ALL
-  SELECT concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass,
+  SELECT format('constraint %s of %s', conname, conrelid::regclass),
+         concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass,
                    (SELECT 'partitioned' FROM pg_class r WHERE r.oid = conrelid AND r.relkind = 'p' AND conrelid <> {oid})) FROM pg_constraint
    WHERE (conrelid = {oid} OR confrelid = {oid}) AND conparentid = 0  -- not what each partition of another table has of it
   UNION ALL
-  SELECT concat_ws(' ', kind, name, definition) FROM ({carried}) c
+  SELECT concat_ws(' ', kind, name), concat_ws(' ', kind, name, definition) FROM ({carried}) c
   UNION ALL
-  SELECT concat_ws(' ', 'table', relname, relnamespace::regnamespace, relreplident, reloptions, reltablespace,
+  SELECT 'owner, options or comment', concat_ws(' ', 'table', relname, relnamespace::regnamespace, relreplident, reloptions, reltablespace,
                    pg_get_userbyid(relowner), obj_description(oid, 'pg_class')) FROM pg_class WHERE oid = {oid}
   UNION ALL
-  SELECT DISTINCT concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
+  SELECT DISTINCT 'view ' || r.ev_class::regclass, concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
 
 -- name: gone
@@ -558,7 +560,8 @@ SELECT format('%s.%s.%s', w.schema, w.table, w.column) AS what FROM unnest({sche
 
 -- name: reader
 -- Who reads what, and whether policies bind its owner, too, and so us.
-SELECT quote_ident(current_user) AS me, format('%I.%I', (SELECT nspname FROM pg_namespace n WHERE n.oid = relnamespace), relname) AS table,
+SELECT quote_ident(current_user) AS me, quote_ident(pg_get_userbyid(relowner)) AS owner,
+       pg_has_role(relowner, 'MEMBER') AND NOT pg_has_role(relowner, 'USAGE') AS dormant, format('%I.%I', (SELECT nspname FROM pg_namespace n WHERE n.oid = relnamespace), relname) AS table,
        relforcerowsecurity AND row_security_active(oid) AS bound FROM pg_class WHERE oid = {oid}
 
 -- name: quoted

@@ -48,6 +48,9 @@ CREATE TABLE IF NOT EXISTS runbook.record (
 SELECT m.id, m.source, m.source_oid, m.plan, m.plan_hash, m.state FROM runbook.migration m
  WHERE m.source = {source} ORDER BY (m.state = 'open') DESC, m.id DESC LIMIT 1
 
+-- name: open_by_name
+SELECT source FROM runbook.migration WHERE state = 'open' AND {table} IN (source, substr(source, strpos(source, '.') + 1))
+
 -- name: replace_open
 UPDATE runbook.migration SET state = 'replaced' WHERE source = {source} AND state = 'open'
 

@@ -53,6 +53,14 @@ SELECT DISTINCT n.nspname AS schema, c.relname AS name
 SELECT n.nspname AS schema, c.relname AS name FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE k.contype = 'f' AND k.conparentid = 0 AND k.conname = {key_name} AND k.confrelid = to_regclass({source_text})
 
+-- name: on_role
+-- Indexes, constraints and statistics on a role column that are none of the runbook's.
+SELECT DISTINCT pg_describe_object(d.classid, d.objid, 0) AS what FROM pg_depend d JOIN pg_attribute a ON (a.attrelid, a.attnum) = (d.refobjid, d.refobjsubid)
+  LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
+ WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = to_regclass({reference_text}) AND a.attname = {role_text} AND d.deptype = 'a'
+   AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass, 'pg_statistic_ext'::regclass)
+   AND (k.oid IS NULL OR k.contype <> 'n' AND k.conparentid = 0 AND k.conname <> ALL ({our_keys}::text[] || {check_text}::text)) ORDER BY 1
+
 -- name: set_default
 ALTER TABLE IF EXISTS {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
 

@@ -7,16 +7,15 @@ SELECT concat_ws(E'\n\n',
          -- psql ends a command at the line's end: a line break in a name is any one character to it
          E'-- Check partition structure\n\\d+ ' || regexp_replace(to_regclass({root})::text, '[\r\n]', '"?"', 'g'),
          E'-- View data distribution\n' || string_agg(format('SELECT %L%s, COUNT(*) FROM %s', p.part ->> 'name',
-           CASE p.place WHEN 1 THEN ' as partition' ELSE '' END,
-           to_regclass(quote_ident(m.plan -> 'table' ->> 'schema_name') || '.' || quote_ident(p.part ->> 'name'))),
-           E'\nUNION ALL\n' ORDER BY p.place) || ';',
+           CASE p.place WHEN 1 THEN ' as partition' ELSE '' END, t.leaf), E'\nUNION ALL\n' ORDER BY p.place) FILTER (WHERE t.leaf IS NOT NULL) || ';',
          E'-- Test partition pruning\n' || CASE WHEN m.plan ->> 'frequent_value' IS NOT NULL THEN
            format('EXPLAIN ANALYZE SELECT * FROM %s WHERE %I = %L;', to_regclass({root}), m.plan ->> 'key', m.plan ->> 'frequent_value') END,
          (SELECT string_agg(DISTINCT format(E'-- Check foreign keys\nSELECT constraint_name, table_name \n'
                    'FROM information_schema.table_constraints \nWHERE table_name = %L AND constraint_type = ''FOREIGN KEY'';',
                    coalesce(r ->> 'table', m.plan -> 'table' ->> 'name')), E'\n\n')
             FROM (SELECT) one LEFT JOIN jsonb_array_elements(m.plan -> 'references') r ON true)) AS text
-  FROM runbook.migration m, jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+ CROSS JOIN to_regclass(quote_ident(m.plan -> 'table' ->> 'schema_name') || '.' || quote_ident(p.part ->> 'name')) t(leaf)
  WHERE m.id = {migration} GROUP BY m.id
 
 -- name: oid
@@ -110,6 +109,16 @@ SELECT format('Key %s of %s is composite%s', r ->> 'name', r ->> 'table', CASE W
   FROM runbook.migration m CROSS JOIN jsonb_array_elements((m.plan -> 'references') || coalesce(m.plan -> 'selves', '[]')) r
   LEFT JOIN ({incoming_now}) now ON (now.schema, now.table, now.name) = (r ->> 'schema_name', r ->> 'table', r ->> 'name')
  WHERE m.id = {migration}
+
+-- name: filled
+-- What keeps a row from having no partition key, with which it could refer to nobody; and what fills it in.
+SELECT format('No row of %s has a key without its %s', {table_text}, {role_text}) AS promise, w.required AND w.helped AS ok,
+       concat_ws('; ', CASE WHEN w.required THEN 'it is required' ELSE 'nothing requires it' END,
+                 CASE WHEN NOT w.helped THEN 'what fills it in for old code is missing or disabled' WHEN {triggers}::text[] <> '{{}}' THEN 'and filled in for old code' END) AS seen
+  FROM (SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass({reference_text}) AND attname = {role_text} AND attnotnull AND NOT attisdropped)
+               OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference_text}) AND conname = {check_text} AND convalidated) AS required,
+               (SELECT count(*) FROM pg_trigger WHERE tgrelid = to_regclass({reference_text}) AND tgname = ANY ({triggers}::text[]) AND tgenabled <> 'D')
+               = cardinality({triggers}::text[]) AS helped) w
 
 -- name: constraints
 SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce(now.definition, 'missing') AS seen,

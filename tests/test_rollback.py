@@ -294,12 +294,21 @@ def test_what_was_made_of_it_since_the_cut_over_is_said(clinic, sql):
     assert "The original" not in migration.walk(run, migration.BACK)["swap back"].sentence
     run = migration.forward(clinic)
     sql(
-        "CREATE INDEX by_phone ON users (phone); CREATE PUBLICATION late FOR TABLE users; REVOKE DELETE ON users FROM clinic_app; DROP TRIGGER users_set_updated_at ON users"
+        "CREATE INDEX by_phone ON users (phone); CREATE PUBLICATION late FOR TABLE users; REVOKE DELETE ON users FROM clinic_app; DROP TRIGGER users_set_updated_at ON users;"
+        " COMMENT ON COLUMN users.email IS 'theirs'; CREATE INDEX by_role ON appointments (user_id, user_role);"
+        " ALTER TABLE appointments ADD CONSTRAINT named CHECK (user_role <> '')"
     )
     said = migration.walk(run, migration.BACK)["swap back"].sentence
-    assert re.search("does not have what was changed since the cut-over: .*ALTER PUBLICATION late ADD TABLE", said)
-    assert re.search("does not have what was changed since the cut-over: .*CREATE INDEX by_phone ON ONLY public.users", said)
-    assert re.search("still has what was changed since the cut-over: .*DELETE.*CREATE TRIGGER users_set_updated_at", said)
+    assert (
+        "Made since the cut-over, and the original has nothing of it: grant clinic_app INSERT, SELECT, UPDATE; index public.by_phone;"
+        in said
+    )
+    assert "; publication late." in said
+    assert "Changed since the cut-over, and in the original as before: column email." in said
+    assert re.search(
+        "Taken away since the cut-over, and in the original again: grant clinic_app DELETE.*; trigger users_set_updated_at", said
+    )
+    assert "With the role columns goes what was made on them: constraint named on table appointments; index by_role." in said
 
 
 def test_a_double_that_comes_between_the_comparison_and_the_locks_is_named_and_not_lost(forward, clinic, sql, monkeypatch):
@@ -421,6 +430,9 @@ def verify_passed(sql) -> None:
 @pytest.mark.parametrize(("change", "said"), [
     ("DROP VIEW active_users", ""),
     pytest.param("DROP TABLE users_retired", "The original, .*users_retired.*, is there no more, and with it the way back: give it its name back", marks=pytest.mark.long),
+    pytest.param("DROP SCHEMA runbook_1 CASCADE", "The log of the way back, .*changes_back.*, is there no more, .* 91_finish", marks=pytest.mark.long),
+    pytest.param("ALTER SCHEMA runbook_1 RENAME TO old", "The log of the way back, .*changes_back.*, is there no more, .* give it its name back", marks=pytest.mark.long),
+    pytest.param("DELETE FROM runbook.action WHERE step = 'cutover'", "the ledger knows of no cut-over", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_what_is_gone_does_not_close_the_way_back_in_the_servers_words(forward, sql, change, said):
     run = forward()

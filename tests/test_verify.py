@@ -174,6 +174,18 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "a trigger was dropped": (("DROP TRIGGER users_set_updated_at ON users",), ["as it was: users_set_updated_at (missing)"]),
     "a grant was revoked": (("REVOKE DELETE ON users FROM clinic_app",), ["The grant is as it was: clinic_app"]),
+    "a partition key is not required any more": (
+        ("ALTER TABLE appointments ALTER user_role DROP NOT NULL",),
+        ["No row of public.appointments has a key without its user_role (nothing requires it; and filled in for old code)"],
+    ),
+    "nothing fills it in": (
+        ("ALTER TABLE appointments DISABLE TRIGGER zzz_runbook_fill_user_role",),
+        ["has a key without its user_role (it is required; what fills it in for old code is missing or disabled)"],
+    ),
+    "a partition was renamed": (
+        ("ALTER TABLE users_doctors RENAME TO users_physicians",),
+        ["breaks 7 of", "It is partitioned as planned"],
+    ),
     "a view was dropped": (("DROP VIEW active_users",), ["The view reads it: public.active_users"]),
 }
 
