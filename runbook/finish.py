@@ -15,8 +15,14 @@ from runbook.statements import spelled, statement
 from runbook.words import counted
 
 
-def statements(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Statements:
-    """All of the step, for one short transaction."""
+def _tables(run: Run, drop_backup: bool) -> list[str]:
+    """What the step drops: the retired table, and the backup's if that is asked for and is one."""
+    goes = {"retired": run.plan.restore_from == "source", "backup": drop_backup and run.plan.backup_method == "table"}
+    return [name for name, it_does in goes.items() if it_does]
+
+
+def statements(run: Run, tables: list[str], keep_fill: bool = False) -> Statements:
+    """All of the step, for one short transaction; of the tables those that are the runbook's."""
     if run.plan.restore_from == "source":
         yield statement("changes.switch_off_back", **run.names)
         for leaf in changes.leaves(run):
@@ -28,15 +34,14 @@ def statements(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> 
             yield statement("rollback.set_default", **names(run, reference))
     if run.plan.restore_from == "source":
         yield from matviews.forget(run)
-        yield statement("ddl.drop", table=run.names["retired"])
     yield statement("ddl.drop_schema", schema=run.names["staging"])
-    if drop_backup and run.plan.backup_method == "table":
-        yield statement("ddl.drop", table=run.names["backup"])
+    for name in tables:
+        yield statement("ddl.drop", table=run.names[name])
 
 
 def preview(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Sheet:
     """The statements of this step, with real names."""
-    return Sheet(statements(run, drop_backup, keep_fill))
+    return Sheet(statements(run, _tables(run, drop_backup), keep_fill))
 
 
 @recorded("finish", "approval")
@@ -86,14 +91,16 @@ def drop(
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:
-        backup_goes = drop_backup and run.plan.backup_method == "table" and not backup.gone(run, session)
-        going = [name for name, goes in (("retired", run.plan.restore_from == "source"), ("backup", backup_goes)) if goes]
+        gone = {"retired": not losses.is_original(run, session), "backup": backup.gone(run, session)}
+        tables = _tables(run, drop_backup)
+        going, others = [each for each in tables if not gone[each]], [each for each in tables if gone[each]]
         ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
         with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
-            session.run_all((*attaching.forget(run, session), *statements(run, backup_goes, keep_fill)))
+            session.run_all((*attaching.forget(run, session), *statements(run, going, keep_fill)))
             session.run("ledger.set_state", state="finished", migration=run.migration)
+            stays = "".join(f" {spelled(run.names[each])} was there no more." for each in others)
             return action.finish(
-                f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back."
+                f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back.{stays}"
             )
 
     try:

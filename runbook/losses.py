@@ -14,7 +14,8 @@ from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import Run
 from runbook.references import added, logged, names
 from runbook.session import Session
-from runbook.statements import spelled
+from runbook.statements import spelled, statement, trusted
+from runbook.words import counted
 
 
 def replay(run: Run, session: Session, patience: locks.Patience) -> tuple[int, str]:
@@ -85,6 +86,47 @@ def _doubles(run: Run, session: Session, error: Exception) -> str:
         f"The way back of {run.plan.full_name} is closed while rows stand in it that the original's unique keys cannot take:"
         f" {'; '.join(found) or str(error)}. Correct them, then run 90_rollback again."
     )
+
+
+def is_original(run: Run, session: Session) -> bool:
+    """Whether the table that has the retired original's name is the original; in a restored database its index tells."""
+    indexes, retired = [each.retired_name for each in run.plan.indexes], spelled(run.names["retired"])
+    return bool(session.value("rollback.original", retired_text=retired, indexes=indexes, source_oid=run.plan.table.oid))
+
+
+def refuse_dropped(run: Run, session: Session) -> None:
+    """Raises PromiseBroken where partitions were dropped since the cut-over whose rows the original still has: they would go there, too."""
+    gone = [row["name"] for row in session.rows("rollback.dropped", **run.names, added=statement("verify.added", **run.names))]
+    if not gone:
+        return
+    with session.qualified():  # a bound's operators may be an extension's
+        bounds = [
+            trusted(f"({row['bound']}) IS NOT TRUE")
+            for row in session.rows("rollback.takers", source_text=spelled(run.plan.source))
+        ]
+        rows = session.value(
+            "rollback.without_taker", **run.names, nobody=sql.SQL(" AND ").join(bounds) if bounds else trusted("true")
+        )
+    if rows:
+        retired = spelled(run.names["retired"])
+        raise PromiseBroken(
+            f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} there no more, and the way back takes the table as it is:"
+            f" {counted(rows, 'row')} of the original would go, too. To have them back, make the partition again and INSERT INTO {run.plan.full_name}"
+            f" what {retired} has of it; where they are to go, delete them from {retired}; then run 90_rollback again."
+        )
+
+
+def refuse_surplus(run: Run, session: Session) -> None:
+    """Raises PromiseBroken where the original has rows that the table never had, or lost past the log: nobody but a person can tell."""
+    with session.transaction("REPEATABLE READ"):
+        rows = session.value("rollback.surplus", **{**run.names, **run.plan.listed()})
+    if rows:
+        retired = spelled(run.names["retired"])
+        raise PromiseBroken(
+            f"{counted(rows, 'row stands', 'rows stand')} in {retired} that {run.plan.full_name} does not have, and no log knows of it: somebody"
+            f" inserted into the one, or deleted from the other past its triggers. Insert them into {run.plan.full_name} or delete them from"
+            f" {retired}, then run 90_rollback again."
+        )
 
 
 def resync(run: Run, session: Session) -> None:

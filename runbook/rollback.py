@@ -114,8 +114,12 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         return action.finish(f"{run.plan.full_name} has the original's name; there is nothing to swap back.", swapped=was_swapped)
     losses.refuse_out_of_turn(run, session)
     losses.refuse_renamed(run, session)
-    for what, name in (("The original", "retired"), ("The log of the way back", "back")):
-        if not session.value("catalog.there", name=spelled(run.names[name])):
+    logged = session.value("catalog.there", name=spelled(run.names["back"]))
+    for what, name, there in (
+        ("The original", "retired", losses.is_original(run, session)),
+        ("The log of the way back", "back", logged),
+    ):
+        if not there:
             raise PromiseBroken(
                 f"{what}, {spelled(run.names[name])}, is there no more, and with it the way back: give it its name back where it was renamed,"
                 " then run 90_rollback again; else 91_finish ends the migration."
@@ -131,6 +135,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         nonlocal total, logging, seen, stale, others
         now = session.value("changes.logging_back", **run.names)
         if now != logging:  # triggers switched off, partitions attached, detached, truncated: what was not logged is looked for
+            losses.refuse_dropped(run, session)
             losses.resync(run, session)
             logging = now
         keys, horizon = losses.replay(run, session, patience)
@@ -142,6 +147,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
                 if others:
                     raise
                 others = _of_others(run, differing)
+                losses.refuse_surplus(run, session)
                 losses.resync(run, session)
                 raise locks.NotYet("rows of the original that somebody wrote") from None
             stale = matviews.refresh(run, session, anew)

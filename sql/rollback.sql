@@ -6,6 +6,26 @@ DELETE FROM {back} k WHERE ({k_keys}) IS NULL;
 INSERT INTO {back} SELECT {either_pk} FROM {source} s FULL JOIN {retired} d ON {d_is_s}
  WHERE ({s_pk}) IS NULL OR ({d_pk}) IS NULL OR NOT {s_row}::record *= {d_filled_row}::record
 
+-- name: original
+SELECT EXISTS (SELECT FROM pg_class c WHERE c.oid = to_regclass({retired_text}) AND (c.oid = {source_oid}::bigint::oid OR EXISTS (
+         SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid AND x.relname = ANY ({indexes}::text[]))))
+
+-- name: dropped
+-- Partitions of the plan, or added since, that are no table any more.
+SELECT p.name FROM runbook.migration m CROSS JOIN LATERAL (
+       SELECT p ->> 'name' AS name FROM jsonb_array_elements(m.plan -> 'partitions') p UNION SELECT a.name FROM ({added}) a(name)) p
+ WHERE m.id = {migration} AND to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.name)) IS NULL ORDER BY 1
+
+-- name: takers
+SELECT coalesce(pg_get_partition_constraintdef(relid), 'true') AS bound FROM pg_partition_tree({source_text}::regclass) WHERE isleaf
+
+-- name: without_taker
+-- Rows that no partition takes; of those that were deleted before it went, the log knows.
+SELECT count(*) FROM (SELECT * FROM {retired} WHERE {nobody}) d WHERE NOT EXISTS (SELECT FROM {back} k WHERE {d_is_k})
+
+-- name: surplus
+SELECT count(*) FROM {retired} d WHERE NOT EXISTS (SELECT FROM {source} s WHERE {d_is_s}) AND NOT EXISTS (SELECT FROM {back} k WHERE {d_is_k})
+
 -- name: entangled
 -- Open migrations of which one's table refers to the other's by a role column. The one that has the column in its plan came later,
 -- and its original needs what belongs to it; where neither did before its cut-over, the one that added it came later.

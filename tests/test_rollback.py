@@ -251,6 +251,51 @@ def test_an_original_that_somebody_wrote_to_is_given_the_tables_rows(forward, sq
     assert sql(rows) == before
 
 
+def test_the_originals_rows_of_a_dropped_partition_are_not_dropped_in_silence(forward, sql):
+    run = forward()
+    sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey; DROP TABLE users_doctors")
+    with pytest.raises(PromiseBroken, match=r"users_doctors is there no more, and .*: 50 rows of the original would go, too"):
+        rollback.swap_back(run)
+    sql("CREATE TABLE users_doctors PARTITION OF users FOR VALUES IN ('doctor')")
+    sql("INSERT INTO users SELECT * FROM users_retired WHERE role = 'doctor'")
+    migration.back(run)
+    assert sql("SELECT count(*) FROM users WHERE role = 'doctor'") == [(50,)]
+
+
+@pytest.mark.long
+def test_partitions_that_were_renamed_or_detached_do_not_hinder_the_way_back(forward, sql):
+    run = forward()
+    sql(
+        "ALTER TABLE users_admins RENAME TO users_chiefs; DELETE FROM users WHERE role = 'doctor'; ALTER TABLE users DETACH PARTITION users_doctors"
+    )
+    migration.back(run)
+    assert sql("SELECT role::text, count(*) FROM users GROUP BY 1 ORDER BY 1") == [("admin", 1), ("user", 949)]
+
+
+@pytest.mark.long
+def test_a_row_that_only_the_original_has_is_for_a_person_to_decide(forward, sql):
+    run = forward()
+    sql("INSERT INTO users_retired (email, password, first_name, last_name, role) VALUES ('astray', '', '', '', 'user')")
+    with pytest.raises(
+        PromiseBroken, match=r"1 row stands in .*users_retired.* that public\.users does not have, and no log knows of it"
+    ):
+        rollback.swap_back(run)
+    sql("DELETE FROM users_retired WHERE email = 'astray'")
+    migration.back(run)
+
+
+@pytest.mark.long
+def test_a_table_of_the_originals_name_that_somebody_made_is_nobody_elses(forward, sql):
+    run = forward()
+    sql("ALTER TABLE users_retired RENAME TO users_old; CREATE TABLE users_retired (theirs text)")
+    verify_passed(sql)
+    with pytest.raises(PromiseBroken, match=r"The original, .*users_retired.*, is there no more"):
+        rollback.swap_back(run)
+    finish.require(run, approved_by="ann", unneeded_for_h=0)
+    assert 'users_retired" was there no more' in finish.drop(run).sentence
+    assert sql("SELECT to_regclass('users_retired')::text, to_regclass('users_old')::text") == [("users_retired", "users_old")]
+
+
 @pytest.mark.long
 def test_rows_that_refer_to_nobody_are_named_with_a_way_out_in_both_directions(forward, sql):
     """They came while keys were not checked, and the old key is valid all the same."""
