@@ -16,6 +16,9 @@ from runbook.session import Session
 from runbook.statements import spelled
 from runbook.workers import gaps, parallel
 
+BRIEFLY_MS = 50  # so long a trigger of the application's waits for a row while we hold others: far below deadlock_timeout
+BUDGET_S = 120
+
 
 def fill_in(
     run: Run, session: Session, reference: Reference, table: sql.Identifier, batch_rows: int, logged: bool = False
@@ -38,13 +41,18 @@ def fill_in(
 
     def one(worker: Session, each: tuple[int, int]) -> None:
         place = {"first": sql.Literal(f"({each[0]},0)"), "last": sql.Literal(f"({each[1]},0)")}
-        settings = {"runbook__correcting": "on", "synchronous_commit": "off"}
+
+        def update(query: str, limit_ms: int) -> int:
+            with worker.transaction(lock_timeout=f"{limit_ms}ms", runbook__correcting="on", synchronous_commit="off"):
+                return worker.run(query, **(own | place)).rowcount
+
         try:
-            with worker.transaction(lock_timeout="10ms", **settings):
-                done = worker.run("foreign_keys.fill_places", **(own | place)).rowcount
+            done = update("foreign_keys.fill_places", 10)
         except LockNotAvailable:
-            with worker.transaction(lock_timeout="1s", **settings):
-                done = worker.run("foreign_keys.fill_free_places", **(own | place)).rowcount
+            patience = locks.Patience(BUDGET_S, BRIEFLY_MS)
+            done = locks.persist(
+                run.database, worker, patience, reference.table, lambda: update("foreign_keys.fill_free_places", BRIEFLY_MS)
+            )
         filled.append(done)
         progress.add(done, lambda: int(worker.value("changes.length", **run.names)))
 
@@ -68,8 +76,12 @@ def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 20
         left = length(session, own)
         if not left:
             return corrected
-        with session.transaction(lock_timeout="5s", runbook__correcting="on"):
-            rows = session.run("foreign_keys.correct_some", **own, size=batch_rows).rowcount
+
+        def some() -> int:
+            with session.transaction(lock_timeout=f"{BRIEFLY_MS}ms", runbook__correcting="on"):
+                return session.run("foreign_keys.correct_some", **own, size=batch_rows).rowcount
+
+        rows = locks.persist(run.database, session, locks.Patience(BUDGET_S, BRIEFLY_MS), reference.table, some)
         if rows >= batch_rows:
             for table, _ in tables(run, reference, session):
                 rows += fill_in(run, session, reference, table, batch_rows, logged=True)[1]

@@ -9,7 +9,6 @@ from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
-from runbook.rollback import unlogged
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
 from runbook.words import counted
@@ -95,7 +94,7 @@ def drop(
         tables = _tables(run, drop_backup)
         going, others = [each for each in tables if not gone[each]], [each for each in tables if gone[each]]
         ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
-        with locks.exclusive(session, patience, unlogged(run, session), ours=ours, logs=logs, dropped=ours):
+        with locks.exclusive(session, patience, swapping.unlogged(run, session), ours=ours, logs=logs, dropped=ours):
             session.run_all((*attaching.forget(run, session), *statements(run, going, keep_fill)))
             session.run("ledger.set_state", state="finished", migration=run.migration)
             stays = "".join(f" {spelled(run.names[each])} was there no more." for each in others)

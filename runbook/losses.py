@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from psycopg import errors, sql
 
-from runbook import catalog, changes, locks, swapping
+from runbook import catalog, changes, compare, locks, swapping
 from runbook.changes import BACK, Rewritten
-from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.ledger import Run
 from runbook.references import added, logged, names
 from runbook.session import Session
@@ -114,6 +114,26 @@ def refuse_dropped(run: Run, session: Session) -> None:
             f" {counted(rows, 'row')} of the original would go, too. To have them back, make the partition again and INSERT INTO {run.plan.full_name}"
             f" what {retired} has of it; where they are to go, delete them from {retired}; then run 90_rollback again."
         )
+
+
+def compared(run: Run, session: Session, logging: str) -> compare.Comparison:
+    """The table and its original, compared; raises NotYet when what was logged is another than it was."""
+    try:
+        return compare.exactly(run, session, BACK)
+    except Rewritten:
+        raise locks.NotYet(f"a TRUNCATE of {run.plan.full_name}") from None
+    except NotEqual:
+        if session.value("changes.logging_back", **run.names) == logging:
+            raise
+        raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them") from None
+
+
+def given(run: Run, session: Session, found: NotEqual) -> str:
+    """What differs in the original, though no log knows of it, goes into the log: the table has what counts. Returns what is said."""
+    refuse_surplus(run, session)
+    resync(run, session)
+    differing = str(found).partition(" differ in ")[2].partition(" Do not go on")[0].rstrip(".")
+    return f" {spelled(run.names['retired'])} differed in rows that no log knows of, as when somebody wrote to it: it was given the table's ({differing})."
 
 
 def refuse_surplus(run: Run, session: Session) -> None:

@@ -13,7 +13,6 @@ from runbook import (
     backup,
     catalog,
     changes,
-    compare,
     composite,
     cutover,
     foreign_keys,
@@ -142,13 +141,11 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         total += keys
         if seen is None:
             try:
-                compared = _compared(run, session, logging)
+                compared = losses.compared(run, session, logging)
             except NotEqual as differing:
                 if others:
                     raise
-                others = _of_others(run, differing)
-                losses.refuse_surplus(run, session)
-                losses.resync(run, session)
+                others = losses.given(run, session, differing)
                 raise locks.NotYet("rows of the original that somebody wrote") from None
             stale = matviews.refresh(run, session, anew)
             seen = compared
@@ -202,25 +199,6 @@ def _as_it_is(run: Run, session: Session) -> Run:
     return replace(run, plan=run.plan.model_copy(update={"references": tuple(map(now, run.plan.references))}))
 
 
-def _compared(run: Run, session: Session, logging: str) -> compare.Comparison:
-    try:
-        return compare.exactly(run, session, BACK)
-    except Rewritten:
-        raise locks.NotYet(f"a TRUNCATE of {run.plan.full_name}") from None
-    except NotEqual:
-        if session.value("changes.logging_back", **run.names) == logging:
-            raise
-        raise locks.NotYet("a change of the table's partitions, or of the log's triggers on them") from None
-
-
-def _of_others(run: Run, found: NotEqual) -> str:
-    """What is said of an original that differs in rows of which no log knows: the table has what counts."""
-    return (
-        f" {spelled(run.names['retired'])} differed in rows that no log knows of, as when somebody wrote to it: it was given the table's ("
-        f"{str(found).partition(' differ in ')[2].partition(' Do not go on')[0].rstrip('.')})."
-    )
-
-
 @recorded("rollback", "clean", again=True)
 def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Take away what the migration made: role columns, triggers, shadow, logs; validate the old foreign keys again."""
@@ -246,7 +224,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     mine = [each for each in added(run) if logged(run, session, each)]
 
     def attempt() -> Evidence:
-        tables, shadow = unlogged(run, session), swapping.standing(session, [run.names["shadow"]])
+        tables, shadow = swapping.unlogged(run, session), swapping.standing(session, [run.names["shadow"]])
         with locks.exclusive(session, patience, tables, ours=shadow, logs=swapping.logs(run, session), dropped=shadow):
             session.run_all((*attaching.forget(run, session), *matviews.forget(run)))
             session.run_all(take_away(run, [] if gone_back else mine))
@@ -256,13 +234,6 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
             )
 
     return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
-
-
-def unlogged(run: Run, session: Session) -> list[sql.Composable]:
-    """The tables that lose triggers when the logs go; one is a partition that was detached since, and has its own left."""
-    rows = session.rows("rollback.triggered", staging_name=run.staging)
-    tables = [*swapping.lock_set(run, session)[0], *(sql.Identifier(row["schema"], row["name"]) for row in rows)]
-    return list({each.as_string(None): each for each in tables}.values())
 
 
 def _validate(run: Run, session: Session, lock_timeout_ms: int, budget_s: float) -> None:

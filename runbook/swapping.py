@@ -44,6 +44,13 @@ def logs(run: Run, session: Session) -> list[sql.Composable]:
     return [sql.Identifier(row["schema"], row["name"]) for row in rows]
 
 
+def unlogged(run: Run, session: Session) -> list[sql.Composable]:
+    """The tables that lose triggers when the logs go; one is a partition that was detached since, and has its own left."""
+    rows = session.rows("rollback.triggered", staging_name=run.staging)
+    tables = [*lock_set(run, session)[0], *(sql.Identifier(row["schema"], row["name"]) for row in rows)]
+    return list({each.as_string(None): each for each in tables}.values())
+
+
 def lock_statements(run: Run) -> Statements:
     """The locks that come first, as the first attempt takes them."""
     tables, views = lock_set(run)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -42,6 +45,41 @@ def test_no_trigger_notices_the_indexed_columns(clinic, sql, own):
     assert (sql(WRONG), sql(FILLED)) == ([(0,)], [(True,)])
     seen, filled = sql("SELECT (SELECT count(*) FROM noticed), (SELECT count(*) FROM appointments WHERE user_role <> 'user')")[0]
     assert seen == (0 if own else filled)
+
+
+@pytest.mark.parametrize("step", ["fill", pytest.param("check", marks=pytest.mark.long)])
+def test_a_trigger_that_counts_elsewhere_makes_nobody_wait_long(clinic, sql, step):
+    """It waits for a row that the application holds while we hold the row for which the application comes next."""
+    run = migration.forward(clinic, last="columns" if step == "fill" else "fill")
+    sql("CREATE TABLE counted (n integer); INSERT INTO counted VALUES (0);"
+        " CREATE FUNCTION count_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN UPDATE counted SET n = n + 1; RETURN NULL; END $$;"
+        " CREATE TRIGGER counts AFTER UPDATE ON appointments FOR EACH STATEMENT EXECUTE FUNCTION count_it()")  # fmt: skip
+    if step == "check":  # as if old code had written them
+        sql("UPDATE appointments a SET user_role = 'user' FROM users u WHERE u.id = a.user_id AND u.role = 'doctor'")
+    [(row,)] = sql("SELECT a.id FROM appointments a JOIN users u ON u.id = a.user_id WHERE u.role = 'doctor' LIMIT 1")
+    ended, waits = threading.Event(), list[float]()
+
+    def work() -> None:
+        with psycopg.connect(clinic) as application:
+            while not ended.is_set():
+                application.execute("UPDATE counted SET n = n + 1")
+                time.sleep(0.4)
+                began = time.monotonic()
+                application.execute("UPDATE appointments SET notes = 'seen' WHERE id = %s", [row])
+                waits.append(time.monotonic() - began)
+                application.commit()
+                time.sleep(0.4)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            act = foreign_keys.fill if step == "fill" else foreign_keys.check
+            act(run)
+        finally:
+            ended.set()
+        working.result()  # a deadlock, if there was one
+    assert max(waits) < 1, "deadlock_timeout"
+    assert sql(WRONG) == [(0,)]
 
 
 def test_what_a_log_knows_of_is_not_wrong(clinic, sql):
