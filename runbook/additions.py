@@ -11,7 +11,7 @@ from psycopg import sql
 
 from runbook import attaching, catalog, cutover, locks, unique
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
-from runbook.facts import Finding, Partition
+from runbook.facts import Finding
 from runbook.growth import Addition, Growth, decide, in_the_way, left_behind, stands
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import resolve
@@ -193,7 +193,7 @@ def check(draft: Draft) -> Evidence:
     with run.action("add", f"check {growth.hash[:12]}", again=True) as action:
         with action.session.qualified():
             there = action.session.rows("additions.tree", oid=growth.oid)
-        lacking = [each.name for each in growth.additions if not stands(Partition(name=each.name, bound=each.bound), there)]
+        lacking = [each.name for each in growth.additions if not stands(each.name, each.bound, there)]
         keys = action.session.rows("cutover.validated", table_text=spelled(run.plan.source))
         loose = {(row["schema"], row["name"], row["key"]) for row in keys if not row["validated"]} - _lax(run)
         lacking += sorted(each.name for each in growth.keys if each.place in loose)

@@ -140,6 +140,10 @@ class Draft:
                 plan=self.plan.model_dump_json(), hash=self.plan.hash,
             )  # fmt: skip
             run = ledger.Run(self.database, number, self.plan)
+            if any(row["name"] == run.staging for row in session.rows("catalog.schemas")):
+                raise BadInput(
+                    f"The schema {run.staging}, which the migration would make, is somebody else's: run 00_plan again, for the next number."
+                )
             action = session.value(
                 "ledger.begin_action", migration=number, step="plan", action="check",
                 operator=operator(),

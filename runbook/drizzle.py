@@ -148,9 +148,9 @@ class Drizzle:
         word = re.fullmatch(r"'((?:[^']|'')*)'::[\w\s]+", said)
         if word and builder in ("varchar", "text", "char"):
             return f".default({_quoted(word[1].replace(chr(39) * 2, chr(39)))})"
-        if builder == "boolean" or (
-            builder in ("integer", "smallint", "real", "doublePrecision") and re.fullmatch(r"[\d.]+", said)
-        ):
+        if builder == "boolean" and (truth := re.fullmatch(r"'?(true|false)'?(?:::boolean)?", said)):
+            return f".default({truth[1]})"
+        if builder in ("integer", "smallint", "real", "doublePrecision") and re.fullmatch(r"[\d.]+", said):
             return f".default({said})"
         return f".default({self.expression(said)})"
 
@@ -175,10 +175,9 @@ class Drizzle:
             elif isinstance(each, CheckConstraint) and isinstance(each.name, str):
                 yield f"{self.use('check')}({_quoted(each.name)}, {self.expression(each.sqltext)})"
             elif isinstance(each, Index) and all(e in list(table.c) for e in each.expressions) and each.expressions:
-                if each.dialect_options["postgresql"].get("where") is not None:
-                    continue
-                make = self.use("uniqueIndex" if each.unique else "index")
-                yield f"{make}({_quoted(str(each.name))}).on({listed(each.expressions)})"
+                make, where = self.use("uniqueIndex" if each.unique else "index"), each.dialect_options["postgresql"].get("where")
+                some = "" if where is None else f".where({self.expression(where)})"
+                yield f"{make}({_quoted(str(each.name))}).on({listed(each.expressions)}){some}"
 
 
 def _actions(key: ForeignKeyConstraint) -> list[tuple[str, str]]:

@@ -43,10 +43,19 @@ def preview(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> She
     return Sheet(statements(run, _tables(run, drop_backup), keep_fill))
 
 
-@recorded("finish", "approval")
-def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, force_strict: bool = False) -> Evidence:
-    """Raises unless 06 has passed, someone approves, and no old code needed the fill trigger for `unneeded_for_h` hours."""
+def require(
+    run: Run, approved_by: str = "", unneeded_for_h: int = 24, force_strict: bool = False, keep_fill: bool = False
+) -> Evidence:
+    """Raises unless 06 has passed, someone approves, and no old code needed the fill trigger for `unneeded_for_h` hours, which does
+    not matter with `keep_fill`. Asked each time until the end: what was true when somebody approved may not be any more."""
+    seen = run.finished("finish", "approval") if run.finished("finish", "drop") else None
+    return seen or _require(run, approved_by, unneeded_for_h, force_strict, keep_fill)
+
+
+@recorded("finish", "approval", again=True)
+def _require(action: Action, approved_by: str, unneeded_for_h: int, force_strict: bool, keep_fill: bool) -> Evidence:
     run = action.run
+    action.session.run("ledger.withdraw", migration=run.migration, step="finish", action="approval")
     if run.finished("verify", "check") is None:
         raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.")
     if run.plan.restore_from == "source" and (bad := cutover.unsound(run, action.session)):
@@ -63,7 +72,11 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
         approved_by, f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
     )
     helped = foreign_keys.filled(run)
-    if helped and not force_strict and action.session.value("catalog.there", name=spelled(names(run, helped[0])["filled"])):
+    if (
+        helped
+        and not (force_strict or keep_fill)
+        and action.session.value("catalog.there", name=spelled(names(run, helped[0])["filled"]))
+    ):
         last = action.session.row("rollback.last_filled", **names(run, helped[0]))
         hours = min(last["hours"], last["trigger_hours"])
         if hours < unneeded_for_h:
@@ -74,7 +87,7 @@ def require(action: Action, approved_by: str = "", unneeded_for_h: int = 24, for
                 f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, set"
                 f" force_strict to end the trigger's help all the same{refused}, or keep_fill to keep it."
             )
-    return action.finish(f"Approved by {who}.", approved_by=who)
+    return action.finish(f"Approved by {who}.", approved_by=who, keep_fill=keep_fill)
 
 
 @recorded("finish", "drop")
@@ -84,8 +97,10 @@ def drop(
     """Drop the log, the retired table and, if asked, the backup; referencing tables get the strict form, or `keep_fill` leaves them
     their fill trigger. No way back after it."""
     run, session = action.run, action.session
-    if run.finished("finish", "approval") is None:
-        raise ApprovalMissing(f"Finishing {run.plan.full_name} has not been approved: run 91_finish from its beginning.")
+    approval = run.finished("finish", "approval")
+    if approval is None or (approval.facts.get("keep_fill") and not keep_fill):
+        how = "" if approval is None else " without keep_fill"
+        raise ApprovalMissing(f"Finishing {run.plan.full_name}{how} has not been approved: run 91_finish from its beginning.")
     losses.refuse_renamed(run, session, "then run 91_finish again.")
     patience = locks.Patience(budget_s, lock_timeout_ms)
 

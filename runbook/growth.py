@@ -62,7 +62,8 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
     default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
     drift.require(session, plan, [((plan.table.schema_name, plan.table.name), plan.key)])
     key = next(column for column in catalog.columns_of(session, oid) if column.name == plan.key)
-    wanted = [each for each in _wanted(run, session, oid, given, key) if not stands(each, tree)]
+    asked = _as_written(run, session, _wanted(run, session, oid, given, key))
+    wanted = [each for each in asked if not stands(each.name, each.bound, tree)]
     division.refuse_too_many(len(tree) + len(wanted), plan.table.name, given)
     rules, refused = _rehearse(run, session, tree, wanted)
     if refused:
@@ -147,17 +148,24 @@ def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Ro
             )
 
 
-TERM = re.compile(r"E?(')((?:[^']|'')*)'|([^\s,()']+)")
+def stands(name: str, bound: str, tree: list[Row]) -> bool:
+    """Whether this very partition is there already; the bound as the server writes it."""
+    return any((row["name"], row["bound"]) == (name, bound) for row in tree)
 
 
-def stands(wanted: Partition, tree: list[Row]) -> bool:
-    """Whether this very partition is there already."""
-    return any(row["name"] == wanted.name and _terms(row["bound"]) == _terms(wanted.bound) for row in tree)
-
-
-def _terms(bound: str) -> list[str]:
-    """What a bound is made of: the server writes numbers and truth without quotes, and has its own way with spaces."""
-    return [text if quoted else bare.lower() for quoted, text, bare in TERM.findall(bound)]
+def _as_written(run: Run, session: Session, wanted: list[Partition]) -> list[Partition]:
+    """With each bound as the server writes it. What it refuses stays as it is: `_rehearse` says why."""
+    try:
+        with session.connection.transaction(force_rollback=True):
+            session.run("additions.create_twin", root=run.plan.source, partition_by=run.names["partition_by"])
+            found = []
+            for each in wanted:
+                session.run("additions.create_twin_partition", leaf=("runbook_twin_0",), bound=trusted(each.bound))
+                found.append(each.model_copy(update={"bound": session.value("additions.bound", leaf="pg_temp.runbook_twin_0")}))
+                session.run("ddl.drop", table=("pg_temp", "runbook_twin_0"))
+            return found
+    except psycopg.Error:
+        return wanted
 
 
 def _wanted(run: Run, session: Session, oid: int, given: Parameters, key: Column) -> list[Partition]:

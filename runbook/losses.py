@@ -43,10 +43,15 @@ def explained(run: Run) -> Iterator[None]:
     name, again = run.plan.full_name, "then run 90_rollback again."
     try:
         yield
-    except errors.InvalidTableDefinition as error:
+    except (errors.InvalidTableDefinition, errors.ObjectNotInPrerequisiteState) as error:
         raise PromiseBroken(
             f"A view that reads {name}, or what else rests on it, was changed since the cut-over as the original's cannot be"
             f" ({error.diag.message_primary}): take that back, or drop it, {again}"
+        ) from None
+    except (errors.DuplicateTable, errors.DuplicateObject, errors.DuplicateFunction, errors.WrongObjectType) as error:
+        raise PromiseBroken(
+            f"The way back of {name} needs a name that was given to something else since the cut-over ({error.diag.message_primary}):"
+            f" rename that, {again}"
         ) from None
     except errors.ExclusionViolation as error:
         constraint = str(error.diag.constraint_name).removesuffix("_retired")
@@ -228,7 +233,9 @@ def refuse_renamed(run: Run, session: Session, again: str = "then run 90_rollbac
     for reference in run.plan.references:
         place, name = (reference.schema_name, reference.table), f"{reference.schema_name}.{reference.table}"
         if not session.value("catalog.there", name=spelled(reference.identifier)):
-            found = session.rows("rollback.elsewhere", key_name=reference.name, source_text=spelled(run.plan.source))
+            found = session.rows(
+                "rollback.elsewhere", key_name=reference.name, source_text=spelled(run.plan.source), staging_name=run.staging
+            )
             if now := [f"{row['schema']}.{row['name']}" for row in found if (row["schema"], row["name"]) not in planned]:
                 raise OutOfOrder(f"{name} is {now[0]} now, and the migration knows it by its name: rename it back, {again}")
             continue

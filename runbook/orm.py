@@ -138,7 +138,8 @@ def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
             if not new and index.constraint_type == "u":
                 source.append_constraint(UniqueConstraint(*columns, name=index.name))
             elif not new:
-                Index(index.name, *columns, unique=True)
+                where = re.search(r" WHERE (\(.*\))$", index.tail)
+                Index(index.name, *columns, unique=True, postgresql_where=where[1] if where else None)
     for reference in (*plan.references, *plan.selves):
         table = own[reference.schema_name, reference.table]
         for there in [each for each in table.foreign_key_constraints if each.name == reference.name]:

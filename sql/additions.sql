@@ -13,6 +13,9 @@ CREATE TEMPORARY TABLE runbook_twin (LIKE {root}) PARTITION BY {partition_by}
 -- name: create_twin_partition
 CREATE TEMPORARY TABLE {leaf} PARTITION OF pg_temp.runbook_twin {bound}
 
+-- name: bound
+SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = {leaf}::regclass
+
 -- name: rule
 SELECT pg_get_partition_constraintdef({leaf}::regclass) AS rule
 

@@ -69,9 +69,12 @@ SELECT DISTINCT n.nspname AS schema, c.relname AS name
    AND NOT c.relispartition ORDER BY 1, 2
 
 -- name: elsewhere
--- Where a key to the table is that has this name.
-SELECT n.nspname AS schema, c.relname AS name FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE k.contype = 'f' AND k.conparentid = 0 AND k.conname = {key_name} AND k.confrelid = to_regclass({source_text})
+-- Where a key to the table is that has this name, or triggers are that belong to a referencing table.
+SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE NOT c.relispartition
+   AND (EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'f' AND k.conname = {key_name} AND k.confrelid = to_regclass({source_text}))
+        OR EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace s ON s.oid = p.pronamespace
+                    WHERE t.tgrelid = c.oid AND s.nspname = {staging_name} AND (t.tgname LIKE 'zzz\_runbook\_%' OR t.tgname LIKE 'runbook\_reference\_%'))) ORDER BY 1, 2
 
 -- name: on_role
 -- Indexes, constraints and statistics on a role column that are none of the runbook's.

@@ -261,7 +261,7 @@ BEGIN
   FOR part IN SELECT * FROM jsonb_array_elements(plan -> 'partitions') LOOP
     SELECT string_agg(quote_literal(v), ', ') INTO listed FROM jsonb_array_elements_text(part -> 'values') v;
     IF listed IS NULL THEN
-      EXECUTE format('SELECT quote_literal(%I) FROM ONLY %I.%I LIMIT 1', plan ->> 'key', plan -> 'table' ->> 'schema_name', part ->> 'name') INTO listed;
+      EXECUTE format('SELECT quote_literal(%I::text) FROM ONLY %I.%I LIMIT 1', plan ->> 'key', plan -> 'table' ->> 'schema_name', part ->> 'name') INTO listed;
     END IF;
     look_up := concat_ws(' OR ', quote_ident(plan ->> 'key') || ' IN (' || listed || ')',
                          CASE WHEN part -> 'values' @> 'null' THEN format('%I IS NULL', plan ->> 'key') END);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from decimal import Decimal
 
 import psycopg
@@ -65,6 +66,21 @@ def test_the_drizzle_schema_has_the_composite_keys_in_the_strict_state(migrated)
     assert "userRole: varchar('user_role', { length: 50 }).notNull().default('user')" in new
     assert "foreignKey({ columns: [table.userId, table.userRole], foreignColumns: [userSchema.id, userSchema.role] })" in new
     assert "users_patients" not in new and "_retired" not in new and "_backup" not in new
+
+
+def test_a_partial_index_stays_one_and_a_truth_is_no_text(database, sql):
+    sql("CREATE TABLE things (id integer PRIMARY KEY, live boolean NOT NULL DEFAULT false, code text);"
+        " CREATE UNIQUE INDEX things_code ON things (code) WHERE code::text <> '' AND live;"
+        " CREATE TABLE parts (id integer PRIMARY KEY, thing_id integer NOT NULL REFERENCES things);"
+        " INSERT INTO things VALUES (1, true, 'a'), (2, false, 'b'), (3, false, '')")  # fmt: skip
+    run = migration.plan(database, "things", "live", unique="per_partition")
+    before = schemas(run)
+    drizzle, models = before[False]
+    assert "uniqueIndex('things_code').on(table.code).where(sql`((code <> ''::text) AND live)`)" in drizzle
+    assert re.search(r"Index\(\s*'things_code',.*postgresql_where=", models)
+    assert "thingLive: boolean('thing_live').notNull().default(false)" in before[True][0]
+    migration.walk(run, migration.FORWARD)
+    assert schemas(run) == before
 
 
 def test_models_can_be_imported_whatever_the_columns_are_called_and_made_of(database, sql, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from runbook import backup, finish, ledger, rollback, verify
 from runbook.database import target
-from runbook.errors import OutOfOrder, PromiseBroken
+from runbook.errors import ApprovalMissing, LockNotGranted, OutOfOrder, PromiseBroken
 from tests import migration
 from tests.walk import client, walk
 
@@ -365,8 +365,8 @@ def test_a_double_that_comes_between_the_comparison_and_the_locks_is_named_and_n
         sql(f"INSERT INTO users (id, {PAYLOAD[1:]} VALUES ('{user}', 'late@x', 'p', 'F', 'L', 'admin')")
         return seen
 
-    exactly = rollback.compare.exactly
-    monkeypatch.setattr(rollback.compare, "exactly", compared)
+    exactly = rollback.losses.compare.exactly
+    monkeypatch.setattr(rollback.losses.compare, "exactly", compared)
     with pytest.raises(PromiseBroken, match=rf"original's unique keys cannot take.*{user}"):
         rollback.swap_back(run)
     assert sql("SELECT count(*) FROM users WHERE id = %s", [user]) == [(2,)]
@@ -416,18 +416,18 @@ def test_what_depends_on_the_retired_table_is_named_before_the_end(clinic, sql):
 @pytest.mark.parametrize(
     ("others", "left"),
     [("TRUNCATE users CASCADE", 0),
-     ("DELETE FROM appointments; DELETE FROM doctors; ALTER TABLE users DETACH PARTITION users_doctors; DROP TABLE users_doctors", 950)],
+     ("DELETE FROM appointments; DELETE FROM doctors; ALTER TABLE users DETACH PARTITION users_doctors", 950)],
 )  # fmt: skip
 def test_what_others_do_between_the_replay_and_the_comparison_is_followed(forward, clinic, sql, monkeypatch, others, left):
     run = forward()
-    exactly, met = rollback.compare.exactly, []
+    exactly, met = rollback.losses.compare.exactly, []
 
     def later(*given):
         if not met:
             met.append(sql(others))
         return exactly(*given)
 
-    monkeypatch.setattr(rollback.compare, "exactly", later)
+    monkeypatch.setattr(rollback.losses.compare, "exactly", later)
     migration.back(run)
     assert sql("SELECT count(*), (SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass) FROM users") == [(left, "r")]
 
@@ -444,6 +444,7 @@ def test_a_way_back_that_was_stopped_after_its_swap_is_to_be_completed(forward, 
 RENAMED = {
     "ALTER TABLE appointments RENAME TO visits": r"public\.appointments is public\.visits now, and the migration knows it by its name: rename it back",
     "CREATE SCHEMA old; ALTER TABLE appointments SET SCHEMA old": r"public\.appointments is old\.appointments now",
+    "ALTER TABLE appointments RENAME CONSTRAINT appointments_user_id_fkey TO another; ALTER TABLE appointments RENAME TO visits": r"public\.appointments is public\.visits now",
     "ALTER TABLE appointments RENAME user_role TO its_role": r"public\.appointments\.user_role, which the migration knows by name, is there no more",
     "ALTER TABLE appointments RENAME user_id TO its_id": r"public\.appointments\.user_id, which the migration knows by name",
 }
@@ -466,6 +467,25 @@ def test_what_was_renamed_is_not_left_with_what_the_migration_gave_it(forward, s
             finish.drop(run)
 
 
+def test_what_was_approved_is_asked_again_before_the_end(forward, clinic, sql):
+    """An approval to keep the fill trigger is none to end it, though the drop that followed it failed."""
+    run = forward()
+    verify_passed(sql)
+    finish.require(run, approved_by="ann", keep_fill=True)
+    with psycopg.connect(clinic) as reader:
+        reader.execute("SELECT FROM users_retired")
+        with pytest.raises(LockNotGranted):
+            finish.drop(run, keep_fill=True, budget_s=0.1)
+    with pytest.raises(ApprovalMissing, match=r"Finishing public\.users without keep_fill has not been approved"):
+        finish.drop(run)
+    with pytest.raises(OutOfOrder, match="Nothing has needed the fill trigger yet, but it came only"):
+        finish.require(run, approved_by="bob")
+    with pytest.raises(ApprovalMissing, match=r"Finishing public\.users has not been approved"):
+        finish.drop(run, keep_fill=True)
+    finish.require(run, approved_by="bob", keep_fill=True)
+    finish.drop(run, keep_fill=True)
+
+
 def verify_passed(sql) -> None:
     """As if 06 had passed before."""
     sql("INSERT INTO runbook.action (migration, step, action, state, sentence, operator, finished_at)"
@@ -477,6 +497,8 @@ def verify_passed(sql) -> None:
     pytest.param("DROP TABLE users_retired", "The original, .*users_retired.*, is there no more, and with it the way back: give it its name back", marks=pytest.mark.long),
     pytest.param("DROP SCHEMA runbook_1 CASCADE", "The log of the way back, .*changes_back.*, is there no more, .* 91_finish", marks=pytest.mark.long),
     pytest.param("ALTER SCHEMA runbook_1 RENAME TO old", "The log of the way back, .*changes_back.*, is there no more, .* give it its name back", marks=pytest.mark.long),
+    pytest.param("DROP INDEX users_is_active_idx; CREATE TABLE users_is_active_idx ()", r"needs a name that was given to something else .*users_is_active_idx", marks=pytest.mark.long),
+    pytest.param("DROP VIEW active_users; CREATE TABLE active_users ()", r"needs a name that was given to something else .*active_users", marks=pytest.mark.long),
     pytest.param("DELETE FROM runbook.action WHERE step = 'cutover'", "the ledger knows of no cut-over", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_what_is_gone_does_not_close_the_way_back_in_the_servers_words(forward, sql, change, said):
