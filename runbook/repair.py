@@ -56,6 +56,8 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
             f"{table.schema_name}.{table.name} has no primary key, so no row can be found again: ALTER TABLE"
             f" {table.schema_name}.{table.name} ADD PRIMARY KEY (…, {key.name}) first."
         )
+    for column in dict.fromkeys((*primary, key.name)):
+        _refuse_unlike(session, (table.schema_name, backup, column), (table.schema_name, table.name, column))
     plan = Plan(
         server_version=version, table=table,
         fingerprint=catalog.fingerprint(session, oid), key=key.name, key_type=key.type, key_nullable=not key.not_null,
@@ -73,6 +75,19 @@ def decide(session: Session, oid: int, given: Parameters, row: dict[str, Any], t
     plan = plan.model_copy(update={"references": (*plan.references, *lost)})
     seen = (*findings.judge(session, plan, row, None), *_findings(session, plan))
     return plan.model_copy(update={"findings": findings.worst_first(seen)})
+
+
+def _refuse_unlike(session: Session, one: tuple[str, str, str], other: tuple[str, str, str]) -> None:
+    """Raises BadInput where two columns (schema, table, name) are of types that nothing compares."""
+    names = {"left_table": one[:2], "left_column": ("l", one[2]), "right_table": other[:2], "right_column": ("r", other[2])}
+    try:
+        with session.connection.transaction():
+            session.run("repair.alike", **names)
+    except errors.UndefinedFunction as error:
+        raise BadInput(
+            f"{'.'.join(one)} cannot be compared with {'.'.join(other)} ({error.diag.message_primary}): ALTER TABLE {spelled(one[:2])} ALTER"
+            f" {spelled((one[2],))} TYPE … first."
+        ) from None
 
 
 def _partition(row: dict[str, Any], rows: dict[str, int]) -> Partition:
@@ -109,6 +124,8 @@ def _lost(session: Session, plan: Plan, table: str, columns: tuple[str, ...], da
     role = fit(f"{columns[0].removesuffix(f'_{plan.primary_key[0]}')}_{plan.key}")
     if plan.key in plan.primary_key:  # it has that column already
         role = columns[plan.primary_key.index(plan.key)]
+    if role in row["columns"]:
+        _refuse_unlike(session, (schema, name, role), (plan.table.schema_name, plan.table.name, plan.key))
     composite = sql.SQL("FOREIGN KEY ({}) REFERENCES {} ({}) ON UPDATE CASCADE ON DELETE NO ACTION").format(
         sql.SQL(", ").join(map(sql.Identifier, dict.fromkeys((*columns, role)))), plan.source,
         sql.SQL(", ").join(map(sql.Identifier, with_key(plan.primary_key, plan.key))),
@@ -144,7 +161,7 @@ def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
     homeless = session.rows("repair.homeless", **run.names, partition_of=partition_of(session, plan.source))
     left = [each for each in homeless if each["value"] is not None or plan.null_value is None]
     if left and not plan.takes_any_value:
-        listed = ", ".join(f"{each['value']!r} ({each['rows']:,})" for each in left)
+        listed = ", ".join(f"{'NULL' if each['value'] is None else repr(each['value'])} ({each['rows']:,})" for each in left)
         said = f"{backup} has rows whose {plan.key} fits no partition: {listed}."
         yield Finding.blocker(backup, said, f"Attach a partition of {plan.full_name} for them, or for NULL set null_value.")
     for reference in lost(run):
@@ -157,6 +174,11 @@ def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
             who = f"{', '.join(seen['keys'])}{' and others' if seen['more'] else ''}"
             said = f"{counted(seen['rows'], 'row')} of {name} {'refers' if seen['rows'] == 1 else 'refer'} to rows that neither {plan.full_name} nor {backup} has: {who}."
             yield Finding.blocker(name, said, "Correct or delete them first.")
+        for other in session.rows("repair.other_keys", **own, same=list(reference.columns)):
+            yield Finding.warning(
+                name, f"{other['name']} of {name} refers to {other['referenced']} by the same columns: a row that this lacks is refused still.",
+                f"ALTER TABLE {spelled(reference.identifier)} DROP CONSTRAINT {spelled((other['name'],))}; if {plan.full_name} took its place.",
+            )  # fmt: skip
 
 
 def lost(run: Run) -> list[Reference]:

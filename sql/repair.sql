@@ -84,6 +84,15 @@ SELECT count(*) AS rows, (array_agg(DISTINCT ROW({w_columns})::text))[1:5] AS ke
  WHERE num_nulls({w_columns}) = 0 AND NOT EXISTS (SELECT FROM {source} v WHERE {w_is_v})
    AND NOT EXISTS (SELECT FROM {backup} v WHERE {w_is_v})
 
+-- name: alike
+SELECT {left_column} = {right_column} FROM {left_table} l, {right_table} r LIMIT 0
+
+-- name: other_keys
+SELECT k.conname AS name, k.confrelid::regclass::text AS referenced FROM pg_constraint k
+ WHERE k.contype = 'f' AND k.conrelid = {reference_text}::regclass AND k.confrelid <> to_regclass({source_text})
+   AND {same}::text[] = ARRAY(SELECT a.attname::text FROM unnest(k.conkey) WITH ORDINALITY u(number, n)
+                                   JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number ORDER BY u.n) ORDER BY 1
+
 -- name: key_exists
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = {reference_text}::regclass AND conname = {key_name})
 

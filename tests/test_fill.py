@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import correction, cutover, foreign_keys, ledger
+from runbook import correction, cutover, foreign_keys, ledger, verify
 from runbook.errors import LockNotGranted, PromiseBroken
 from tests import migration
 from tests.walk import walk
@@ -80,6 +80,26 @@ def test_a_trigger_that_counts_elsewhere_makes_nobody_wait_long(clinic, sql, ste
         working.result()  # a deadlock, if there was one
     assert max(waits) < 1, "deadlock_timeout"
     assert sql(WRONG) == [(0,)]
+
+
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_trigger_that_touches_the_row_referred_to_is_followed(clinic, sql, monkeypatch, late):
+    """It writes to the table itself while 04 fills, and while the last rows are corrected under the locks."""
+    sql("CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " UPDATE users SET phone = 'touched' WHERE id = NEW.user_id; RETURN NULL; END $$;"
+        " CREATE TRIGGER touches AFTER UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION touch()")  # fmt: skip
+    run, caught_up = migration.forward(clinic, last="keys check"), cutover._catch_up
+
+    def then_a_role_changes(*given: Any) -> None:
+        caught_up(*given)
+        sql("UPDATE users SET role = 'admin' WHERE id = (SELECT user_id FROM appointments WHERE user_role = 'user' LIMIT 1)")
+
+    if late:
+        monkeypatch.setattr(cutover, "_catch_up", then_a_role_changes)
+    migration.walk(run, migration.FORWARD, first="approval")
+    verify.check(run)
+    touched = "SELECT count(*) > 0 FROM users WHERE phone = 'touched' AND role = 'admin'"
+    assert (sql(WRONG), sql(touched)) == ([(0,)], [(True,)])
 
 
 def test_what_a_log_knows_of_is_not_wrong(clinic, sql):

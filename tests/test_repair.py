@@ -144,7 +144,9 @@ BROKEN: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("", {"references": {"appointments": ["usr_id"]}}, BadInput, "name the columns of it that stand for id"),
     ("", {"references": {"appointment": ["user_id"]}}, BadInput, "appointment is not a table of"),
     ("UPDATE users_backup SET role = 'nurse' WHERE role = 'admin'", {}, PlanBlocked, "fits no partition: 'nurse' (1)"),
-    ("UPDATE users_backup SET role = NULL WHERE role = 'admin'", {}, PlanBlocked, "fits no partition: None (1)"),
+    ("UPDATE users_backup SET role = NULL WHERE role = 'admin'", {}, PlanBlocked, "fits no partition: NULL (1)"),
+    ("ALTER TABLE users_backup ALTER id TYPE text", {}, BadInput, 'public.users_backup.id cannot be compared with public.users.id (operator does not exist: text = uuid): ALTER TABLE "public"."users_backup" ALTER "id" TYPE'),
+    ("ALTER TABLE appointments ADD user_role integer", {}, BadInput, "public.appointments.user_role cannot be compared with public.users.role"),
     ("ALTER TABLE users DROP CONSTRAINT users_pkey", {}, PlanBlocked, "has no primary key"),
     ("DELETE FROM users_backup WHERE role = 'admin'", {}, PlanBlocked, "2 rows of public.appointments refer to rows that"),
 ]  # fmt: skip
@@ -159,6 +161,20 @@ def test_a_repair_that_cannot_be_done(
     with pytest.raises(error, match=re.escape(said)):
         walk(clinic, *REPAIR, **{**PLANNED, **given})
     assert dump(clinic) == before
+
+
+def test_a_key_that_still_points_at_the_old_table_is_said(clinic: str, sql: Sql) -> None:
+    sql(f"CREATE TABLE users_old AS SELECT * FROM users; ALTER TABLE users_old ADD PRIMARY KEY (id); {BY_HAND}; {FEW};"
+        " ALTER TABLE appointments ADD CONSTRAINT old FOREIGN KEY (user_id) REFERENCES users_old")  # fmt: skip
+    found = [
+        each.sentence
+        for each in runbook.draft(database=clinic, table="users", key="role", **PLANNED).plan.findings
+        if each.level == "warning"
+    ]
+    assert (
+        "old of public.appointments refers to public.users_old by the same columns: a row that this lacks is refused still."
+        in found
+    )
 
 
 def test_a_table_that_is_not_partitioned_has_nothing_to_repair(clinic: str) -> None:
