@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
 from runbook import changes, embedded, partition, postgres
 from runbook.archive import sha256
@@ -188,17 +188,17 @@ def _dump(database: Database, *arguments: str) -> None:
 def client(program: str, database: Database) -> Path:
     """The newest `program` on PATH that fits the server, else the one that comes with the package.
 
-    That one has no SSL: a database that asks for it is refused with a sentence.
+    That one has no SSL: a database that is reached by it, or asks for it, is refused with a sentence.
     """
     with database.connect("version") as connection:
-        server = connection.info.server_version // 10000
+        server, secured = connection.info.server_version // 10000, connection.pgconn.ssl_in_use
     found = shutil.which(program)
     if found:
         said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
         version = re.search(r"(\d+)(\.|\s|$)", said)
         if version and int(version[1]) >= server:
             return Path(found)
-    if conninfo_to_dict(database.conninfo).get("sslmode") in ("require", "verify-ca", "verify-full"):
+    if secured:
         raise BadInput(
             f"{program} {server} or newer is not on PATH, and the one that comes with the runbook has no SSL: install PostgreSQL's client."
         )

@@ -16,11 +16,13 @@ from sqlalchemy import (
     Index,
     MetaData,
     PrimaryKeyConstraint,
+    String,
     Table,
     UniqueConstraint,
     inspect,
     text,
 )
+from sqlalchemy.dialects.postgresql import DOMAIN
 from sqlalchemy.exc import SAWarning
 from sqlalchemy.types import NullType, UserDefinedType
 
@@ -183,6 +185,14 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
             else:
                 super().add_import(obj)
 
+        def fix_column_types(self, table: Table) -> None:
+            for column in table.columns:
+                if isinstance(column.type, DOMAIN):  # which it names without importing what it is made of
+                    column.type = column.type.data_type
+                    if isinstance(column.type, String) and column.type.collation == "default":
+                        column.type.collation = None
+            super().fix_column_types(table)
+
         def render_column_type(self, column: Column[Any]) -> str:
             return (
                 f"PostgresType({column.type.spelt!r})"
@@ -197,6 +207,8 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
         if re.search(rf"^    {module}: Mapped\[", models, re.MULTILINE):
             models = re.sub(rf"^import {module}$", f"import {module} as {module}_", models, flags=re.MULTILINE)
             models = re.sub(rf"(?<=[\[ ]){module}(?=\.[A-Za-z]+[\],])", f"{module}_", models)
+    if re.search(r"^    list: Mapped\[", models, re.MULTILINE):
+        models = "import builtins\n" + re.sub(r"(?<=\[)list(?=\[)", "builtins.list", models)
     return models
 
 

@@ -14,11 +14,16 @@ from psycopg import sql
 from runbook.errors import BadInput
 from runbook.ledger import Run
 from runbook.plan import Plan
-from runbook.points import copy_table, shown, stage
+from runbook.points import POINTS, copy_table, shown, stage
 from runbook.session import Session
 from runbook.statements import rendered, trusted
 from runbook.words import counted
 
+# What a statement may say that no plan shows to fail, or to do more than before.
+HAZARDS = {
+    POINTS["inserted"][0]: re.compile(r"\binsert\b.*\breturning\b.*\b[xc]m(?:in|ax)\b", re.IGNORECASE | re.DOTALL),
+    POINTS["place"][0]: re.compile(r"\bctid\b", re.IGNORECASE),
+}
 ANALYZED = 16  # the first version with EXPLAIN (GENERIC_PLAN)
 
 
@@ -144,7 +149,10 @@ def compare(run: Run, file: str = "") -> Any:
     with run.action("application", "queries", again=True) as action:
         session, partitions = action.session, {each.name for each in run.plan.partitions}
         found, where = statements(run.plan, session, file)
-        rows: list[dict[str, Any]] = [{"calls": calls, "statement": text} for calls, text in found]
+        rows: list[dict[str, Any]] = [
+            {"calls": calls, "statement": text, "look at": "; ".join(said for said, sign in HAZARDS.items() if sign.search(text))}
+            for calls, text in found
+        ]
         there = run.partitioned
         for after, cost in ((False, "cost before"), (True, "cost after")):
             if there and not after and (run.plan.restore_from == "backup" or run.state == "finished"):
@@ -165,6 +173,6 @@ def compare(run: Run, file: str = "") -> Any:
         if not where:
             sentence = "There is no pg_stat_statements: name a file of statements in queries to see what becomes of them."
         action.finish(sentence, len(rows), said=sentence, statements=rows)
-    return shown(rows, ["calls", "statement", "cost before", "cost after", "prunes", "reads", "not explained"]).set_caption(
-        sentence
-    )
+    return shown(
+        rows, ["calls", "statement", "cost before", "cost after", "prunes", "reads", "look at", "not explained"]
+    ).set_caption(sentence)
