@@ -46,20 +46,21 @@ SELECT CASE WHEN place > 0 THEN (SELECT bounds[place] FROM given)::text END AS l
 SELECT typcategory::text FROM pg_type WHERE oid = {type}::regtype
 
 -- name: time_steps
--- A step of a day begins at midnight UTC: that is the session's time zone while the plan is made.
+-- A step of a day begins at midnight UTC: that is the session's time zone while the plan is made. Made one by one up to the limit: in
+-- FROM a function is run to its end, and a step far too small would fill the disk.
 SELECT b::{type}::text AS lower, (b + {step}::interval)::{type}::text AS upper, to_char(b, {form}) || CASE WHEN b < '0001-01-01' THEN '_bc' ELSE '' END AS name
-  FROM generate_series(date_trunc({unit}, coalesce({low}::text::{type}::timestamp, localtimestamp)),
-                       date_trunc({unit}, coalesce({high}::text::{type}::timestamp, localtimestamp)) + {ahead} * {step}::interval, {step}::interval) b
- LIMIT {most}
+  FROM (SELECT generate_series(date_trunc({unit}, coalesce({low}::text::{type}::timestamp, localtimestamp)),
+                               date_trunc({unit}, coalesce({high}::text::{type}::timestamp, localtimestamp)) + {ahead} * {step}::interval, {step}::interval) AS b
+         LIMIT {most}) steps
 
 -- name: number_steps
 -- A step in which the type's own numbers begin or end has no bound there.
 SELECT CASE WHEN b >= -coalesce({last}::numeric, 'Infinity') THEN b::{type}::text END AS lower,
        CASE WHEN b + {step} <= coalesce({last}::numeric, 'Infinity') THEN (b + {step})::{type}::text END AS upper, replace(b::text, '-', 'minus_') AS name
-  FROM generate_series(floor(coalesce({low}, '0')::numeric / {step}) * {step},
-                       floor(coalesce({high}, '0')::numeric / {step}) * {step} + {ahead} * {step}::numeric, {step}::numeric) b
+  FROM (SELECT generate_series(floor(coalesce({low}, '0')::numeric / {step}) * {step},
+                               floor(coalesce({high}, '0')::numeric / {step}) * {step} + {ahead} * {step}::numeric, {step}::numeric) AS b
+         LIMIT {most}) steps
  WHERE b <= coalesce({last}::numeric, 'Infinity')
- LIMIT {most}
 
 -- name: unreadable
 -- Tables that pg_dump would lock for the definitions, and may not; its own extensions' it leaves alone.

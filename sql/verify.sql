@@ -423,9 +423,9 @@ BEGIN
     SELECT 2, 1, format('A changed %s moves the row', key),
            CASE WHEN another IS NOT NULL THEN ARRAY[
              format(pick, root, movable),
-             format('SELECT $1 || jsonb_build_object(''was'', to_jsonb(s)) FROM %s s WHERE %s', root, here),
+             format('SELECT $1 || jsonb_build_object(''was'', to_jsonb(s.*)) FROM %s s WHERE %s', root, here),
              format('UPDATE %s s SET %I = %s WHERE %s RETURNING jsonb_build_object(''seen'', concat(''it moved to '', s.tableoid::regclass, (SELECT '', and triggers gave it another ''
-                    || string_agg(n.key, '', '' ORDER BY n.key) FROM jsonb_each(to_jsonb(s)) n WHERE n.key <> %L AND n.value IS DISTINCT FROM $1 -> ''was'' -> n.key)),'
+                    || string_agg(n.key, '', '' ORDER BY n.key) FROM jsonb_each(to_jsonb(s.*)) n WHERE n.key <> %L AND n.value IS DISTINCT FROM $1 -> ''was'' -> n.key)),'
                     ' ''ok'', s.tableoid <> ($1 ->> ''table'')::oid)', root, key, another, here, key)] END,
            CASE WHEN (SELECT bool_and(adds_column) FROM reference) THEN fault END, NULL, NULL, NULL
       FROM t CROSS JOIN pick LEFT JOIN target ON true

@@ -45,6 +45,7 @@ CASES = {
     "accents and emoji": Names("schéma", "usuários", "rôle", "ïd", "p🐘", "pé", "ix🐘", "cön", "reférs", "fk🔑", "médecin 🩺"),
     "reserved words": Names("select", "user", "order", "group", "table", "check", "index", "primary", "from", "foreign", "NULL"),
     "percent and braces": Names("%s", "{table}", "%(key)s", "{id}", "100%", "{}", "{0}", "%%", ":refs", "$1", "{value} %s"),
+    "our own aliases": Names("n", "s", "k", "d", "a", "b", "c", "p", "r", "w", "x"),
     "63 bytes": Names(*(long(word) for word in ("s", "t", "k", "i", "p", "q", "x", "c", "r", "f")), "v" * 63),
 }
 
@@ -55,7 +56,7 @@ def prepare(url: str, names: Names) -> None:
     text = composed.SQL("""
         CREATE SCHEMA {schema};
         CREATE TABLE {schema}.{table} ({id} int GENERATED ALWAYS AS IDENTITY,
-          {key} text NOT NULL DEFAULT {value}, {index} int DEFAULT 1,
+          {key} text NOT NULL DEFAULT {value}, {index} int DEFAULT 1, s text DEFAULT 's', o text DEFAULT 'o', v text DEFAULT 'v', t text,
           CONSTRAINT {constraint} PRIMARY KEY ({id}), CHECK ({index} > 0), UNIQUE ({index}, {id}));
         CREATE INDEX {index} ON {schema}.{table} ({index});
         CREATE TABLE {schema}.{referencing} ({id} int PRIMARY KEY, {reference} int NOT NULL,
