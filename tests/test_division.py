@@ -536,6 +536,13 @@ def test_years_before_christ_have_names_of_their_own(database: str, sql: Any) ->
     assert sql("SELECT tableoid::regclass::text FROM t ORDER BY id") == [("t_0003_bc",), ("t_0001_bc",), ("t_0002",)]
 
 
+def test_a_step_far_too_small_fills_nobodys_disk(database, sql):
+    sql("CREATE TABLE events (id bigint PRIMARY KEY); INSERT INTO events VALUES (1), (1099511627776000)")
+    sql("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET temp_file_limit = ''10MB''', current_database()); END $$")
+    with pytest.raises(BadInput, match="more than 1,000 partitions of events"):
+        migration.plan(database, "events", "id", partition_by="range", every=1000)
+
+
 def test_what_null_becomes_has_a_partition_too_where_none_is_named(database, sql):
     sql("CREATE TABLE things (id int PRIMARY KEY, kind text); INSERT INTO things VALUES (1, 'a'), (2, NULL)")
     run = migration.forward(database, table="things", key="kind", null_value="none")
