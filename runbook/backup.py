@@ -162,6 +162,7 @@ def _restore(target: Database, only: str, archive: Path) -> None:
     ):
         assert restore.stdout and psql.stdin
         with suppress(BrokenPipeError), psql.stdin:
+            psql.stdin.write(b"SET default_transaction_read_only = off; SET array_nulls = on;\n")  # whatever the role's are
             for line in itertools.islice(restore.stdout, HEAD_LINES):
                 psql.stdin.write(b"" if line.startswith(b"SET transaction_timeout") else line)
             shutil.copyfileobj(restore.stdout, psql.stdin, 1 << 20)

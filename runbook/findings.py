@@ -210,7 +210,10 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
         """How to get an owner's rights; of a superuser's nobody should."""
         if owner in may["superusers"]:
             return f"Let a role that is no superuser own it, or work as {owner}."
-        return f"GRANT {session.value('catalog.quoted', name=owner)} TO {me};"
+        quoted = session.value("catalog.quoted", name=owner)
+        if session.value("catalog.member", role=owner):  # and does not inherit
+            return f"ALTER ROLE {me} SET role = {quoted}; it is a member that does not inherit {quoted}'s rights."
+        return f"GRANT {quoted} TO {me};"
 
     if may["read_only"]:  # whatever the role's default is: the session has set that off
         yield Finding.blocker(

@@ -567,6 +567,9 @@ SELECT quote_ident(current_user) AS me, quote_ident(pg_get_userbyid(relowner)) A
 -- name: quoted
 SELECT quote_ident({name})
 
+-- name: member
+SELECT pg_has_role({role}, 'MEMBER')
+
 -- name: filenode
 -- Which file the table lies in: another one means rewritten or truncated, and that the copy must start again.
 SELECT pg_relation_filenode({oid}::oid)

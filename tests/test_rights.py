@@ -252,13 +252,14 @@ def test_no_timeout_that_the_role_inherits_ends_a_session_of_ours(clinic, sql, s
 
 def test_settings_by_which_statements_are_read_are_our_own(clinic, sql, capsys):
     """With other ones a regular expression is another, and what the server renders is quoted throughout."""
-    settings = "standard_conforming_strings = off, quote_all_identifiers = on, transform_null_equals = on, array_nulls = off, xmloption = document"
+    settings = "standard_conforming_strings = off, quote_all_identifiers = on, transform_null_equals = on, array_nulls = off, xmloption = document, default_transaction_read_only = on"
+    sql("ALTER TABLE users ADD marks text[] DEFAULT ARRAY[NULL, 'a']")
     sql("CREATE FUNCTION by_name() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF TG_TABLE_NAME = 'users' THEN NEW.phone = '1'; END IF; RETURN NEW; END $$;"
         " CREATE TRIGGER by_name BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION by_name()")  # fmt: skip
     for setting in settings.split(", "):
         sql(f"DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {setting}', current_database()); END $$")
-    run = migration.plan(clinic, partitions=migration.PARTITIONS | {"users_rest": "default"})
+    run = migration.plan(clinic, partitions=migration.PARTITIONS | {"users_rest": "default"}, backup_method="dump")
     assert any("TG_TABLE_NAME" in each.sentence for each in run.plan.findings)
     migration.walk(run, migration.FORWARD)
     verify.check(run)
@@ -273,6 +274,20 @@ def test_a_member_of_the_owner_needs_nothing_more(owner, clinic, sql):
     sql(f"CREATE ROLE {me}_member LOGIN IN ROLE {me}; GRANT CREATE ON DATABASE {database} TO {me}_member")
     try:
         migration.back(migration.forward(clinic.replace("postgres@", f"{me}_member@")))
+    finally:
+        sql(f"DROP OWNED BY {me}_member CASCADE; DROP ROLE {me}_member")
+
+
+def test_a_member_that_does_not_inherit_is_told_what_to_set(owner, clinic, sql):
+    me = owner.split("//")[1].split("@")[0]
+    database = sql("SELECT current_database()")[0][0]
+    sql(f"CREATE ROLE {me}_member LOGIN NOINHERIT IN ROLE {me}; GRANT CREATE ON DATABASE {database} TO {me}")
+    url = clinic.replace("postgres@", f"{me}_member@")
+    try:
+        with pytest.raises(PlanBlocked, match=f"ALTER ROLE {me}_member SET role = {me};"):
+            migration.plan(url)
+        sql(f"ALTER ROLE {me}_member SET role = {me}")
+        migration.back(migration.forward(url))
     finally:
         sql(f"DROP OWNED BY {me}_member CASCADE; DROP ROLE {me}_member")
 
