@@ -63,6 +63,11 @@ class Index(Fact):
     leaf_names: dict[str, str]
 
     @property
+    def plain(self) -> bool:
+        """Whether columns are all that it is made of, without an expression, an operator class or an order of their own; it may be partial."""
+        return self.tail.replace('"', "").partition(" WHERE ")[0] == f"btree ({', '.join(self.columns)})"
+
+    @property
     def timing(self) -> str:
         """DEFERRABLE and INITIALLY DEFERRED, where it is a constraint that is."""
         definition = self.constraint_definition or ""

@@ -139,7 +139,7 @@ def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
                 (source.indexes if isinstance(there, Index) else source.constraints).discard(there)
             if not new and index.constraint_type == "u":
                 source.append_constraint(UniqueConstraint(*columns, name=index.name))
-            elif not new:
+            elif not new and index.plain:
                 where = re.search(r" WHERE (\(.*\))$", index.tail)
                 Index(index.name, *columns, unique=True, postgresql_where=where[1] if where else None)
     for reference in (*plan.references, *plan.selves):
