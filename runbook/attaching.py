@@ -26,7 +26,6 @@ def names(run: Run, addition: Addition) -> dict[str, sql.Composable]:
         "bound": trusted(addition.bound),
         "rule": trusted(addition.rule),
         "check": sql.Identifier(fit(f"{addition.name}_bounds")),
-        "owner": run.names["owner"],
     }
 
 
@@ -42,8 +41,9 @@ def make_statements(run: Run, growth: Growth, session: Session, addition: Additi
     yield statement("ddl.comment", table=own["leaf"], comment=f"{mark(run)}{growth.hash[:12]}")
     schema, leaf = run.plan.table.schema_name, addition.name
     # As it is now: the plan may be old, and who adds partitions another than who planned.
-    yield from partition.revoke(own["leaf"], session.row("catalog.table", oid=growth.oid)["strangers"])
-    yield statement("ddl.own", table=own["leaf"], owner=own["owner"])
+    root = session.row("catalog.table", oid=growth.oid)
+    yield from partition.revoke(own["leaf"], root["strangers"])
+    yield statement("ddl.own", table=own["leaf"], owner=(root["owner"],))
     for row in session.rows("additions.grants", oid=growth.oid):
         yield statement("additions.grant", **own, privileges=trusted(row["privileges"]), who=trusted(row["who"]))
     yield from partition.tune(own["leaf"], catalog.columns_of(session, growth.sibling))

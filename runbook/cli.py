@@ -242,10 +242,10 @@ def audit(runs: Path, database: str | None) -> None:
         if (runs / "HEAD").is_file()
         else "There is no HEAD, as after a kill before it was written: nobody"
     )
-    click.echo(
-        f"{runs} is as it was recorded."
-        + ("" if database else f" {who} vouches for the last run: with --database the ledger does.")
-    )
+    vouched = "" if heads else f" {who} vouches for the last run: with --database the ledger does."
+    if database and not heads:
+        vouched = f" {who} vouches for the last run: the ledger of {database} has no head of a run."
+    click.echo(f"{runs} is as it was recorded.{vouched}")
 
 
 @main.command()

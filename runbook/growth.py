@@ -214,8 +214,10 @@ def _steps(
         return {}
     froms, tos = ([None if bounds[side] is None else str(bounds[side]) for bounds in steps.values()] for side in (0, 1))
     rows = session.rows("additions.uncovered", **ranges, ends=front["ends"], names=list(steps), froms=froms, tos=tos)
-    names = [row["name"] for row in there]  # of a part of this step, it may be
-    return {fit(row["name"], names): [row["low"], row["high"]] for row in rows}
+    names, found = {row["name"] for row in there}, dict[str, list[PartitionValue]]()  # of a part of this step, it may be
+    for row in rows:
+        found[fit(row["name"], names | found.keys())] = [row["low"], row["high"]]
+    return found
 
 
 def _rehearse(run: Run, session: Session, tree: list[Row], wanted: list[Partition]) -> tuple[dict[str, str], str]:

@@ -277,9 +277,8 @@ def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> No
         patience.note(blockers)
         if patience.spent() and time.monotonic() - begun > 1:
             raise LockNotGranted(
-                f"A snapshot older than the copy is still in use after {patience.budget_s:g} s, and to it the new table would "
-                f"be empty:"
-                f" {'; '.join(map(str, blockers))}. Nothing was changed: end that session or wait for it, then run this again."
+                f"A snapshot older than the last replay is still in use after {patience.budget_s:g} s, and to it the table that takes"
+                f" the name would lack rows: {'; '.join(map(str, blockers))}. Nothing was changed: end that session or wait for it, then run this again."
             )
         time.sleep(0.2)
 

@@ -42,7 +42,7 @@ def look(action: Action, file: str = "") -> Evidence:
     known = names if before is None else before["values"]
     share, asked = _pruning(run, session, {leaf["name"] for leaf in leaves}, file)
     facts: dict[str, Any] = {
-        "ahead": None if rest else _ahead(run, session), "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
+        "missing": _missing(run, session), "ahead": None if rest else _ahead(run, session), "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
         "default_rows": sum(row["rows"] for row in values), "new_values": [each for each in names if each not in known],
         "pruning_percent": share, "statements": asked, "filled_rows": int(filled(run)["since yesterday"].sum()),
         "log_bytes": session.value("monitor.log", back=spelled(run.names["back"])),
@@ -61,6 +61,16 @@ def _told(facts: dict[str, Any]) -> str:
         + f"; {counted(facts['filled_rows'], 'row')} needed the fill trigger since yesterday; "
         + (f"the log of the way back has {log / MIB:,.1f} MiB" if log is not None else "there is no way back any more")
     )
+
+
+def _missing(run: Run, session: Session) -> list[str]:
+    """The plan's partitions that are there no more, by name or by bound; by range old ones may go."""
+    if run.plan.partition_by == "range" or run.plan.takes_any_value:
+        return []
+    with session.qualified():
+        tree = session.rows("additions.tree", oid=session.value("verify.oid", root=spelled(run.plan.source)))
+    there = {row[what] for row in tree for what in ("name", "bound")}
+    return [each.name for each in run.plan.partitions if each.name not in there and each.bound not in there]
 
 
 def _ahead(run: Run, session: Session) -> int | None:
@@ -134,8 +144,13 @@ def check(
     dead = [f"{leaf['name']} ({leaf['dead']:,} of {leaf['dead'] + leaf['rows']:,})" for leaf in seen["partitions"]
             if leaf["dead"] > FEW_DEAD and 100 * leaf["dead"] > max_dead_percent * (leaf["dead"] + leaf["rows"])]  # fmt: skip
     share, log, new = seen["pruning_percent"], (seen["log_bytes"] or 0) / MIB, seen["new_values"]
-    ahead = seen.get("ahead")
+    ahead, missing = seen.get("ahead"), seen.get("missing") or []
     passed = [
+        (
+            bool(missing),
+            f"{', '.join(missing)} of the plan {'is' if len(missing) == 1 else 'are'} there no more, and such a row is refused: attach it, or"
+            " make it again with 20_add_partitions.",
+        ),
         (
             ahead is not None and ahead < min_ahead,
             f"{counted(ahead or 0, 'partition is', 'partitions are')} still to come (min_ahead is {min_ahead}): add the next ones with"

@@ -75,6 +75,15 @@ class Look:
         return pd.DataFrame([asdict(each) for each in self.promises], columns=["promise", "seen", "verdict"])
 
 
+# What the server says of a column, a table or a value that is not what the plan has.
+CHANGED = (
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.InvalidTextRepresentation,
+)
+
+
 @contextmanager
 def _look(run: Run, part: str) -> Iterator[Look]:
     with run.action("verify", part, again=True) as action:
@@ -82,7 +91,7 @@ def _look(run: Run, part: str) -> Iterator[Look]:
         look = Look(action.session, {**names, "unique_keys": statement("verify.unique_keys", **run.names)})
         try:
             yield look
-        except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as missing:
+        except CHANGED as missing:
             raise PromiseBroken(
                 f"{run.plan.full_name} is not what it was planned to be ({missing.diag.message_primary}): somebody altered it, or what belongs"
                 " to it, after the cut-over; take that back, or go by 08_monitor from now on."

@@ -47,10 +47,12 @@ SELECT ends::text AS ends, lead AS next FROM (SELECT *, lead(begins) OVER (ORDER
 WITH taken AS (SELECT low::{type} AS low, high::{type} AS high FROM unnest({lows}::text[], {highs}::text[]) r (low, high)),
      begun AS (SELECT name, number, greatest(low::{type}, {ends}::text::{type}) AS low, high::{type} AS high
                  FROM unnest({names}::text[], {froms}::text[], {tos}::text[]) WITH ORDINALITY s (name, low, high, number)),
-     ended AS (SELECT name, number, low, least(high, (SELECT t.low FROM taken t WHERE t.low >= s.low ORDER BY t.low LIMIT 1)) AS high FROM begun s)
+     pieces AS (SELECT name, number, low, high FROM begun  -- also what a partition leaves of a step that ends within it
+                UNION SELECT s.name, s.number, t.high, s.high FROM begun s JOIN taken t ON t.high > s.low AND coalesce(t.high < s.high, true)),
+     ended AS (SELECT name, number, low, least(high, (SELECT t.low FROM taken t WHERE t.low >= s.low ORDER BY t.low LIMIT 1)) AS high FROM pieces s)
 SELECT name, low::text, high::text FROM ended s
  WHERE (high IS NULL OR low IS NULL OR low < high)
-   AND NOT EXISTS (SELECT FROM taken t WHERE coalesce(t.low <= s.low, true) AND coalesce(t.high > s.low, true)) ORDER BY number
+   AND NOT EXISTS (SELECT FROM taken t WHERE coalesce(t.low <= s.low, true) AND coalesce(t.high > s.low, true)) ORDER BY number, s.low NULLS FIRST
 
 -- name: highest
 -- The last row's key, or now.

@@ -138,9 +138,11 @@ SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce
  WHERE m.id = {migration}
 
 -- name: carried
-SELECT format('The %s is as it was: %s', c ->> 'kind', c ->> 'name') AS promise, coalesce(now.definition, 'missing') AS seen, now.name IS NOT NULL AS ok
+WITH now AS MATERIALIZED ({carried_now})
+SELECT format('The %s is as it was: %s', c ->> 'kind', c ->> 'name') AS promise,
+       coalesce(now.definition, (SELECT o.definition FROM now o WHERE (o.kind, o.name) = (c ->> 'kind', c ->> 'name') LIMIT 1), 'missing') AS seen, now.name IS NOT NULL AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'carried') c
-  LEFT JOIN ({carried_now}) now ON (now.kind, now.name, now.definition) = (c ->> 'kind', c ->> 'name', c ->> 'definition')
+  LEFT JOIN now ON (now.kind, now.name, now.definition) = (c ->> 'kind', c ->> 'name', c ->> 'definition')
  WHERE m.id = {migration} AND c ->> 'kind' NOT IN ('index statistics', 'cluster on', 'replica identity', 'replica identity using index')
 UNION ALL
 SELECT format('The materialized view reads it: %s.%s', v ->> 'schema_name', v ->> 'name'), CASE WHEN now.name IS NULL THEN 'it does not' ELSE 'it does' END, now.name IS NOT NULL

@@ -11,7 +11,8 @@ import psycopg
 import pytest
 
 import runbook
-from runbook import additions, verify
+from runbook import additions, ledger, verify
+from runbook.database import target
 from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
 from tests import migration
 from tests.walk import dump, walk
@@ -308,6 +309,30 @@ def test_what_lies_far_off_has_a_partition_of_its_own_and_keeps_none_from_the_ne
     first = {"t_2020": "FOR VALUES FROM ('2020-03-01') TO ('2021-01-01')"}
     assert {name: bound for name, bound in added.items() if name != "t_far"} == first | years
     sql("INSERT INTO t VALUES (99, now())")
+
+
+def test_what_a_partition_leaves_of_a_step_is_added_too(database, sql):
+    """As of one made by hand, for half a step or in another time zone."""
+    assert steps(sql, database, "int", "VALUES (1)", {"t_0": [0, 100]}, every=100, ahead=0) == {}
+    sql("CREATE TABLE t_late PARTITION OF t FOR VALUES FROM (200) TO (250)")
+    found = add(ledger.of(target(database), "t"), every=100, ahead=3).growth.additions
+    assert [each.bound for each in found] == [
+        "FOR VALUES FROM (100) TO (200)",
+        "FOR VALUES FROM (250) TO (300)",
+        "FOR VALUES FROM (300) TO (400)",
+    ]
+
+
+@pytest.mark.long
+def test_a_new_partition_belongs_to_whom_the_table_belongs_now(forward, clinic, sql):
+    run = forward()
+    role = sql("SELECT format('%I', 'clerk of ' || current_database())")[0][0]
+    sql(f"CREATE ROLE {role}; ALTER TABLE users OWNER TO {role}")
+    try:
+        add(run, add={"users_nurses": ["nurse"]})
+        assert sql("SELECT quote_ident(pg_get_userbyid(relowner)) FROM pg_class WHERE relname = 'users_nurses'") == [(role,)]
+    finally:
+        sql(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
 def test_where_the_last_partition_has_no_end_there_is_nothing_to_add(database, sql):

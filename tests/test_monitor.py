@@ -117,6 +117,14 @@ def test_the_share_of_calls_that_prune_is_weighed(migrated, tmp_path):
     assert shown["analyzed"].str.match(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC|never").all()
 
 
+def test_a_partition_of_the_plan_that_is_gone_is_named(migrated, sql):
+    sql("ALTER TABLE users_admins RENAME TO users_chiefs; DELETE FROM appointments; DELETE FROM doctors;"
+        " ALTER TABLE users DETACH PARTITION users_doctors; DROP TABLE users_doctors")  # fmt: skip
+    seen(migrated)
+    with pytest.raises(PromiseBroken, match=r"users_doctors of the plan is there no more, and such a row is refused"):
+        monitor.check(migrated)
+
+
 @pytest.mark.long
 def test_it_goes_on_after_the_end(migrated):
     verify.check(migrated)
