@@ -257,6 +257,13 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
 
 
 def _traffic(session: Session, plan: Plan) -> Iterator[Finding]:
+    if functions := [row["function"] for row in session.rows("catalog.row_variables", name=plan.table.name)]:
+        yield Finding.warning(
+            plan.full_name,
+            f"{', '.join(functions)} {'has' if len(functions) == 1 else 'have'} variables of the type of {plan.full_name}'s rows: in a session that"
+            " ran one before the cut-over they fail (XX000) once 91 has dropped the original.",
+            "Renew the application's pools between 05 and 91, which says whether older sessions are left.",
+        )
     for row in session.rows("locks.wraparound", oid=plan.table.oid):
         yield Finding.warning(
             plan.full_name,

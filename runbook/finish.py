@@ -9,6 +9,7 @@ from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
+from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement
 from runbook.words import counted
@@ -87,7 +88,18 @@ def _require(action: Action, approved_by: str, unneeded_for_h: int, force_strict
                 f"{needed if last['rows'] else never}; unneeded_for_h asks for {unneeded_for_h} h without. Wait, change what 07_application counts, set"
                 f" force_strict to end the trigger's help all the same{refused}, or keep_fill to keep it."
             )
-    return action.finish(f"Approved by {who}.", approved_by=who, keep_fill=keep_fill)
+    return action.finish(f"Approved by {who}.{_older_sessions(run, action.session)}", approved_by=who, keep_fill=keep_fill)
+
+
+def _older_sessions(run: Run, session: Session) -> str:
+    functions = [row["function"] for row in session.rows("catalog.row_variables", name=run.plan.table.name)]
+    older = session.rows("rollback.older_sessions", **run.names) if functions else []
+    if not older:
+        return ""
+    return (
+        f" {counted(len(older), 'session is', 'sessions are')} older than the cut-over (pid {', '.join(str(row['pid']) for row in older[:10])}): where one"
+        f" ran {', '.join(functions)}, that fails (XX000) once the original is gone, until it is a new one. Renew the pool first."
+    )
 
 
 @recorded("finish", "drop")

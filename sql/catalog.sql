@@ -567,6 +567,11 @@ SELECT quote_ident(current_user) AS me, quote_ident(pg_get_userbyid(relowner)) A
 -- name: quoted
 SELECT quote_ident({name})
 
+-- name: row_variables
+-- Functions that have variables of the table's row type: a session that ran one keeps the type's number until it ends.
+SELECT p.oid::regprocedure::text AS function FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+ WHERE l.lanname = 'plpgsql' AND p.prosrc ~* format('\m%s"?\s*(\[\s*\]|;|:=|\mdefault\M)', regexp_replace({name}, '(\W)', '\\\1', 'g')) ORDER BY 1
+
 -- name: member
 SELECT pg_has_role({role}, 'MEMBER')
 

@@ -86,6 +86,11 @@ SELECT DISTINCT pg_describe_object(d.classid, d.objid, 0) AS what FROM pg_depend
    AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass, 'pg_statistic_ext'::regclass)
    AND (k.oid IS NULL OR k.contype <> 'n' AND k.conparentid = 0 AND k.conname <> ALL ({our_keys}::text[] || {check_text}::text)) ORDER BY 1
 
+-- name: older_sessions
+-- The application's sessions that were there before the swap.
+SELECT a.pid FROM pg_stat_activity a WHERE a.datname = current_database() AND a.backend_type = 'client backend' AND a.application_name NOT LIKE 'runbook%'
+   AND a.backend_start < (SELECT max(finished_at) FROM runbook.action WHERE migration = {migration} AND (step, action, state) = ('cutover', 'swap', 'done')) ORDER BY 1
+
 -- name: set_default
 ALTER TABLE IF EXISTS {reference} ALTER COLUMN {role_column} SET DEFAULT {frequent}
 

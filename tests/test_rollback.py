@@ -468,6 +468,28 @@ def test_what_was_renamed_is_not_left_with_what_the_migration_gave_it(forward, s
             finish.drop(run)
 
 
+@pytest.mark.long
+def test_a_session_that_keeps_the_originals_row_type_is_named_before_the_end(clinic, sql):
+    sql("CREATE FUNCTION pick() RETURNS text LANGUAGE plpgsql AS $$ DECLARE found users[];"
+        " BEGIN SELECT array_agg(u) INTO found FROM (SELECT * FROM users LIMIT 1) u; RETURN found[1].email; END $$;"
+        " CREATE FUNCTION plain() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN RETURN (SELECT count(*) FROM users); END $$")  # fmt: skip
+    with psycopg.connect(clinic, autocommit=True, application_name="old") as old:
+        old.execute("SELECT pick(), plain()")
+        run = migration.forward(clinic)
+        [said] = [each.sentence for each in run.plan.findings if "XX000" in each.sentence]
+        assert said.startswith("public.pick() has variables of the type of public.users's rows")
+        old.execute("SELECT pick(), plain()")
+        verify.check(run)
+        gate = finish.require(run, approved_by="ann", unneeded_for_h=0).sentence
+        assert f"1 session is older than the cut-over (pid {old.info.backend_pid}): where one ran pick(), that fails" in gate
+        finish.drop(run)
+        old.execute("SELECT plain()")
+        with pytest.raises(psycopg.errors.InternalError_, match="cache lookup failed for type"):
+            old.execute("SELECT pick()")
+    with psycopg.connect(clinic) as new:
+        new.execute("SELECT pick()")
+
+
 def test_what_was_approved_is_asked_again_before_the_end(forward, clinic, sql):
     """An approval to keep the fill trigger is none to end it, though the drop that followed it failed."""
     run = forward()
