@@ -64,10 +64,8 @@ class Action:
     def finish(self, sentence: str, rows: int | None = None, **facts: Any) -> Evidence:
         """Record the action as done; repeated calls keep the last."""
         self.evidence = Evidence(sentence, rows, facts)
-        self.session.run(
-            "ledger.end_action", id=self.id, state="done", sentence=sentence,
-            rows=rows, evidence=json.dumps(facts, default=str),
-        )  # fmt: skip
+        said = json.dumps(facts, default=str)
+        self.session.run("ledger.end_action", id=self.id, state="done", sentence=sentence, rows=rows, evidence=said)
         return self.evidence
 
 
@@ -156,10 +154,7 @@ class Run:
                 self._refuse_out_of_order(session, step, done)
                 if "cutover.swap" not in done:
                     self.refuse_outdated(session)
-            number = session.value(
-                "ledger.begin_action", migration=self.migration, step=step,
-                action=action, operator=operator(),
-            )  # fmt: skip
+            number = session.value("ledger.begin_action", migration=self.migration, step=step, action=action, operator=operator())
             doing = Action(self, session, number)
             try:
                 yield doing
@@ -295,8 +290,7 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
         except BadInput:
             if known := session.value("ledger.open_by_name", table=table):
                 raise OutOfOrder(
-                    f"{known}, whose migration is open, is there no more, and the migration knows it by its name: rename it back, then run"
-                    " this again."
+                    f"{known}, whose migration is open, is there no more, or by another name: rename it back."
                 ) from None
             raise
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()

@@ -277,10 +277,9 @@ def _fill_round(session: Session, reference: Reference, own: dict[str, sql.Compo
 def check_keys(action: Action) -> Evidence:
     """Raises PromiseBroken unless every foreign key that points at the table is there and valid."""
     run = action.run
-    keys = action.session.rows("cutover.validated", table_text=spelled(run.plan.source))
-    valid = {(row["schema"], row["name"], row["key"]) for row in keys if row["validated"]}
-    bad = [reference.name for reference in run.plan.references if reference.place not in valid]
-    if bad:
+    rows = action.session.rows("cutover.validated", table_text=spelled(run.plan.source))
+    valid = {(row["schema"], row["name"], row["key"]) for row in rows if row["validated"]}
+    if bad := [reference.name for reference in run.plan.references if reference.place not in valid]:
         raise PromiseBroken(f"The foreign keys {', '.join(bad)} are missing or not valid: run 04_foreign_keys again.")
     return action.finish(
         f"{counted(len(run.plan.references), 'foreign key points', 'foreign keys point')} at {run.plan.full_name}, and {'is' if len(run.plan.references) == 1 else 'all are'} valid."
