@@ -118,11 +118,10 @@ def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:
     replayed = changes.apply_last(run, session)
     if replayed:
         locks.refuse_late_snapshots(session, patience)
-    correction.correct_last(run, session)
-    if changes.length(
-        run, session
-    ):  # a trigger of a referencing table wrote to the table: touched the row referred to, for instance
+    if correction.correct_last(run, session) and changes.length(run, session):
+        # A trigger of a referencing table wrote to the table: touched the row that is referred to, for instance.
         replayed += changes.apply_last(run, session)
+        locks.refuse_late_snapshots(session, patience)
     refuse_homeless(run, session)
     if left := changes.length(run, session):
         raise PromiseBroken(
