@@ -132,7 +132,7 @@ def test_a_snapshot_older_than_the_copy_is_waited_for_and_named(clinic, sql, iso
     with transaction(clinic, f"SET TRANSACTION ISOLATION LEVEL {isolation}", "SELECT 1") as reader:
         run = ready(clinic)
         with pytest.raises(
-            LockNotGranted, match=f"snapshot older than the copy.*pid {reader.info.backend_pid} .postgres, a clerk"
+            LockNotGranted, match=f"snapshot older than the last replay.*pid {reader.info.backend_pid} .postgres, a clerk"
         ):
             cutover.swap(run, budget_s=1)
         assert_as_before(sql)
