@@ -34,9 +34,9 @@ def statements(run: Run, tables: list[str], keep_fill: bool = False) -> Statemen
             yield statement("rollback.set_default", **names(run, reference))
     if run.plan.restore_from == "source":
         yield from matviews.forget(run)
-    yield statement("ddl.drop_schema", schema=run.names["staging"])
     for name in tables:
         yield statement("ddl.drop", table=run.names[name])
+    yield statement("ddl.drop_schema", schema=run.names["staging"])
 
 
 def preview(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Sheet:
@@ -72,12 +72,8 @@ def _require(action: Action, approved_by: str, unneeded_for_h: int, force_strict
     who = run.approver(
         approved_by, f"Finishing {run.plan.full_name} ends the way back: set approved_by to the name of who approves."
     )
-    helped = foreign_keys.filled(run)
-    if (
-        helped
-        and not (force_strict or keep_fill)
-        and action.session.value("catalog.there", name=spelled(names(run, helped[0])["filled"]))
-    ):
+    helped = [] if force_strict or keep_fill else foreign_keys.filled(run)
+    if helped and action.session.value("catalog.there", name=spelled(names(run, helped[0])["filled"])):
         last = action.session.row("rollback.last_filled", **names(run, helped[0]))
         hours = min(last["hours"], last["trigger_hours"])
         if hours < unneeded_for_h:

@@ -139,7 +139,12 @@ def test_a_run_migrates_and_is_on_record(clinic: str, tmp_path: Path) -> None:
         nothing_is_left_among_the_notebooks,
     ):
         promise(clinic, tmp_path, result)
-    assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
+    audited = command("audit", str(tmp_path), "--database", clinic)
+    assert (audited.exit_code, audited.stdout) == (0, f"{tmp_path} is as it was recorded.\n")
+    with psycopg.connect(clinic) as connection:
+        connection.execute("DELETE FROM runbook.record")
+    alone = command("audit", str(tmp_path), "--database", clinic)
+    assert alone.exit_code == 0 and "Nobody but its own HEAD vouches for the last run: the ledger of" in alone.stdout
 
 
 def test_another_run_does_nothing_and_says_so(walked: Walked, clinic: str, tmp_path: Path) -> None:

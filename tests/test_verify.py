@@ -173,6 +173,10 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ["Its columns are those that it had (not so: role)"],
     ),
     "a trigger was dropped": (("DROP TRIGGER users_set_updated_at ON users",), ["as it was: users_set_updated_at (missing)"]),
+    "a trigger was disabled": (
+        ("ALTER TABLE users DISABLE TRIGGER users_set_updated_at",),
+        ["as it was: users_set_updated_at (CREATE TRIGGER users_set_updated_at", "DISABLE TRIGGER users_set_updated_at;"],
+    ),
     "a grant was revoked": (("REVOKE DELETE ON users FROM clinic_app",), ["The grant is as it was: clinic_app"]),
     "a partition key is not required any more": (
         ("ALTER TABLE appointments ALTER user_role DROP NOT NULL",),
@@ -208,6 +212,18 @@ def test_a_row_that_no_bound_would_take_is_found(database: str, division: dict[s
     execute(database, *misplaced("plain", leaf, bound, condition, f"INSERT INTO {leaf} VALUES ({elsewhere})"))
     verify.distribution(run)
     with pytest.raises(PromiseBroken, match=f"{leaf} holds its own rows only .[0-9]+ rows, 1 that belongs elsewhere"):
+        verify.check(run)
+
+
+@pytest.mark.long
+def test_a_column_that_got_another_type_since_is_said(database: str) -> None:
+    execute(
+        database, "CREATE TABLE plain (k integer PRIMARY KEY, n integer)", "INSERT INTO plain SELECT generate_series(1, 150), 1"
+    )
+    run = plan(database, table="plain", key="k", partition_by="hash", modulus=2)
+    walk(run, FORWARD)
+    execute(database, "ALTER TABLE plain ALTER n TYPE bigint")
+    with pytest.raises(PromiseBroken, match=r"public\.plain is not what it was planned to be .*somebody altered it"):
         verify.check(run)
 
 
