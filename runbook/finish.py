@@ -10,7 +10,7 @@ from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
 from runbook.session import Session
-from runbook.sheet import Sheet
+from runbook.sheet import Listing, Sheet, nothing
 from runbook.statements import spelled, statement
 from runbook.words import counted
 
@@ -39,8 +39,10 @@ def statements(run: Run, tables: list[str], keep_fill: bool = False) -> Statemen
     yield statement("ddl.drop_schema", schema=run.names["staging"])
 
 
-def preview(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Sheet:
+def preview(run: Run, drop_backup: bool = False, keep_fill: bool = False) -> Listing:
     """The statements of this step, with real names."""
+    if run.state != "open":
+        return nothing(run.plan.full_name, run.state)
     return Sheet(statements(run, _tables(run, drop_backup), keep_fill))
 
 

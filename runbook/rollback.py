@@ -32,13 +32,15 @@ from runbook.plan import fit
 from runbook.references import added, logged
 from runbook.references import names as reference_names
 from runbook.session import Session
-from runbook.sheet import Sheet
+from runbook.sheet import Listing, Sheet, nothing
 from runbook.statements import rendered, spelled, statement, trusted
 from runbook.words import counted
 
 
-def preview(run: Run) -> Sheet:
+def preview(run: Run) -> Listing:
     """What this step runs, from where the migration stands now."""
+    if run.state != "open":
+        return nothing(run.plan.full_name, run.state)
     return Sheet(unswap_statements(run, run.plan.matviews) if run.swapped else take_away(run))
 
 
@@ -245,7 +247,6 @@ def _validate(run: Run, session: Session, lock_timeout_ms: int, budget_s: float)
         table, name = wanted.get((row["schema"], row["name"], row["key"])), row["key"]
         if row["validated"] or table is None:
             continue
-
         cutover.validate(run, session, locks.Patience(budget_s), name, statement("ddl.validate", table=table, constraint=(name,)))
     for reference in valid:
         if composite.by_leaf(run, reference):

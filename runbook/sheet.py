@@ -37,3 +37,8 @@ class Sheet(Listing):
 def _ended(text: str) -> str:
     """With its semicolon; a command of psql ends with its line, and would take it for a part of its last word."""
     return text if text.startswith("\\") else f"{text.rstrip(';')};"
+
+
+def nothing(of: str, state: str) -> Listing:
+    """Instead of the statements of a migration that has ended."""
+    return Listing(f"-- The migration of {of} was {state}: nothing is left to run.", "postgres")

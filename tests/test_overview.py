@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import runbook
-from runbook.database import target
-from runbook.ledger import of
+from runbook import finish, rollback
 from tests import migration
 from tests.walk import CLINIC, EVERY, cells, walk
 
@@ -72,6 +71,8 @@ def test_what_comes_next_and_what_undo_costs_follow_the_ledger(clinic: str, sql:
     assert repr(run.next()).startswith("Next: 08_monitor, every day; 91_finish when the way back is no longer needed. ")
     migration.back(run)
     assert repr(run.next()) == "Next: the migration can be started again with 00_plan. Undo now: nothing is left to undo."
+    ended = runbook.open_last(clinic, "users")
+    assert repr(rollback.preview(ended)) == "-- The migration of public.users was rolled back: nothing is left to run."
 
 
 @pytest.mark.long
@@ -79,7 +80,6 @@ def test_after_the_end_the_backup_is_what_is_left(clinic: str) -> None:
     run = migration.forward(clinic)
     walk(clinic, "06_verify")
     migration.walk(run, migration.END)
-    assert (
-        repr(of(target(clinic), "users", ended=True).next())
-        == "Next: 08_monitor, every day. Undo now: the backup users_backup is what is left."
-    )
+    ended = runbook.open_last(clinic, "users")
+    assert repr(ended.next()) == "Next: 08_monitor, every day. Undo now: the backup users_backup is what is left."
+    assert repr(finish.preview(ended)) == "-- The migration of public.users was finished: nothing is left to run."
