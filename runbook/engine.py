@@ -21,6 +21,7 @@ from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
+from runbook import forked
 from runbook.archive import write_whole
 from runbook.kernel import Kernel, folded, reason, shown
 from runbook.redaction import known_secrets, passwords, redact, redacted_notebook
@@ -165,9 +166,7 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
         code = [index for index, cell in enumerate(self.nb.cells) if cell.cell_type == "code"]
         self.at = code[0] if code else 0
         self.room = Path(tempfile.mkdtemp(prefix="rb-"))
-        # The operator's own MPLBACKEND and IPython start-up files would change what the record shows.
-        own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "IPYTHONDIR": str(self.room)}
-        own["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+        own = {**forked.ENVIRONMENT, "IPYTHONDIR": str(self.room)}  # the operator's start-up files have no say
         try:
             log = self.room.joinpath("log").open("wb")
             with log, self.setup_kernel(env={**os.environ, **own, **self.told}, stdout=log, stderr=log):

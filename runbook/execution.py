@@ -42,7 +42,10 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     `result` says at the end, when all did go well, what came of it.
     """
     imports.jsonschema()
-    from runbook import engine  # Jupyter's libraries take a while to load, and only this needs them
+    from runbook import forked  # Jupyter's libraries take a while to load, and only this needs them
+
+    forked.begin()
+    from runbook import engine
 
     imports.keep()
     table, where = str(given["table"]), str(given.get("database", "embedded"))

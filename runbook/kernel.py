@@ -16,6 +16,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
+from runbook import forked
 from runbook.signals import Terminated
 
 OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\r\n])")  # what a terminal would have shown only for a moment
@@ -31,7 +32,12 @@ class Kernel(AsyncKernelManager):
 
 def interpreter(kernel_name: str) -> KernelSpec | None:
     """The kernel python3 in this interpreter; None for any other."""
-    return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict()) if kernel_name == NATIVE_KERNEL_NAME else None
+    if kernel_name != NATIVE_KERNEL_NAME:
+        return None
+    found = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+    if forked.begun():
+        found.metadata["kernel_provisioner"] = {"provisioner_name": forked.NAME}
+    return found
 
 
 def shown(text: str) -> str:

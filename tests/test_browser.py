@@ -85,9 +85,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_every_page_of_the_record_is_whole_without_network_and_scripts(
-    runs: Path, browser: Any, width: int, tmp_path: Path
-) -> None:
+def test_every_page_of_the_record_is_whole_without_network_and_scripts(runs: Path, browser: Any, width: int) -> None:
     pages = [runs / "index.html", *sorted(runs.glob("*/*.html"))]
     assert {page.stem for page in pages} >= {"index", *FORWARD, "certificate"}
     context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, device_scale_factor=1)
@@ -96,7 +94,6 @@ def test_every_page_of_the_record_is_whole_without_network_and_scripts(
         page, asked = context.new_page(), []
         page.on("request", lambda request, asked=asked: asked.append(request.url))
         page.goto(file.as_uri())
-        page.screenshot(path=tmp_path / f"{file.parent.name}-{file.stem}-{width}.png", full_page=True)
         found = page.evaluate(FAULTS) + [
             f"asks for {url}" for url in asked if url != file.as_uri() and not url.startswith("data:")
         ]

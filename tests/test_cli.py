@@ -100,6 +100,7 @@ def test_a_service_file_means_its_database(clinic: str, tmp_path: Path, monkeypa
 
 
 def test_stop_stops_the_example_and_says_so_when_it_was_stopped_already() -> None:
+    embedded.reset()  # whatever another test has loaded
     embedded.start(users=0)
     assert command("stop").output == "The embedded server has stopped.\n"
     assert command("stop").output == "The embedded server was not running.\n"

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from runbook import engine
+from runbook import engine, forked
 from runbook.engine import Executed, execute
 
 
@@ -186,10 +186,12 @@ def test_without_its_kernel_a_notebook_has_failed_at_its_first_cell(tmp_path: Pa
     assert_quiet(capfd)
 
 
-def begin(folder: Path, code: str) -> subprocess.Popen[str]:
+def begin(folder: Path, code: str, how: str = "started") -> subprocess.Popen[str]:
     """A process of its own that executes a.ipynb; returns when the cell of `code` runs."""
-    write(folder / "a.ipynb", f"open('runs', 'w').close()\n{code}")
-    call = "from pathlib import Path; from runbook.engine import execute; print(execute(Path('a.ipynb'), Path('b.ipynb'), {}))"
+    write(folder / "a.ipynb", f"import os\nopen('.runs', 'w').write(str(os.getpid()))\nos.rename('.runs', 'runs')\n{code}")
+    call = "from pathlib import Path; from runbook import forked; from runbook.engine import execute\n"
+    call += "forked.begin()\n" if how == "forked" else ""
+    call += "print(execute(Path('a.ipynb'), Path('b.ipynb'), {}))"
     process = subprocess.Popen(
         [sys.executable, "-c", call], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -201,16 +203,54 @@ def begin(folder: Path, code: str) -> subprocess.Popen[str]:
     return process
 
 
+def ends(pid: int) -> None:
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie has none
+        assert time.monotonic() < until, f"{pid} goes on"
+        time.sleep(0.05)
+
+
+def test_a_kernel_that_is_forked_is_as_fresh_as_one_that_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked.begin()
+    monkeypatch.setenv("SET_SINCE", "yes")
+    code = (
+        "import os, sys\nprint(os.getppid(), os.getpid(), 'left' in globals(), 'matplotlib.pyplot' in sys.modules,"
+        " os.environ['SET_SINCE'], sys.path[0] == '', os.getcwd())\nleft = sys.modules['left'] = 1"
+    )
+    said = []
+    for _ in range(2):
+        assert execute(write(tmp_path / "a.ipynb", code), tmp_path / "b.ipynb", {}, cwd=tmp_path).error == ""
+        said.append(read(tmp_path / "b.ipynb").cells[2].outputs[0].text.split())
+    (first, kernel, *rest), (second, another, *again) = said
+    assert first == second != str(os.getpid()) and kernel != another, "two processes of one that is not this one"
+    assert rest == again == ["False", "True", "yes", "True", str(tmp_path)]
+
+
+def test_what_kernels_are_forked_from_can_be_killed(tmp_path: Path) -> None:
+    forked.begin()
+    kill = "import os, signal\nprint(os.getpid(), flush=True)\nos.kill({}, signal.SIGKILL)\nprint('goes on')"
+    execute(write(tmp_path / "a.ipynb", kill.format("os.getpid()")), tmp_path / "b.ipynb", {})
+    failed = assert_failed_at_cell_2(tmp_path / "b.ipynb", "DeadKernelError", "SIGKILL")
+    assert execute(write(tmp_path / "a.ipynb", kill.format("os.getppid()")), tmp_path / "b.ipynb", {}).error == ""
+    worked = read(tmp_path / "b.ipynb")
+    assert worked.cells[2].outputs[0].text.endswith("\ngoes on\n")
+    for each in (failed, worked):
+        ends(int(each.cells[2].outputs[0].text.split()[0]))
+    assert not forked.begun(), "the next is started as usual, and the next command begins anew"
+    assert execute(write(tmp_path / "a.ipynb", "1"), tmp_path / "b.ipynb", {}).error == ""
+
+
 WORK = "import time\ntry:\n    time.sleep(60)\nfinally:\n    print('34 of 80 ranges are done')"
 
 
+@pytest.mark.parametrize("how", [pytest.param("started", marks=pytest.mark.long), "forked"])
 @pytest.mark.parametrize(
     ("number", "name"), [(signal.SIGINT, "KeyboardInterrupt"), pytest.param(signal.SIGTERM, "Terminated", marks=pytest.mark.long)]
 )
 def test_an_interrupted_process_leaves_a_true_record_with_the_kernels_last_words(
-    tmp_path: Path, number: signal.Signals, name: str
+    tmp_path: Path, number: signal.Signals, name: str, how: str
 ) -> None:
-    process = begin(tmp_path, WORK)
+    process = begin(tmp_path, WORK, how)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert err == "" and process.returncode == 0
@@ -220,10 +260,13 @@ def test_an_interrupted_process_leaves_a_true_record_with_the_kernels_last_words
 
 
 @pytest.mark.long
-def test_a_killed_process_leaves_a_record_that_claims_nothing(tmp_path: Path) -> None:
-    process = begin(tmp_path, WORK)
+@pytest.mark.parametrize("how", ["started", "forked"])
+def test_a_killed_process_leaves_a_record_that_claims_nothing_and_no_kernel(tmp_path: Path, how: str) -> None:
+    process = begin(tmp_path, WORK, how)
+    kernel = int(tmp_path.joinpath("runs").read_text())
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
+    ends(kernel)
     notebook = read(tmp_path / "b.ipynb")
     assert states(notebook) == ["completed", "completed", "running", "pending"]
     assert notebook.metadata.runbook.state == "running"
