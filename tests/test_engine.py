@@ -58,6 +58,12 @@ def assert_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forks() -> None:
+    """As a command executes notebooks; what is started as usual is so in a process of its own."""
+    forked.begin()
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Executed, nbformat.NotebookNode, list[str]]:
     """One notebook without a failure, executed in an environment full of traps; shared, because it takes seconds."""
