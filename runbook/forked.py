@@ -27,10 +27,9 @@ def begin() -> None:
     if sys.platform != "linux" or _source:
         return
     _source, theirs = Pipe()
-    nothing_from_here = (
-        "import sys; del sys.path[0]; from runbook.preloaded import main; main()"  # whatever modules lie in this folder
-    )
-    command = [sys.executable, "-c", nothing_from_here, str(theirs.fileno())]
+    # Whatever modules lie in the working folder are not loaded.
+    program = "import sys; sys.path = [each for each in sys.path if each]; from runbook.preloaded import main; main()"
+    command = [sys.executable, "-c", program, str(theirs.fileno())]
     with theirs:
         subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env={**os.environ, **ENVIRONMENT, **THREADLESS}, start_new_session=True,
