@@ -92,13 +92,13 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
         bar.close()
         with held():
             head = seal(record, where, table, stopped or "completed")
-    if not stopped:
-        click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{planned}{result()}".rstrip())
-    click.echo(f"\nRecord: {record.folder}")
-    if stopped:
-        on = _way_on(name, error_name, where, given) if names[-1] != "90_rollback" or name == names[-1] else ""
-        click.echo(f"{stopped}\n{on}".rstrip(), err=True)
-    click.echo(f"Head:   {head}")
+            if not stopped:
+                click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{planned}{result()}".rstrip())
+            click.echo(f"\nRecord: {record.folder}")
+            if error_name:  # of other errors whoever called tells
+                on = _way_on(name, error_name, where, given) if names[-1] != "90_rollback" or name == names[-1] else ""
+                click.echo(f"{stopped}\n{on}".rstrip(), err=True)
+            click.echo(f"Head:   {head}")
     if stopped:
         sys.exit(EXIT_CODES.get(error_name, 1))
 

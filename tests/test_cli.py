@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,6 +212,21 @@ def test_a_failure_of_the_record_itself_is_not_told_as_success(
     manifest = json.loads(kept.read_text())
     assert manifest["state"] == "failed"
     assert manifest["result"] == "00_plan stopped: OSError: No space left on device"
+
+
+def test_what_is_interrupted_while_it_is_sealed_is_told_all_the_same(
+    clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = archive.Run.seal
+
+    def interrupted(record: archive.Run, **facts: Any) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return seal(record, **facts)
+
+    monkeypatch.setattr(archive.Run, "seal", interrupted)
+    result = command("run", "-f", CLINIC_FILE, "--database", clinic, "--out", str(tmp_path), "--to", "plan")
+    assert result.exit_code == 130 and "Interrupted." in result.stderr
+    assert re.search(r"00_plan +done(.|\n)*Record: .*\nHead:   [0-9a-f]{64}\n", result.stdout)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
