@@ -59,6 +59,12 @@ def measure(action: Action) -> Evidence:
             " 00_plan again."
         ) from None
     except psycopg.Error as error:
+        if named := partition.event_trigger(session, error):
+            refuses = spelled(sql.Identifier(named))
+            raise PlanBlocked(
+                f"The event trigger {refuses} does not let {run.plan.full_name} be migrated. {told(error)} What a step makes, alters or drops, the"
+                f" way back does, too: switch it off meanwhile (ALTER EVENT TRIGGER {refuses} DISABLE), then run 00_plan again."
+            ) from None
         return action.finish(f"There is no forecast, because a sample could not be copied. {told(error)}")
     facts = _project(run, sample) | {"free_bytes": free(session, run.plan.table.oid)}
     return action.finish(sentence(facts), facts.pop("rows"), **facts)
@@ -119,6 +125,7 @@ class _Sample:
         for reference in run.plan.references:
             self.reference(reference)
         self.time("move", (statement("cutover.set_schema", table=leaf, to=run.names["schema"]) for leaf in self.leaves))
+        self.time("drop", [statement("forecast.drop", **run.names)])  # which an event trigger may refuse
 
     def copy(self) -> None:
         run, blocks = self.run, self.session.row("restore.blocks", **self.run.names)["blocks"]

@@ -159,21 +159,27 @@ def refused_by_path(session: Session, plan: Plan) -> tuple[str, str]:
         tries.append(
             (index.name, sql.SQL("; ").join([statement("partition.take_sample", **plan.names("pg_temp"), size=SAMPLE), build]))
         )
-    watching = [row["function"].partition("(")[0].rpartition(".")[2] for row in session.rows("catalog.event_triggers")]
     for name, each in tries:
         try:
             with session.connection.transaction(force_rollback=True):
                 session.connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
                 session.run(each)
         except (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject) as error:
-            if any(
-                f" {each}(" in (error.diag.context or "").replace(".", " ") for each in watching
-            ):  # an event trigger, with our path
+            if event_trigger(session, error):  # it was run with our path
                 continue
             return name, error.diag.message_primary or str(error)
         except psycopg.Error:  # as where no temporary table may be made, or on a standby: another finding's, or a later step's
             continue
     return "", ""
+
+
+def event_trigger(session: Session, error: psycopg.Error) -> str:
+    """The event trigger whose function raised this; empty where none did."""
+    said = (error.diag.context or "").replace(".", " ")
+    functions = {
+        row["name"]: row["function"].partition("(")[0].rpartition(".")[2] for row in session.rows("catalog.event_triggers")
+    }
+    return next((name for name, function in functions.items() if f" {function}(" in said), "")
 
 
 def _try_rows(session: Session, plan: Plan) -> str:

@@ -23,6 +23,10 @@ ANALYZE {sample}
 -- name: referencing
 SELECT count(*) AS rows, pg_total_relation_size({sample_text}::regclass) AS bytes FROM {sample}
 
+-- name: drop
+-- With the sample's keys that refer to it.
+DROP TABLE {shadow} CASCADE
+
 -- name: add_column
 ALTER TABLE {sample} ADD COLUMN {role_column} {role_type} {default}
 

@@ -11,6 +11,7 @@ import pytest
 
 import runbook
 from runbook import charts, forecast
+from runbook.errors import PlanBlocked
 from runbook.ledger import Run
 from runbook.statements import trusted
 from tests import migration
@@ -131,6 +132,18 @@ def test_writers_are_no_hindrance_and_who_is_one_stops_nobody(clinic: str, sql: 
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("event", ["sql_drop", pytest.param("ddl_command_start", marks=pytest.mark.long)])
+def test_an_event_trigger_that_refuses_what_a_step_does_is_named_before(clinic: str, sql: Sql, event: str) -> None:
+    sql("CREATE FUNCTION keep_all() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'ask the DBA'; END$$")
+    sql(f"CREATE EVENT TRIGGER \"No drop\" ON {event} WHEN TAG IN ('DROP TABLE') EXECUTE FUNCTION keep_all()")
+    run = migration.plan(clinic)
+    refused = r'^The event trigger "No drop" does not let public\.users be migrated\. .*ask the DBA\..*ALTER EVENT TRIGGER "No drop" DISABLE'
+    with pytest.raises(PlanBlocked, match=refused):
+        forecast.measure(run)
+    sql('ALTER EVENT TRIGGER "No drop" DISABLE')
+    assert "will take about" in forecast.measure(migration.plan(clinic)).sentence
+
+
 def test_the_forecast_stands_beside_what_it_took(clinic: str, sql: Sql) -> None:
     run = migration.plan(clinic, unique="global")
     measured(run)
