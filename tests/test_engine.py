@@ -237,14 +237,13 @@ def test_a_kernel_that_is_forked_is_as_fresh_as_one_that_is_started(tmp_path: Pa
 
 def test_what_kernels_are_forked_from_can_be_killed(tmp_path: Path) -> None:
     forked.begin()
-    kill = "import os, signal\nprint(os.getpid(), flush=True)\nos.kill({}, signal.SIGKILL)\nprint('goes on')"
-    execute(write(tmp_path / "a.ipynb", kill.format("os.getpid()")), tmp_path / "b.ipynb", {})
-    failed = assert_failed_at_cell_2(tmp_path / "b.ipynb", "DeadKernelError", "SIGKILL")
-    assert execute(write(tmp_path / "a.ipynb", kill.format("os.getppid()")), tmp_path / "b.ipynb", {}).error == ""
-    worked = read(tmp_path / "b.ipynb")
-    assert worked.cells[2].outputs[0].text.endswith("\ngoes on\n")
-    for each in (failed, worked):
-        ends(int(each.cells[2].outputs[0].text.split()[0]))
+    kill = "import os, pathlib, signal\npathlib.Path('{0}').write_text(str(os.getpid()))\nos.kill(os.{0}(), signal.SIGKILL)\nprint('goes on')"
+    execute(write(tmp_path / "a.ipynb", kill.format("getpid")), tmp_path / "b.ipynb", {}, cwd=tmp_path)
+    assert_failed_at_cell_2(tmp_path / "b.ipynb", "DeadKernelError", "SIGKILL")
+    assert execute(write(tmp_path / "a.ipynb", kill.format("getppid")), tmp_path / "b.ipynb", {}, cwd=tmp_path).error == ""
+    assert read(tmp_path / "b.ipynb").cells[2].outputs[0].text == "goes on\n"
+    for name in ("getpid", "getppid"):
+        ends(int(tmp_path.joinpath(name).read_text()))
     assert not forked.begun(), "the next is started as usual, and the next command begins anew"
     assert execute(write(tmp_path / "a.ipynb", "1"), tmp_path / "b.ipynb", {}).error == ""
 
