@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import sys
 import time
@@ -36,6 +37,14 @@ QUIET_S = 30
 EXIT_CODES = {"KeyboardInterrupt": 130, "Terminated": 143}
 
 
+def say(text: str, err: bool = False) -> None:
+    """To who reads it; whoever goes away (`| head`) stops no work, and is told of no more."""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
+
+
 def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Callable[[], str] = str) -> None:
     """Execute notebooks into a new folder under `out`; the record is sealed whatever happens. Exits unless all went well.
 
@@ -56,7 +65,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
     record = begin(out, given)
     lines: list[dict[str, Any]] = []
     stopped = error_name = planned = ""
-    bar = tqdm(total=len(names), unit="step", disable=not sys.stderr.isatty(), leave=False)
+    bar = tqdm(total=len(names), unit="step", disable=not (sys.stderr and sys.stderr.isatty()), leave=False)
     try:
         with ended_by_signals():
             for name in names:
@@ -70,7 +79,7 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
                 lines.append(_line(name, done, before, _history(where, table)))
                 bar.update()
                 with bar.external_write_mode(file=sys.stdout):
-                    click.echo(
+                    say(
                         "{step:<17} {state:<12} {rows:>12} {0} {seconds:>8.1f} s".format(
                             {"": "    ", "1": "row "}.get(lines[-1]["rows"], "rows"), **lines[-1]
                         )
@@ -93,12 +102,12 @@ def perform(names: tuple[str, ...], given: dict[str, Any], out: Path, result: Ca
         with held():
             head = seal(record, where, table, stopped or "completed")
             if not stopped:
-                click.echo(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{planned}{result()}".rstrip())
-            click.echo(f"\nRecord: {record.folder}")
+                say(f"\n{pd.DataFrame(lines).to_string(index=False)}\n{planned}{result()}".rstrip())
+            say(f"\nRecord: {record.folder}")
             if error_name:  # of other errors whoever called tells
                 on = _way_on(name, error_name, where, given) if names[-1] != "90_rollback" or name == names[-1] else ""
-                click.echo(f"{stopped}\n{on}".rstrip(), err=True)
-            click.echo(f"Head:   {head}")
+                say(f"{stopped}\n{on}".rstrip(), err=True)
+            say(f"Head:   {head}")
     if stopped:
         sys.exit(EXIT_CODES.get(error_name, 1))
 
@@ -148,7 +157,7 @@ def _teller(bar: Any) -> Callable[[str], None]:
         waits = [line for line in lines if line.startswith(("waiting for ", "paused: "))]
         if bar.disable and lines and (waits or time.monotonic() - said_at > QUIET_S):
             said_at = time.monotonic()
-            click.echo(f"  {(waits or lines)[-1]}")
+            say(f"  {(waits or lines)[-1]}")
 
     return tell
 

@@ -26,6 +26,7 @@ LOADED = (
     "runbook.points", "runbook.restore", "runbook.rollback", "runbook.verify",
 )  # fmt: skip
 THREADLESS = {"OPENBLAS_NUM_THREADS": "1"}  # numpy would start some, and a fork leaves them behind
+UNKNOWN = 256  # how a kernel ended: no process can end with that
 
 _source: Connection | None = None
 
@@ -90,7 +91,7 @@ class _Process:
                 self.returncode = self.source.recv()
                 _source = self.source
             except (EOFError, OSError):  # what it was forked from was killed before it: nobody knows how it ended
-                self.returncode = -signal.SIGKILL
+                self.returncode = UNKNOWN
         return self.returncode
 
     def send_signal(self, number: int) -> None:

@@ -71,6 +71,7 @@ def reason(
         case DeadKernelError():
             code = process.poll() if process else None
             how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+            how = "nobody knows how" if code == forked.UNKNOWN else how
             return name, f"The kernel died while the cell ran ({how})."
         case KeyboardInterrupt():
             return name, "Interrupted (SIGINT) while the cell ran."

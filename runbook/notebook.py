@@ -25,7 +25,7 @@ def settle_in() -> None:
         return
     import pandas as pd
 
-    pd.set_option("display.max_rows", 1000, "display.max_colwidth", None)
+    pd.set_option("display.max_rows", 1000, "display.max_columns", None, "display.max_colwidth", None)
     shell.set_custom_exc((Exception, KeyboardInterrupt), _explain)
     imports.keep()
 

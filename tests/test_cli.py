@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -212,6 +213,16 @@ def test_a_failure_of_the_record_itself_is_not_told_as_success(
     manifest = json.loads(kept.read_text())
     assert manifest["state"] == "failed"
     assert manifest["result"] == "00_plan stopped: OSError: No space left on device"
+
+
+@pytest.mark.parametrize("ends", ["| true", "2>&-", pytest.param("<&- >&- 2>&-", marks=pytest.mark.long)])
+def test_whoever_does_not_read_stops_no_work(clinic: str, tmp_path: Path, ends: str) -> None:
+    program = Path(sys.executable).with_name("runbook")
+    words = [program, "run", "-f", CLINIC_FILE, "--database", clinic, "--out", tmp_path / "runs", "--to", "backup"]
+    done = subprocess.run(f"{shlex.join(map(str, words))} {ends}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    (manifest,) = [json.loads(kept.read_text()) for kept in tmp_path.glob("runs/*/manifest.json")]
+    assert (manifest["state"], manifest["sealed"], len(manifest["steps"])) == ("completed", True, 2)
 
 
 def test_what_is_interrupted_while_it_is_sealed_is_told_all_the_same(

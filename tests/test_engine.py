@@ -235,6 +235,17 @@ def test_a_kernel_that_is_forked_is_as_fresh_as_one_that_is_started(tmp_path: Pa
     assert rest == again == ["False", "True", "yes", "True", str(tmp_path)]
 
 
+@pytest.mark.parametrize("how", ["forked", pytest.param("started", marks=pytest.mark.long)])
+def test_a_table_is_whole_as_text_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    forked.begin()
+    if how == "started":
+        monkeypatch.setattr(forked, "_source", None)
+    code = "import runbook, pandas\npandas.DataFrame([[f'column {n}' for n in range(40)]] * 200)"
+    execute(write(tmp_path / "a.ipynb", code), tmp_path / "b.ipynb", {})
+    text = read(tmp_path / "b.ipynb").cells[2].outputs[0].data["text/plain"]
+    assert " ... " not in text and text.count("column 39") == 200
+
+
 def test_what_kernels_are_forked_from_can_be_killed(tmp_path: Path) -> None:
     forked.begin()
     kill = "import os, pathlib, signal\npathlib.Path('{0}').write_text(str(os.getpid()))\nos.kill(os.{0}(), signal.SIGKILL)\nprint('goes on')"
