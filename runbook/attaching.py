@@ -47,6 +47,14 @@ def make_statements(run: Run, growth: Growth, session: Session, addition: Additi
     for row in session.rows("additions.grants", oid=growth.oid):
         yield statement("additions.grant", **own, privileges=trusted(row["privileges"]), who=trusted(row["who"]))
     yield from partition.tune(own["leaf"], catalog.columns_of(session, growth.sibling))
+    used = set[str]()
+    for row in session.rows("additions.statistics", oid=growth.oid):
+        used.add(name := fit(f"{leaf}_{row['name']}", used))
+        statistics = sql.Identifier(schema, name)
+        yield statement("additions.create_statistics", **own, statistics=statistics, tail=trusted(row["tail"]))
+        yield statement("additions.own_statistics", statistics=statistics, owner=(row["owner"],))
+        if row["target"]:
+            yield statement("additions.target", statistics=statistics, target=trusted(row["target"]))
     if kind := {"f": "FULL", "n": "NOTHING"}.get(like["replica_identity"]):  # a publication refuses updates and deletes without
         yield statement("additions.identity", **own, kind=trusted(kind))
     mine = {row["name"] for row in session.rows("additions.own_indexes", oid=growth.sibling)}

@@ -79,6 +79,8 @@ def _materialized(session: Session, oid: sql.Literal) -> Iterator[Finding]:
             why = f"and {', '.join(row['others'])} with it"
         elif not row["ours"]:
             why = f"which its owner {row['owner']}, who may CREATE in its schema, may do, and whoever owns the views that read it"
+        elif row["granted_by_others"] and not session.row("catalog.privileges", oid=oid)["superuser"]:
+            why = f"with the rights on it that another than its owner {row['owner']} granted, which only a superuser can"
         elif refused := matviews.refusal(session, row["owner"], row["query"]):
             why = f"and its owner {row['owner']} could not refresh it ({refused})"
         if why:

@@ -96,8 +96,25 @@ SELECT replace(pg_get_triggerdef(t.oid), ' ON ' || t.tgrelid::regclass || ' ', '
 
 -- name: make
 -- ACCESS SHARE on the root. Nobody knows this table yet; its check is what the partition will take.
-CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING COMMENTS,
+CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING COMMENTS EXCLUDING STATISTICS,
   CONSTRAINT {check} CHECK ({rule})) {options} {tablespace}
+
+-- name: statistics
+-- The root's, of which LIKE would copy neither the target nor the owner; `tail` is what stands between name and table.
+SELECT x.stxname AS name, pg_get_userbyid(x.stxowner) AS owner, nullif(to_jsonb(x) ->> 'stxstattarget', '-1') AS target,
+       substr(w.whole, w.head, length(w.whole) - w.head + 1 - length(x.stxrelid::regclass::text)) AS tail
+  FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace
+ CROSS JOIN LATERAL (SELECT pg_get_statisticsobjdef(x.oid) AS whole, length(format('CREATE STATISTICS %I.%I', n.nspname, x.stxname)) + 1 AS head) w
+ WHERE x.stxrelid = {oid} ORDER BY x.stxname
+
+-- name: create_statistics
+CREATE STATISTICS {statistics}{tail}{leaf}
+
+-- name: own_statistics
+ALTER STATISTICS {statistics} OWNER TO {owner}
+
+-- name: target
+ALTER STATISTICS {statistics} SET STATISTICS {target}
 
 -- name: left_behind
 -- A table that was made to be attached says so in its comment until it is.

@@ -239,15 +239,19 @@ SELECT 'grant', 'owner on ' || r.object,
  WHERE r.relacl IS NOT NULL GROUP BY r.object, r.relowner, r.kind
 HAVING count(a.privilege_type) < (SELECT count(*) FROM aclexplode(acldefault(r.kind, r.relowner)) d WHERE d.grantee = r.relowner)
 UNION ALL
-SELECT 'grant', 'columns of ' || CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(x.grantee) END || ' ' || x.privilege_type,
-       format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, w.columns, s.qualified, w.who, w.option), NULL, NULL,
-       CASE WHEN NOT s.relrowsecurity THEN format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, w.columns, chr(1), w.who, w.option) END, NULL
+SELECT CASE WHEN x.grantor = s.relowner THEN 'grant' ELSE 'grant of another' END, 'columns of ' || w.grantee || ' ' || x.privilege_type || w.of,
+       w.first || format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, x.columns, s.qualified, w.who, w.option) || w.last, NULL, NULL,
+       CASE WHEN NOT s.relrowsecurity THEN w.first || format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, x.columns, chr(1), w.who, w.option) || w.last END, NULL
   FROM source s CROSS JOIN LATERAL (
-       SELECT x.grantee, x.privilege_type, x.is_grantable, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
+       SELECT x.grantor, x.grantee, x.privilege_type, x.is_grantable, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
          FROM pg_attribute a CROSS JOIN LATERAL aclexplode(a.attacl) x
-        WHERE a.attrelid = s.oid AND NOT a.attisdropped AND x.grantee <> s.relowner GROUP BY 1, 2, 3) x
- CROSS JOIN LATERAL (SELECT x.columns, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS who,
-                            CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option) w
+        WHERE a.attrelid = s.oid AND NOT a.attisdropped AND x.grantee <> s.relowner GROUP BY 1, 2, 3, 4) x
+ CROSS JOIN LATERAL (SELECT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS who,
+                            CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(x.grantee) END AS grantee,
+                            CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option,
+                            CASE WHEN x.grantor = s.relowner THEN '' ELSE ' by ' || pg_get_userbyid(x.grantor) END AS of,
+                            CASE WHEN x.grantor = s.relowner THEN '' ELSE format('SET LOCAL ROLE %I; ', pg_get_userbyid(x.grantor)) END AS first,
+                            CASE WHEN x.grantor = s.relowner THEN '' ELSE '; RESET ROLE' END AS last) w
 UNION ALL
 SELECT 'comment', r.object, format('COMMENT ON %s IS %L', r.object, obj_description(r.oid, 'pg_class')), NULL, NULL, NULL, NULL
   FROM relation r WHERE r.kind = 'S' AND obj_description(r.oid, 'pg_class') IS NOT NULL

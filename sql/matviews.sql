@@ -6,7 +6,7 @@
 SELECT v.oid::bigint AS oid, n.nspname AS schema_name, v.relname AS name, v.relispopulated AS populated, rtrim(pg_get_viewdef(v.oid), ';') AS query,
        concat(' USING ' || quote_ident(m.amname), ' WITH (' || array_to_string(v.reloptions, ', ') || ')', ' TABLESPACE ' || quote_ident(s.spcname)) AS head,
        pg_get_userbyid(v.relowner) AS owner,
-       pg_has_role(v.relowner, 'USAGE') AND has_schema_privilege(v.relnamespace, 'CREATE') AND t.ours AS ours, pg_table_size(v.oid) AS bytes,
+       pg_has_role(v.relowner, 'USAGE') AND has_schema_privilege(v.relnamespace, 'CREATE') AND t.ours AS ours, pg_table_size(v.oid) AS bytes, coalesce(g.of_others, false) AS granted_by_others,
        concat_ws('; ', c.columns, g.grants,
                  format('COMMENT ON MATERIALIZED VIEW %s IS %L', chr(1), obj_description(v.oid, 'pg_class'))) AS rest,
        (SELECT array_agg(DISTINCT pg_describe_object(o.classid, o.objid, o.objsubid)) FROM pg_depend o
@@ -22,8 +22,11 @@ SELECT v.oid::bigint AS oid, n.nspname AS schema_name, v.relname AS name, v.reli
          FROM pg_attribute a WHERE a.attrelid = v.oid AND a.attnum > 0
           AND (col_description(v.oid, a.attnum) IS NOT NULL OR coalesce(to_jsonb(a) ->> 'attstattarget', '-1') <> '-1' OR a.attoptions IS NOT NULL)) c
  CROSS JOIN LATERAL (
-       SELECT string_agg(format('GRANT %s%s ON %s TO %s%s', x.privilege_type, ' (' || quote_ident(x.attname) || ')', chr(1),
-                CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' END), '; ') AS grants
+       SELECT bool_or(x.grantor <> v.relowner) AS of_others, string_agg(concat(
+                CASE WHEN x.grantor <> v.relowner THEN format('SET LOCAL ROLE %I; ', pg_get_userbyid(x.grantor)) END,
+                format('GRANT %s%s ON %s TO %s%s', x.privilege_type, ' (' || quote_ident(x.attname) || ')', chr(1),
+                       CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' END),
+                CASE WHEN x.grantor <> v.relowner THEN '; RESET ROLE' END), '; ' ORDER BY x.grantor <> v.relowner, x.attname NULLS FIRST, x.privilege_type) AS grants
          FROM (SELECT NULL AS attname, t.* FROM aclexplode(v.relacl) t UNION ALL
                SELECT a.attname, t.* FROM pg_attribute a CROSS JOIN LATERAL aclexplode(a.attacl) t WHERE a.attrelid = v.oid) x WHERE x.grantee <> v.relowner) g
  CROSS JOIN LATERAL (  -- the views that read it are re-pointed

@@ -527,7 +527,8 @@ def test_a_new_partition_is_what_its_siblings_are(database, sql, identity):
     sql("CREATE TABLE things (id bigint PRIMARY KEY, k text NOT NULL, code text NOT NULL, v text); CREATE UNIQUE INDEX things_code ON things (code);"
         " CREATE INDEX things_lower ON things (lower(v)); ALTER INDEX things_lower ALTER COLUMN 1 SET STATISTICS 77;"
         " ALTER TABLE things ALTER v SET STATISTICS 55, ALTER code SET (n_distinct = -1); CLUSTER things USING things_code;"
-        f" ALTER TABLE things REPLICA IDENTITY {identity};"
+        f" ALTER TABLE things REPLICA IDENTITY {identity}; CREATE STATISTICS pair (ndistinct) ON code, v FROM things;"
+        " CREATE STATISTICS odd (mcv) ON k, (id % 3) FROM things; ALTER STATISTICS pair SET STATISTICS 44; ALTER STATISTICS odd OWNER TO pg_monitor;"
         " INSERT INTO things SELECT n, (ARRAY['a', 'b'])[1 + n % 2], n, n FROM generate_series(1, 40) n;"
         " CREATE PUBLICATION p FOR TABLE things WITH (publish_via_partition_root)")  # fmt: skip
     run = migration.plan(database, "things", "k", unique="per_partition")
@@ -540,7 +541,8 @@ def test_a_new_partition_is_what_its_siblings_are(database, sql, identity):
         "SELECT relreplident::text, (SELECT array_agg((indisreplident, indisclustered, replace(pg_get_indexdef(indexrelid), relname, '')) ORDER BY indkey::text, indisunique) FROM"
         " (SELECT i.*, x.relname FROM pg_index i JOIN pg_class x ON x.oid = indexrelid WHERE indrelid = c.oid) i)::text,"
         " (SELECT array_agg(concat_ws(' ', attname, to_jsonb(a) -> 'attstattarget', attoptions) ORDER BY attnum) FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0)"
-        " FROM pg_class c WHERE oid = '{0}'::regclass"
+        ", (SELECT array_agg(concat_ws(' ', replace(pg_get_statisticsobjdef(x.oid), '{0}', ''), to_jsonb(x) -> 'stxstattarget', stxowner::regrole) ORDER BY stxname)"
+        " FROM pg_statistic_ext x WHERE stxrelid = c.oid)::text FROM pg_class c WHERE oid = '{0}'::regclass"
     )
     new, old = (str(sql(own.format(each))).replace(each, "leaf") for each in ("things_c", "things_a"))
     assert new == old

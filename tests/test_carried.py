@@ -146,7 +146,10 @@ CARRIED = {
         REVOKE DELETE, TRUNCATE ON thing FROM postgres
         """,
     "grants of others": """
-        GRANT SELECT ON thing TO reader WITH GRANT OPTION; SET ROLE reader; GRANT SELECT ON thing TO writer; RESET ROLE
+        GRANT SELECT ON thing TO reader WITH GRANT OPTION; GRANT UPDATE (name) ON thing TO reader WITH GRANT OPTION; CREATE
+        MATERIALIZED VIEW seen AS SELECT kind, count(*) FROM thing GROUP BY kind; GRANT SELECT ON seen TO reader WITH GRANT OPTION;
+        SET ROLE reader; GRANT SELECT ON thing TO writer; GRANT UPDATE (name) ON thing TO writer; GRANT SELECT ON seen TO writer;
+        GRANT SELECT (kind) ON seen TO PUBLIC; RESET ROLE
         """,
     "default privileges": """
         ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO reader; ALTER DEFAULT PRIVILEGES GRANT USAGE ON SEQUENCES TO
