@@ -108,13 +108,11 @@ class _Sample:
 
     def look(self) -> None:
         run, session = self.run, self.session
-        builds = [*([*each.statements, *each.adopt] for each in indexes.builds(run)), *unique.builds(run)]
-        built = [each for build in builds for each in build]
         self.time("create", partition.create(run))
-        self.time("empty", built)
+        self.build("empty")
         self.time("drop", indexes.remove(run))
         self.copy()
-        self.time("index", built)
+        self.build("index")
         # Before the root has its indexes, for with them the partition of unknown values has some, too.
         self.sizes = session.row("forecast.sizes", schemas=[run.staging, run.plan.guard_schema])
         self.sizes["backup_bytes"] = session.row("forecast.sizes", schemas=[run.staging])["table_bytes"]
@@ -126,6 +124,13 @@ class _Sample:
             self.reference(reference)
         self.time("move", (statement("cutover.set_schema", table=leaf, to=run.names["schema"]) for leaf in self.leaves))
         self.time("drop", [statement("forecast.drop", **run.names)])  # which an event trigger may refuse
+
+    def build(self, part: str) -> None:
+        for each in indexes.builds(self.run):
+            with indexes.explained(self.run, each, PlanBlocked):
+                self.time(part, [*each.statements, *each.adopt])
+        for guard in unique.builds(self.run):
+            self.time(part, guard)
 
     def copy(self) -> None:
         run, blocks = self.run, self.session.row("restore.blocks", **self.run.names)["blocks"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psycopg
 from psycopg import sql
 
 from runbook import unique as unique_keys
 from runbook.changes import Statements
+from runbook.errors import RunbookError
 from runbook.facts import Index
 from runbook.ledger import Run
 from runbook.plan import fit
@@ -23,6 +26,7 @@ class Build:
     statements: list[sql.Composed]
     leaf: str = ""
     name: str = ""
+    index: str = ""  # whose part it is
     adopt: tuple[sql.Composed, ...] = ()  # once it is built
     after: Build | None = None
     pid: int = 0  # of the session that builds it
@@ -41,9 +45,31 @@ def builds(run: Run) -> list[Build]:
         for index in (*refusing, *others):
             name = index.leaf_names[partition.name]
             first, *adopt = _leaf_index(run, index, leaf, name)
-            last = Build([first], partition.name, name, tuple(adopt), last if index in refusing else None)
+            last = Build([first], partition.name, name, index.name, tuple(adopt), last if index in refusing else None)
             found.append(last)
     return found
+
+
+@contextmanager
+def explained(run: Run, build: Build, kind: type[RunbookError]) -> Iterator[None]:
+    """Raises an error of this kind that names the index, where what it rests on is not any more what it was when the original's was
+    built; without a row's values, which the server's own may have."""
+    try:
+        yield
+    except (psycopg.DataError, psycopg.ProgrammingError, psycopg.errors.ProgramLimitExceeded) as error:
+        known = {
+            "22": "",
+            "42": error.diag.message_primary,
+            "54": error.diag.message_primary,
+        }  # another's is an event trigger's, or our rights
+        told = known.get((error.sqlstate or "")[:2])
+        if not build.index or told is None or isinstance(error, psycopg.errors.InsufficientPrivilege):
+            raise
+        raise kind(
+            f"The index {build.index} of {run.plan.full_name} cannot be built anew: {told or f'error {error.sqlstate}, {type(error).__name__}'}. Since"
+            f" it was built, a function, a type or the storage that it rests on has changed (REINDEX INDEX {build.index} would fail, too): mend"
+            " that, or drop the index and run 00_plan again."
+        ) from error
 
 
 def _leaf_index(run: Run, index: Index, leaf: sql.Identifier, name: str) -> Statements:

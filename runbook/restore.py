@@ -197,7 +197,8 @@ def _build(run: Run, session: Session, build: indexes.Build, holder: int) -> Non
     session.give_way()
     try:
         with session.transaction(lock_timeout="30s", synchronous_commit="off"):
-            session.run_all(build.statements)
+            with indexes.explained(run, build, PromiseBroken):
+                session.run_all(build.statements)
             refuse_orphan(run, session, holder)
     finally:
         build.ended = True

@@ -11,7 +11,7 @@ import pytest
 
 import runbook
 from runbook import charts, forecast
-from runbook.errors import PlanBlocked
+from runbook.errors import PlanBlocked, PromiseBroken
 from runbook.ledger import Run
 from runbook.statements import trusted
 from tests import migration
@@ -132,6 +132,22 @@ def test_writers_are_no_hindrance_and_who_is_one_stops_nobody(clinic: str, sql: 
 
 
 @pytest.mark.long
+def test_an_index_that_could_not_be_built_anew_is_named_before_and_in_03(database: str, sql: Sql) -> None:
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, note text)")
+    sql("CREATE FUNCTION f(text) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT length($1)'; CREATE INDEX by_f ON t (f(note))")
+    sql("INSERT INTO t SELECT n, (ARRAY['a','b'])[1 + n % 2], 'a secret' FROM generate_series(1, 100) n")
+    sql("CREATE OR REPLACE FUNCTION f(text) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT $1::int'")
+    run = migration.plan(database, "t", "k", partitions={"t_a": ["a"], "t_b": ["b"]})
+    named = r"^The index by_f of public\.t cannot be built anew: error 22P02, InvalidTextRepresentation\. .*REINDEX INDEX by_f.*00_plan"
+    with pytest.raises(PlanBlocked, match=named):
+        forecast.measure(run)
+    migration.walk(run, migration.FORWARD, last="settle")
+    with pytest.raises(PromiseBroken, match=named):
+        migration.walk(run, migration.FORWARD, first="index", last="index")
+    sql("CREATE OR REPLACE FUNCTION f(text) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT length($1)'")
+    migration.walk(run, migration.FORWARD, first="index")
+
+
 @pytest.mark.parametrize("event", ["sql_drop", pytest.param("ddl_command_start", marks=pytest.mark.long)])
 def test_an_event_trigger_that_refuses_what_a_step_does_is_named_before(clinic: str, sql: Sql, event: str) -> None:
     sql("CREATE FUNCTION keep_all() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'ask the DBA'; END$$")
