@@ -57,11 +57,8 @@ def explained(run: Run, build: Build, kind: type[RunbookError]) -> Iterator[None
     try:
         yield
     except (psycopg.DataError, psycopg.ProgrammingError, psycopg.errors.ProgramLimitExceeded) as error:
-        known = {
-            "22": "",
-            "42": error.diag.message_primary,
-            "54": error.diag.message_primary,
-        }  # another's is an event trigger's, or our rights
+        # Of other kinds are what an event trigger or our own rights refuse.
+        known = {"22": "", "42": error.diag.message_primary, "54": error.diag.message_primary}
         told = known.get((error.sqlstate or "")[:2])
         if not build.index or told is None or isinstance(error, psycopg.errors.InsufficientPrivilege):
             raise

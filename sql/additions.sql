@@ -100,10 +100,14 @@ CREATE TABLE {leaf} (LIKE {root} INCLUDING ALL EXCLUDING IDENTITY EXCLUDING COMM
   CONSTRAINT {check} CHECK ({rule})) {options} {tablespace}
 
 -- name: statistics
--- The root's, of which LIKE would copy neither the target nor the owner; `tail` is what stands between name and table.
-SELECT x.stxname AS name, pg_get_userbyid(x.stxowner) AS owner, nullif(to_jsonb(x) ->> 'stxstattarget', '-1') AS target,
-       substr(w.whole, w.head, length(w.whole) - w.head + 1 - length(x.stxrelid::regclass::text)) AS tail
-  FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace
+-- The root's, of which LIKE would copy neither the target nor the owner (where we may give them to that one); `tail` is what stands
+-- between name and table.
+SELECT x.stxname AS name, nullif(to_jsonb(x) ->> 'stxstattarget', '-1') AS target,
+       substr(w.whole, w.head, length(w.whole) - w.head + 1 - length(x.stxrelid::regclass::text)) AS tail,
+       CASE WHEN (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+              OR pg_has_role(x.stxowner, 'MEMBER') AND has_schema_privilege(x.stxowner, c.relnamespace, 'CREATE') THEN pg_get_userbyid(x.stxowner)
+            ELSE current_user END AS owner
+  FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace JOIN pg_class c ON c.oid = x.stxrelid
  CROSS JOIN LATERAL (SELECT pg_get_statisticsobjdef(x.oid) AS whole, length(format('CREATE STATISTICS %I.%I', n.nspname, x.stxname)) + 1 AS head) w
  WHERE x.stxrelid = {oid} ORDER BY x.stxname
 

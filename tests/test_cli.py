@@ -240,7 +240,7 @@ def test_what_is_interrupted_while_it_is_sealed_is_told_all_the_same(
     assert re.search(r"00_plan +done(.|\n)*Record: .*\nHead:   [0-9a-f]{64}\n", result.stdout)
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(each, marks=pytest.mark.long) for each in ("zsh", "fish"))])
 def test_every_shell_is_offered_commands_and_steps(shell: str) -> None:
     program = str(Path(sys.executable).with_name("runbook"))
     environment = {**os.environ, "_RUNBOOK_COMPLETE": f"{shell}_source"}

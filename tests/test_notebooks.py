@@ -147,6 +147,7 @@ def test_a_run_migrates_and_is_on_record(clinic: str, tmp_path: Path) -> None:
     assert alone.exit_code == 0 and "Nobody but its own HEAD vouches for the last run: the ledger of" in alone.stdout
 
 
+@pytest.mark.long
 def test_another_run_does_nothing_and_says_so(walked: Walked, clinic: str, tmp_path: Path) -> None:
     walked(*FORWARD)
     before = dump(clinic)

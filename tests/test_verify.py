@@ -440,7 +440,10 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ELSEWHERE)
+SOON = {"a key to a table of kinds that lacks one", "a trigger with an error of its own"}
+
+
+@pytest.mark.parametrize("what", [pytest.param(each, marks=[] if each in SOON else pytest.mark.long) for each in ELSEWHERE])
 def test_what_the_application_forbids_itself_is_no_broken_promise(database, sql, what):
     """Each of these was refused before the migration as well; 06 and 07 pass, and 91 is not barred for ever."""
     made, given = ELSEWHERE[what]
