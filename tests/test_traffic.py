@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import uuid
+from collections import Counter
+
+import psycopg
 import pytest
 
 from runbook.errors import NotEqual
@@ -44,6 +50,43 @@ def test_a_row_that_slipped_past_the_log_is_named(forward, sql):
         " ALTER TABLE users ENABLE TRIGGER USER")  # fmt: skip
     with pytest.raises(NotEqual, match=r"users_admins: 1 against 1 row.*different"):
         migration.walk(run, {"": migration.FORWARD["compare"]})
+
+
+@pytest.mark.parametrize("way", ["there", pytest.param("back", marks=pytest.mark.long)])
+def test_who_waits_for_the_swap_finds_the_rows_written_just_before(forward, clinic, sql, way):
+    """Each row is changed by the transaction after the one that made it, as the swap comes in between. With READ COMMITTED: a snapshot of
+    a whole transaction may be older than the swap's last rows, and README.md names that among the limits."""
+    run = forward("approval" if way == "there" else "cutover check")
+    stop, missed, changed = threading.Event(), list[uuid.UUID](), Counter[str]()
+    both = (
+        "WITH made AS (INSERT INTO users (email, password, first_name, last_name, role) VALUES (%s, 'x', 'n', 'y', 'user'))"
+        " UPDATE users SET first_name = 'new' WHERE id = %s"
+    )
+
+    def work() -> None:
+        with psycopg.connect(clinic, autocommit=True) as own:
+            while not stop.is_set():
+                row = uuid.uuid4()
+                own.execute(
+                    "INSERT INTO users (id, email, password, first_name, last_name) VALUES (%s, %s, 'x', 'o', 'y')",
+                    [row, f"{row}@o"],
+                )
+                found = own.execute(both, [f"{row}@n", row]).rowcount
+                kind = own.execute("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass").fetchone()
+                changed[kind[0] if kind else ""] += 1
+                missed.extend([] if found else [row])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    step = "swap" if way == "there" else "swap back"
+    migration.walk(run, {step: {**migration.FORWARD, **migration.BACK}[step]})
+    time.sleep(0.3)
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert missed == [] and set(changed) == {"r", "p"}, "before and after"
 
 
 @pytest.mark.long

@@ -363,11 +363,13 @@ class Writer:
         query = (
             "WITH made AS (INSERT INTO users (email, password, first_name, last_name, role) VALUES (%s, 'x', %s, 'y', %s) "
             "RETURNING id),"
-            " renamed AS (UPDATE users SET first_name = %s WHERE id = ANY(%s)) SELECT id FROM made"
+            " renamed AS (UPDATE users SET first_name = %s WHERE id = ANY(%s) RETURNING id) SELECT id, (SELECT count(*) FROM renamed) FROM made"
         )
         others = self.some(model, 2)
         row = self.execute(query, (email, first, role, first, others)).fetchone()
         assert row is not None
+        if row[1] != len(others):
+            raise Lost(f"{self.name}: UPDATE beside an INSERT found {row[1]} rows instead of {len(others)}")
         model.users |= {each: (*model.users[each][:2], first) for each in others}
         model.users[row[0]] = (email, role, first)
 
