@@ -151,6 +151,7 @@ def test_no_write_to_the_default_partition_is_lost_meanwhile(forward, clinic, sq
     verify.check(run)
 
 
+@pytest.mark.long
 def test_whoever_waits_while_rows_go_over_finds_them(database, sql):
     """A session that has read the list of partitions, and then waits for the default one, would find it without these rows."""
     sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, n int);"
@@ -348,6 +349,7 @@ def test_numbers_far_off_are_no_end_to_go_on_from(database, sql):
     assert added == {"t_100": "FOR VALUES FROM (100) TO (200)", "t_200": "FOR VALUES FROM (200) TO (300)"}
 
 
+@pytest.mark.long
 def test_what_lies_far_off_and_has_none_is_not_gone_after(database, sql):
     with pytest.raises(BadInput, match=r"more than 1,000 partitions of t, .* name a partition of their own"):
         steps(sql, database, "date", "VALUES (date '2020-02-03'), ('2999-12-31')", MONTHS | {"rest": "default"}, every="month")

@@ -428,6 +428,7 @@ def test_the_index_lists_every_run_with_what_failed_first(tmp_path: Path) -> Non
         assert (tmp_path / "runs" / link).is_file()
 
 
+@pytest.mark.long
 def test_a_record_that_a_kill_cut_off_anywhere_is_no_alarm(tmp_path: Path) -> None:
     def write(runs: Path, last: int) -> bool:
         """In a process of its own, which is killed at the `last` write; whether it came to the end."""

@@ -90,6 +90,7 @@ def test_a_schema_of_the_next_migrations_name_is_nobodys_to_take(clinic: str, sq
     assert sql("SELECT to_regclass('runbook_1.theirs')::text") == [("runbook_1.theirs",)]
 
 
+@pytest.mark.long
 def test_who_has_no_way_back_is_not_sent_there(clinic: str, sql: Sql, tmp_path: Path) -> None:
     run = migration.forward(clinic)
     verify.check(run)

@@ -246,6 +246,7 @@ def test_a_table_is_whole_as_text_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert " ... " not in text and text.count("column 39") == 200
 
 
+@pytest.mark.long
 def test_what_kernels_are_forked_from_can_be_killed(tmp_path: Path) -> None:
     forked.begin()
     kill = "import os, pathlib, signal\npathlib.Path('{0}').write_text(str(os.getpid()))\nos.kill(os.{0}(), signal.SIGKILL)\nprint('goes on')"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from runbook import imports
@@ -21,6 +23,7 @@ assert "typeguard" not in inflect.engine.plural.__code__.co_names
 """
 
 
+@pytest.mark.long
 def test_what_nobody_here_uses_is_not_loaded() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def test_the_script_ends_where_the_notebooks_end(clinic: str, copy: str, legacy:
     assert dump(copy) == dump(clinic)
 
 
+@pytest.mark.long
 def test_after_the_script_the_runbook_goes_on(clinic: str, database: str) -> None:
     """In a copy, restored from a dump: 06 verifies, 90 leads back, and what is planned anew comes to its end."""
     client("psql", "--no-psqlrc", "--quiet", database, text=client("pg_dump", f"--dbname={clinic}"))

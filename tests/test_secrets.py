@@ -162,6 +162,7 @@ def test_a_key_of_a_row_is_hidden_wherever_it_is_quoted(end: str) -> None:
     assert "ann@" not in clean and clean.startswith("DETAIL:  Key (email, lower(name::text))=(***) ") and "CONTEXT" in clean
 
 
+@pytest.mark.long
 def test_an_error_is_a_sentence_with_a_way_out_and_its_traceback_is_folded(tmp_path: Path) -> None:
     code = "from runbook.errors import NotEqual\nimport runbook\nraise NotEqual('users differs in 3 rows: run 03_restore again.')"
     spec = {"name": "python3", "language": "python", "display_name": "Python"}

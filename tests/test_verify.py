@@ -295,6 +295,7 @@ def test_nothing_is_left_of_what_was_tried(migrated: str) -> None:
     assert execute(migrated, "SELECT count(*) FROM runbook_1.changes_back") == [(0,)]
 
 
+@pytest.mark.long
 def test_rows_that_others_hold_are_neither_waited_for_nor_passed(migrated: str) -> None:
     run = opened(migrated)
     with psycopg.connect(migrated) as other:
@@ -468,6 +469,7 @@ COUNTED = """
 """
 
 
+@pytest.mark.long
 def test_a_counter_in_the_row_and_writers_of_those_that_refer_to_it_break_no_promise(server, database, sql):
     """The cascade fires a trigger that writes the row once more, as counter caches do; meanwhile others let go of the row."""
     sql(COUNTED)
