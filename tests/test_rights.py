@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from urllib.parse import quote
 
 import psycopg
@@ -45,6 +46,21 @@ def test_the_owner_needs_no_superuser(owner, sql):
     assert sql("SELECT u.label FROM users u WHERE u.email = 'new@x'") == [("new@xadmin",)]
     migration.back(run)
     assert sql("SELECT count(*) FROM users") == sql("SELECT sum(count)::bigint FROM roles") == [(1001,)]
+
+
+@pytest.mark.parametrize(
+    ("right", "what"),
+    [
+        ("SELECT ON roles", "The materialized view public.roles"),
+        ("UPDATE (phone) ON users", "The grant columns of PUBLIC UPDATE by"),
+    ],
+)
+def test_what_another_granted_is_kept_or_stops_the_plan(owner, sql, right, what):
+    me = owner.split("//")[1].split("@")[0]
+    sql(f"SET ROLE {me}; CREATE MATERIALIZED VIEW roles AS SELECT role, count(*) FROM users GROUP BY role;"
+        f" GRANT {right} TO clinic_app WITH GRANT OPTION; SET ROLE clinic_app; GRANT {right} TO PUBLIC; RESET ROLE")  # fmt: skip
+    with pytest.raises(PlanBlocked, match=rf"{re.escape(what)} .*only a superuser can"):
+        migration.plan(owner)
 
 
 @pytest.mark.parametrize("who", ["its owner", pytest.param("a superuser", marks=pytest.mark.long)])
