@@ -380,7 +380,7 @@ def test_where_the_numbers_end_the_last_partition_has_no_end(database, sql, key_
 @pytest.mark.long
 def test_it_works_after_91_and_for_the_next_months(database, sql):
     sql(
-        "CREATE TABLE visits (id int PRIMARY KEY, at timestamptz NOT NULL); INSERT INTO visits SELECT n, now() - n * interval '1 day' FROM generate_series(1, 40) n"
+        "CREATE TABLE visits (id int PRIMARY KEY, at timestamptz NOT NULL); INSERT INTO visits SELECT n, now() - n * interval '1 day' FROM generate_series(0, 40) n"
     )
     given = {"partition_by": "range", "every": "month", "ahead": 0}
     run = migration.forward(database, table="visits", key="at", **given)
