@@ -46,10 +46,11 @@ DELETE FROM {guard} WHERE ctid = ANY (ARRAY(
 
 -- name: attach
 -- AFTER row triggers, cloned to every partition: a BEFORE trigger would turn a harmless ON CONFLICT DO NOTHING into an error.
--- ALWAYS: a session in replica mode is held to it, too, as it is to an index.
+-- ALWAYS: a session in replica mode is held to it, too, as it is to an index. A function compares: as the operator's operands
+-- the server prints rows without their ::record, and no dump could be restored.
 CREATE TRIGGER {row_trigger} AFTER INSERT OR DELETE ON {shadow} FOR EACH ROW EXECUTE FUNCTION {function}();
 CREATE TRIGGER {update_trigger} AFTER UPDATE ON {shadow} FOR EACH ROW
-  WHEN (ROW({old_watched})::record OPERATOR(pg_catalog.*<>) ROW({new_watched})::record) EXECUTE FUNCTION {function}();
+  WHEN (pg_catalog.record_image_ne(ROW({old_watched}), ROW({new_watched}))) EXECUTE FUNCTION {function}();
 ALTER TABLE {shadow} ENABLE ALWAYS TRIGGER {row_trigger};
 ALTER TABLE {shadow} ENABLE ALWAYS TRIGGER {update_trigger}
 

@@ -20,7 +20,7 @@ from runbook.errors import PlanBlocked
 from tests.dumps import differences, schema
 from tests.migration import FORWARD, back, plan, walk
 from tests.servers import Server
-from tests.walk import dump
+from tests.walk import dump, restored
 
 numbers = itertools.count(1)
 # type → a value of row n
@@ -203,7 +203,7 @@ def test_any_table_is_migrated_verified_and_rolled_back(server: Server) -> None:
         with psycopg.connect(server.conninfo(), autocommit=True) as connection:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
             try:
-                goes_and_comes_back(server.url(name), statements, table, key, given)
+                goes_and_comes_back(server, server.url(name), statements, table, key, given)
             finally:
                 connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
@@ -211,8 +211,10 @@ def test_any_table_is_migrated_verified_and_rolled_back(server: Server) -> None:
     (holds if "RUNBOOK_EXAMPLES" in os.environ else seed(server.version)(holds))()
 
 
-def goes_and_comes_back(database: str, statements: list[str], table: str, key: str, given: dict[str, object]) -> None:
-    """What 00 refuses is untouched; anything else is carried over, verified, and comes back as it was."""
+def goes_and_comes_back(
+    server: Server, database: str, statements: list[str], table: str, key: str, given: dict[str, object]
+) -> None:
+    """What 00 refuses is untouched; anything else is carried over, verified, dumped and restored, and comes back as it was."""
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(FIRST)
         for statement in statements:
@@ -223,5 +225,6 @@ def goes_and_comes_back(database: str, statements: list[str], table: str, key: s
         walk(run, FORWARD)
         assert differences(before, schema(database), run) == []
         verify.check(run)
+        assert restored(server, database) == dump(database)
         back(run)
     assert dump(database, "--exclude-schema=runbook") == everything

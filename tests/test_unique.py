@@ -13,7 +13,7 @@ import runbook
 from runbook import verify
 from runbook.errors import BadInput, PlanBlocked, PromiseBroken
 from tests import migration, servers
-from tests.walk import dump
+from tests.walk import dump, restored
 
 PAYLOAD = "(email, password, first_name, last_name, role)"
 VALUES = "VALUES ('{email}', 'p', 'N', 'N', '{role}')"
@@ -61,6 +61,10 @@ def test_a_duplicate_is_refused_as_it_was_before(clinic, sql):
     migration.back(run)
     assert refusals(sql) == before
     assert sql("SELECT to_regnamespace('users_unique')") == [(None,)]
+
+
+def test_a_dump_of_the_result_is_restored_as_it_was(server, clinic, guarded):
+    assert restored(server, clinic) == dump(clinic)
 
 
 @pytest.mark.parametrize("outcome", ["commit", pytest.param("rollback", marks=pytest.mark.long)])

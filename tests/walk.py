@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 
 from runbook import postgres
 from runbook.statements import folder
-from tests.servers import wheel
+from tests.servers import Server, wheel
 
 FORWARD = ("00_plan", "01_backup", "02_partition", "03_restore", "04_foreign_keys", "05_cutover", "06_verify", "07_application")
 REPAIR = ("00_plan", "03_restore", "04_foreign_keys", "06_verify", "07_application")
@@ -75,3 +78,18 @@ def dump(database: str, *options: str) -> str:
         else:
             rows.append(line)
     return "\n".join(lines)
+
+
+def restored(server: Server, database: str) -> str:
+    """The whole database as pg_dump writes it once it was dumped and restored; raises AssertionError where that fails."""
+    copy = f"{conninfo_to_dict(database)['dbname']}_restored"
+    name = sql.Identifier(copy)
+    with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(name))
+        try:
+            url = server.url(copy)
+            text = client("pg_dump", f"--dbname={database}").replace("SET transaction_timeout = 0;", "")  # 17 and newer have it
+            client("psql", "-Xq1", "--set=ON_ERROR_STOP=1", f"--dbname={url}", text=text)
+            return dump(url)
+        finally:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
