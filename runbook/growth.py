@@ -62,6 +62,8 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
     default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
     drift.require(session, plan, [((plan.table.schema_name, plan.table.name), plan.key)])
     key = next(column for column in catalog.columns_of(session, oid) if column.name == plan.key)
+    if pending := half_detached(session, oid):
+        found.append(Finding.blocker(plan.full_name, pending, ""))
     asked = _as_written(run, session, _wanted(run, session, oid, given, key))
     wanted = [each for each in asked if not stands(each.name, each.bound, tree)]
     division.refuse_too_many(len(tree) + len(wanted), plan.table.name, given)
@@ -94,6 +96,16 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
         keys=tuple(Key.model_validate(row | {"schema_name": row["schema"]}) for row in keys),
         findings=worst_first(found),
     )  # fmt: skip
+
+
+def half_detached(session: Session, oid: int) -> str:
+    """Names each partition whose DETACH was broken off, and what completes it; empty where there is none."""
+    with session.qualified():
+        return " ".join(
+            f"DETACH of {row['name']} was broken off, and nobody sees its rows in the table: let it run on if it is still at work,"
+            f" else complete it by {row['finalize']}."
+            for row in session.rows("additions.half_detached", oid=oid)
+        )
 
 
 def mark(run: Run) -> str:

@@ -11,7 +11,7 @@ import psycopg
 from runbook import queries
 from runbook.application import filled
 from runbook.errors import OutOfOrder, PromiseBroken
-from runbook.growth import ranges_of
+from runbook.growth import half_detached, ranges_of
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.points import stage
 from runbook.session import Session
@@ -42,7 +42,7 @@ def look(action: Action, file: str = "") -> Evidence:
     known = names if before is None else before["values"]
     share, asked = _pruning(run, session, {leaf["name"] for leaf in leaves}, file)
     facts: dict[str, Any] = {
-        "missing": _missing(run, session), "ahead": None if rest else _ahead(run, session), "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
+        "half_detached": half_detached(session, session.value("verify.oid", root=root)), "missing": _missing(run, session), "ahead": None if rest else _ahead(run, session), "partitions": leaves, "indexes": session.rows("monitor.indexes", root=root), "values": [*known],
         "default_rows": sum(row["rows"] for row in values), "new_values": [each for each in names if each not in known],
         "pruning_percent": share, "statements": asked, "filled_rows": int(filled(run)["since yesterday"].sum()),
         "log_bytes": session.value("monitor.log", back=spelled(run.names["back"])),
@@ -146,6 +146,7 @@ def check(
     share, log, new = seen["pruning_percent"], (seen["log_bytes"] or 0) / MIB, seen["new_values"]
     ahead, missing = seen.get("ahead"), seen.get("missing") or []
     passed = [
+        (bool(seen.get("half_detached")), seen.get("half_detached", "")),
         (
             bool(missing),
             f"{', '.join(missing)} of the plan {'is' if len(missing) == 1 else 'are'} there no more, and such a row is refused: attach it, or"

@@ -6,6 +6,14 @@ SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind =
   FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE i.inhparent = {oid} ORDER BY c.oid
 
+-- name: half_detached
+-- Partitions whose DETACH ... CONCURRENTLY was broken off: through the table nobody sees their rows, and they would be dropped with it.
+WITH RECURSIVE below AS (
+  SELECT i.inhrelid, i.inhparent, i.inhdetachpending FROM pg_inherits i WHERE i.inhparent = {oid}
+  UNION ALL SELECT i.inhrelid, i.inhparent, i.inhdetachpending FROM pg_inherits i JOIN below b ON i.inhparent = b.inhrelid)
+SELECT inhrelid::regclass::text AS name, format('ALTER TABLE %s DETACH PARTITION %s FINALIZE', inhparent::regclass, inhrelid::regclass) AS finalize
+  FROM below WHERE inhdetachpending ORDER BY 1
+
 -- name: create_twin
 -- Temporary, and taken back again: the server itself judges the new bounds beside the old ones, and says what each takes.
 CREATE TEMPORARY TABLE runbook_twin (LIKE {root}) PARTITION BY {partition_by}

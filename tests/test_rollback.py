@@ -7,9 +7,9 @@ import re
 import psycopg
 import pytest
 
-from runbook import backup, finish, ledger, rollback, verify
+from runbook import additions, backup, finish, ledger, monitor, rollback, verify
 from runbook.database import target
-from runbook.errors import ApprovalMissing, LockNotGranted, OutOfOrder, PromiseBroken
+from runbook.errors import ApprovalMissing, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
 from tests import migration
 from tests.walk import client, walk
 
@@ -260,6 +260,29 @@ def test_the_originals_rows_of_a_dropped_partition_are_not_dropped_in_silence(fo
     sql("INSERT INTO users SELECT * FROM users_retired WHERE role = 'doctor'")
     migration.back(run)
     assert sql("SELECT count(*) FROM users WHERE role = 'doctor'") == [(50,)]
+
+
+def test_a_detach_that_was_broken_off_keeps_the_way_back_from_dropping_its_rows(clinic, forward, sql):
+    run = forward()
+    sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey")
+    with psycopg.connect(clinic) as reader:
+        reader.execute("SELECT count(*) FROM users")
+        with psycopg.connect(clinic, autocommit=True) as connection, pytest.raises(psycopg.errors.QueryCanceled):
+            connection.execute("SET statement_timeout = '1s'")
+            connection.execute("ALTER TABLE users DETACH PARTITION users_doctors CONCURRENTLY")
+    finalize = r"DETACH of public\.users_doctors was broken off, .* ALTER TABLE public\.users DETACH PARTITION public\.users_doctors FINALIZE"
+    with pytest.raises(PromiseBroken, match=finalize):
+        migration.walk(run, migration.BACK)
+    with pytest.raises(PlanBlocked, match=finalize):
+        additions.draft(run, add={"users_nurses": ["nurse"]}).freeze()
+    monitor.look(run)
+    with pytest.raises(PromiseBroken, match=finalize):
+        monitor.check(run)
+    assert sql("SELECT count(*) FROM users_doctors") == [(50,)]
+    sql("ALTER TABLE users DETACH PARTITION users_doctors FINALIZE")
+    sql("ALTER TABLE users ATTACH PARTITION users_doctors FOR VALUES IN ('doctor')")
+    migration.walk(run, migration.BACK)
+    assert sql("SELECT role, count(*) FROM users GROUP BY role ORDER BY role") == [("admin", 1), ("doctor", 50), ("user", 949)]
 
 
 @pytest.mark.long
