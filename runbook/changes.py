@@ -13,7 +13,7 @@ from runbook.errors import PlanOutdated, RunbookError
 from runbook.ledger import Run
 from runbook.locks import NotYet, Patience
 from runbook.session import Session
-from runbook.statements import spelled, statement, trusted
+from runbook.statements import closed_schema, spelled, statement, trusted
 
 Statements = Iterator[sql.Composed]
 SHORT_TAIL = 1000  # log entries
@@ -41,6 +41,7 @@ BACK = Way("source", "retired", "back")
 
 def create(run: Run) -> Statements:
     """The logs and the functions that write them."""
+    yield from closed_schema(run.staging)
     yield statement("changes.create", **run.names)
     yield statement("changes.create_functions", **run.names)
 

@@ -16,10 +16,10 @@ from runbook.errors import BadInput, PlanBlocked, PlanOutdated
 from runbook.facts import Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, forget, resolve
-from runbook.plan import Plan, fit
+from runbook.plan import Plan, fit, stored
 from runbook.provenance import operator
 from runbook.session import Session
-from runbook.statements import trusted
+from runbook.statements import closed_schema, statement, trusted
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Draft:
         self.require_passable(fail_on)
         source = sql.Literal(self.plan.full_name)
         with self.database.session("plan.freeze") as session:
-            session.run("ledger.create")
+            session.run_all([*closed_schema("runbook", there=True), statement("ledger.create")])
             ledger.claim(session, self.plan)  # nobody begins anything meanwhile
             row = session.run("ledger.last_migration", source=source).fetchone()
             since = row is not None and (row["state"] == "open" or row["source_oid"] == self.plan.table.oid)
@@ -172,7 +172,7 @@ def draft(**given: Any) -> Draft:
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
             over = row is not None and row["state"] == "finished" and not session.row("catalog.table", oid=found)["partitioned"]
             if row is not None and row["state"] in ("open", "finished") and not over and _under_way(session, row["id"]):
-                return _in_force(ledger.Run(database, row["id"], Plan.model_validate(row["plan"]), row["state"]), parameters)
+                return _in_force(ledger.Run(database, row["id"], stored(row), row["state"]), parameters)
         try:
             with session.transaction("REPEATABLE READ"), session.qualified():
                 return _decide(session, found, parameters, database)

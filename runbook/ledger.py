@@ -19,7 +19,7 @@ from runbook import asked, catalog, drift, locks
 from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
 from runbook.parameters import check, forget, injected, resolve
-from runbook.plan import Plan
+from runbook.plan import Plan, stored
 from runbook.provenance import operator
 from runbook.redaction import known_secrets, redact
 from runbook.session import Session
@@ -296,4 +296,4 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
     if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")
-    return Run(database, row["id"], Plan.model_validate(row["plan"]), row["state"])
+    return Run(database, row["id"], stored(row), row["state"])

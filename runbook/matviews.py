@@ -15,7 +15,7 @@ from runbook.changes import Statements
 from runbook.facts import Matview, MatviewIndex
 from runbook.ledger import Run
 from runbook.session import Session
-from runbook.statements import rendered, spelled, statement, trusted
+from runbook.statements import closed_schema, rendered, spelled, statement, trusted
 
 
 def of(session: Session, oid: int) -> tuple[Matview, ...]:
@@ -42,7 +42,7 @@ def _make(run: Run, view: Matview) -> Statements:
     place = _place(run, view, "new")
     new = sql.Identifier(place, view.name)
     yield _forget(place, view)  # of a run that died
-    yield statement("matviews.create_schema", schema=(place,))
+    yield from closed_schema(place)
     yield statement("matviews.create", view=new, head=trusted(view.head), query=trusted(view.query))
     for index in view.indexes:
         unique = trusted("UNIQUE" if index.unique else "")
@@ -61,7 +61,7 @@ def _make(run: Run, view: Matview) -> Statements:
 def _exchange(run: Run, view: Matview) -> Statements:
     """It takes the place, and all that the old one had."""
     new, old = _place(run, view, "new"), _place(run, view, "old")
-    yield statement("matviews.create_schema", schema=(old,))
+    yield from closed_schema(old)
     yield statement("matviews.set_schema", view=view.identifier, to=(old,))
     yield statement("matviews.set_schema", view=(new, view.name), to=(view.schema_name,))
     yield from partition.revoke(view.identifier, run.plan.table.strangers)
@@ -161,7 +161,7 @@ def give_back(run: Run, views: Iterable[Matview]) -> Statements:
         yield _forget(_place(run, view, "new"), view)
     for view in views:
         new, old = _place(run, view, "new"), _place(run, view, "old")
-        yield statement("matviews.create_schema", schema=(new,))
+        yield from closed_schema(new)
         yield statement("matviews.set_schema", view=view.identifier, to=(new,))
         yield statement("matviews.set_schema", view=(old, view.name), to=(view.schema_name,))
         yield from map(rendered, view.views)

@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 from psycopg import sql
 
+from runbook.errors import PlanOutdated
 from runbook.facts import Carried, Column, Fact, Finding, Guard, Index, Matview, Named, Partition, Reference, Table
 from runbook.statements import trusted
 
@@ -27,6 +29,22 @@ HASHES = {
     "timestamptz": "timestamptz_hash_extended({}, {})",
 }
 HASHES_BEFORE_18 = HASHES | {"timestamptz": "timestamp_hash_extended({} AT TIME ZONE 'UTC', {})"}
+
+
+def digest(plan: Any) -> str:
+    """sha256, in hexadecimal, of a plan's JSON with its keys in order: the ledger's jsonb keeps an order of its own."""
+    text = json.dumps(plan, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stored(row: dict[str, Any]) -> Plan:
+    """The plan of a row of the ledger; raises PlanOutdated where it is not the one that was frozen."""
+    if (now := digest(row["plan"])) != row["plan_hash"]:
+        raise PlanOutdated(
+            f"The plan of {row['source']} that the ledger holds is another ({now[:12]}) than was frozen ({row['plan_hash'][:12]}): somebody altered"
+            " runbook.migration, and nothing is done by it. Put its plan back as it was: the record's evidence.json has it."
+        )
+    return Plan.model_validate(row["plan"])
 
 
 class Plan(Fact):
@@ -68,9 +86,8 @@ class Plan(Fact):
 
     @cached_property
     def hash(self) -> str:
-        """sha256, in hexadecimal, of the plan's JSON with its keys in order: the ledger's jsonb keeps an order of its own."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """The digest of the plan as JSON."""
+        return digest(self.model_dump(mode="json"))
 
     @property
     def new_primary_key(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from runbook.plan import Plan, fit, with_key
 from runbook.references import names
 from runbook.session import Session
 from runbook.sheet import Sheet
-from runbook.statements import spelled, statement
+from runbook.statements import closed_schema, spelled, statement
 from runbook.words import counted
 
 ROUNDS = 20
@@ -199,7 +199,7 @@ def statements_of(run: Run, reference: Reference) -> Iterator[sql.Composed]:
         if not reference.not_null:
             yield statement("foreign_keys.require_role", **own)
         if run.plan.legacy_inserts == "fill":
-            yield statement("repair.open_staging", **own)
+            yield from closed_schema(run.staging, there=True)
             yield statement("foreign_keys.create_filled", **own)
             yield statement("foreign_keys.create_fill", **own)
             yield statement("foreign_keys.drop_default", **own)

@@ -12,7 +12,7 @@ from runbook.draft import draft
 from runbook.errors import BadInput
 from runbook.ledger import Run, kept, of
 from runbook.sheet import Sheet
-from runbook.statements import Value, spelled, statement
+from runbook.statements import Value, closed_schema, spelled, statement
 
 HEAD = r"""\set ON_ERROR_STOP on
 -- For psql, and for a table that nobody writes to meanwhile. It stops at the first error; what it did until then, `runbook rollback`
@@ -51,6 +51,7 @@ def whole(run: Run) -> Sheet:
 
 def _statements(run: Run) -> Statements:
     yield sql.Composed([sql.SQL(HEAD)])
+    yield from closed_schema("runbook", there=True)
     yield statement("ledger.create")
     yield statement(
         "ledger.script_migration", migration=run.migration, source=run.plan.full_name, source_text=spelled(run.plan.source),

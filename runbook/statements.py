@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -44,6 +45,12 @@ def statement(name: str, /, **names: Value) -> sql.Composed:
     except KeyError:
         raise RunbookError(f"sql/{group}.sql has no statement named {short}.") from None
     return sql.SQL(text).format(**{key: composed(value) for key, value in names.items()})
+
+
+def closed_schema(name: str, *, there: bool = False) -> Iterator[sql.Composed]:
+    """Makes a schema that nobody but its owner may use, whatever default privileges say; it may be `there` already."""
+    yield statement("ddl.create_schema_if_none" if there else "ddl.create_schema", schema=(name,))
+    yield statement("ddl.close_schema", schema_name=name)
 
 
 def composed(value: Value) -> sql.Composable:

@@ -9,7 +9,7 @@ from runbook.facts import Guard
 from runbook.ledger import Run
 from runbook.plan import Plan, fit
 from runbook.session import Session
-from runbook.statements import spelled, statement, trusted
+from runbook.statements import closed_schema, spelled, statement, trusted
 
 
 def names(plan: Plan, guard: Guard, staging: str, schema: str = "") -> dict[str, sql.Composable]:
@@ -61,7 +61,8 @@ def leaves(plan: Plan, schema: str) -> list[sql.Identifier]:
 def prepare(run: Run) -> Statements:
     """The schema of the guards; they outlive the migration."""
     if run.plan.guards:
-        yield statement("unique.create_schema", **names(run.plan, run.plan.guards[0], run.staging))
+        yield from closed_schema(run.plan.guard_schema)
+        yield statement("unique.own_schema", **names(run.plan, run.plan.guards[0], run.staging))
 
 
 def build(plan: Plan, guard: Guard, staging: str, schema: str = "") -> Statements:

@@ -4,7 +4,6 @@
 -- An ordinary, logged table: an unlogged one would be emptied by a crash. No identity and no sequence, which would
 -- change the application's lastval(). REPLICA IDENTITY FULL, or deletes fail where a publication covers the schema. No
 -- autovacuum: to shorten its file it waits for the writers for five seconds, and as long the replays' own VACUUM cannot run.
-CREATE SCHEMA {staging};
 GRANT USAGE, CREATE ON SCHEMA {staging} TO {owner};
 CREATE TABLE {log} WITH (autovacuum_enabled = off) AS SELECT {log_columns} FROM {source} WHERE false;
 CREATE TABLE {back} WITH (autovacuum_enabled = off) AS SELECT {log_columns} FROM {source} WHERE false;

@@ -25,6 +25,26 @@ ANALYZE {table}
 -- name: drop
 DROP TABLE IF EXISTS {table}
 
+-- name: create_schema
+CREATE SCHEMA {schema}
+
+-- name: create_schema_if_none
+CREATE SCHEMA IF NOT EXISTS {schema}
+
+-- name: close_schema
+-- Default privileges on schemas would open all that comes to lie in it. What its owner grants later stays.
+DO $close$
+DECLARE
+  stranger text;
+BEGIN
+  FOR stranger IN SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END
+                    FROM pg_catalog.pg_namespace n CROSS JOIN LATERAL aclexplode(n.nspacl) a
+                   WHERE n.nspname = {schema_name} AND a.grantee <> n.nspowner
+                     AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = n.oid) LOOP
+    EXECUTE 'REVOKE ALL ON SCHEMA ' || quote_ident({schema_name}) || ' FROM ' || stranger;
+  END LOOP;
+END $close$
+
 -- name: drop_schema
 -- With what is in it: the logs and their functions. The shadow is gone before.
 DROP SCHEMA IF EXISTS {schema} CASCADE

@@ -6,7 +6,6 @@ SELECT CASE WHEN to_regclass('runbook.migration') IS NULL THEN false
             WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('runbook.migration') AND attname = 'plan_hash') THEN true END
 
 -- name: create
-CREATE SCHEMA IF NOT EXISTS runbook;
 CREATE TABLE IF NOT EXISTS runbook.migration (
   id         integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   source     text NOT NULL,

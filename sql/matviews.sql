@@ -51,9 +51,6 @@ BEGIN
   END IF;
 END
 
--- name: create_schema
-CREATE SCHEMA {schema}
-
 -- name: forget
 DROP MATERIALIZED VIEW IF EXISTS {view};
 DROP SCHEMA IF EXISTS {schema}

@@ -96,9 +96,6 @@ SELECT k.conname AS name, k.confrelid::regclass::text AS referenced FROM pg_cons
 -- name: key_exists
 SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = {reference_text}::regclass AND conname = {key_name})
 
--- name: open_staging
-CREATE SCHEMA IF NOT EXISTS {staging}
-
 -- name: fill_range
 -- READ COMMITTED, and rows that somebody holds are skipped until the next round.
 WITH target AS (

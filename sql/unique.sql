@@ -1,8 +1,7 @@
 -- Guards: what was unique in the source stays unique over all partitions. Each is a table of the key's values with one
 -- unique index of the original name, so that a duplicate waits, fails and is reported as it was before.
 
--- name: create_schema
-CREATE SCHEMA {guards};
+-- name: own_schema
 ALTER SCHEMA {guards} OWNER TO {owner}
 
 -- name: fill

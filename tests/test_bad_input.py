@@ -429,6 +429,24 @@ def test_what_only_the_plan_takes_is_not_ignored_after_it(
     assert run.finished("partition", "shadow") is None
 
 
+def test_a_plan_that_somebody_altered_in_the_ledger_is_not_executed(clinic: str, sql: Any) -> None:
+    run = migration.forward(clinic, last="keys check")
+    view = "'{views,0,definition}', to_jsonb(plan #>> '{views,0,definition}' || '; CREATE TABLE smuggled (x int)')"
+    altered = rf"public\.users that the ledger holds is another \(\w+\) than was frozen \({run.plan.hash[:12]}\): somebody altered runbook\.migration"
+    kept = sql(
+        f"UPDATE runbook.migration m SET plan = jsonb_set(m.plan, {view.replace('plan', 'm.plan', 1)}) FROM runbook.migration o RETURNING o.plan::text"
+    )
+    for again in (
+        lambda: runbook.open(clinic, "users"),
+        lambda: migration.plan(clinic),
+        lambda: runbook.open_last(clinic, "users"),
+    ):
+        with pytest.raises(PlanOutdated, match=altered):
+            again()
+    sql("UPDATE runbook.migration SET plan = %s::jsonb", kept[0])
+    assert runbook.open(clinic, "users").plan.hash == run.plan.hash
+
+
 def test_a_schema_of_the_ledgers_name_that_is_somebody_elses_is_named(clinic: str, sql: Any) -> None:
     sql("CREATE SCHEMA runbook; CREATE TABLE runbook.migration (x int)")
     with pytest.raises(BadInput, match=r"runbook\.migration of test_\d+ is somebody else's table.*rename the schema"):

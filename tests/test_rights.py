@@ -75,6 +75,24 @@ def test_nobody_but_its_owner_may_read_the_backup(owner, clinic, sql, who):
     sql(f"SET ROLE {me}; SELECT FROM users_backup")
 
 
+def test_default_privileges_open_nothing_that_the_runbook_makes(owner, sql):
+    """Neither what was unique, in the guards, nor the log, nor the ledger; what the owner grants later stays."""
+    me = owner.split("//")[1].split("@")[0]
+    sql(f"ALTER DEFAULT PRIVILEGES FOR ROLE {me} GRANT ALL ON TABLES TO clinic_app, PUBLIC")
+    sql(f"ALTER DEFAULT PRIVILEGES FOR ROLE {me} GRANT ALL ON SCHEMAS TO clinic_app, PUBLIC")
+    run = migration.forward(owner, unique="global")
+    made = "SELECT c.oid::regclass::text FROM pg_class c WHERE c.relkind = 'r' AND c.relnamespace::regnamespace::text ~ '^runbook|^users_unique$' ORDER BY 1"
+    tables = [name for (name,) in sql(made)]
+    assert {"runbook.action", "runbook_1.changes_back", "users_unique.users_email_key_values"} <= set(tables)
+    for table in tables:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for schema"):
+            sql(f"SET ROLE clinic_app; SELECT FROM {table}")
+    migration.back(run)
+    sql("GRANT USAGE ON SCHEMA runbook TO clinic_app")
+    migration.plan(owner)
+    sql("SET ROLE clinic_app; SELECT FROM runbook.action")
+
+
 def test_whoever_may_not_read_the_ledger_is_told_whose_it_is(owner, clinic, tmp_path):
     words = ["audit", str(tmp_path), "--database", owner]
     assert "has no ledger to compare with" in CliRunner().invoke(cli.main, words).stderr
