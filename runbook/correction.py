@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import psycopg
 from psycopg import sql
 from psycopg.errors import DeadlockDetected, LockNotAvailable, SerializationFailure
 
 from runbook import changes, locks, pace
 from runbook.changes import SHORT_TAIL, UNDER_LOCKS
+from runbook.errors import PromiseBroken, function_of, raised
 from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.references import added, names, tables
@@ -18,6 +22,31 @@ from runbook.workers import gaps, parallel
 
 BRIEFLY_MS = 50  # so long a trigger of the application's waits for a row while we hold others: far below deadlock_timeout
 BUDGET_S = 120
+
+
+@contextmanager
+def explained(run: Run, reference: Reference) -> Iterator[None]:
+    """Raises PromiseBroken, with the function or the constraint and the way out, where the referencing table lets none of its rows be
+    updated."""
+    try:
+        yield
+    except psycopg.OperationalError:  # a lock, an interrupt, a connection
+        raise
+    except psycopg.Error as error:
+        name, again = f"{reference.schema_name}.{reference.table}", "then run 04_foreign_keys again."
+        if function := function_of(error):
+            said = "" if raised(error) else f": {error.diag.message_primary}"
+            raise PromiseBroken(
+                f"{function} does not let {reference.role_column} of {name} be filled in ({error.sqlstate}{said}). Let it pass an update where"
+                f" current_setting('runbook.correcting', true) = 'on', and name each column where it takes a row as a whole, as OLD.* does; or ALTER"
+                f" TABLE {name} DISABLE TRIGGER for its trigger; {again}"
+            ) from None
+        if isinstance(error, psycopg.errors.CheckViolation) and error.diag.constraint_name:
+            raise PromiseBroken(
+                f"{reference.role_column} cannot be filled in where a row of {name} breaks {error.diag.constraint_name}, as rows from before a"
+                f" NOT VALID check may: correct them, or drop the check; {again}"
+            ) from None
+        raise
 
 
 def fill_in(
@@ -108,7 +137,8 @@ def correct_last(run: Run, session: Session) -> int:
             raise locks.NotYet(
                 f"rows of {reference.table} that refer to a row whose {run.plan.key} has just changed, more than can be corrected under the locks"
             )
-        rows += session.run("foreign_keys.correct_last", **own).rowcount
+        with explained(run, reference):
+            rows += session.run("foreign_keys.correct_last", **own).rowcount
         session.run("foreign_keys.clear_log", **names(run, reference))
     return rows
 

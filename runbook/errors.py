@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import psycopg
 
 from runbook.words import ended
@@ -55,6 +57,29 @@ class ServerUnavailable(RunbookError):
     """The database cannot be reached, or the embedded server cannot be started."""
 
 
+FUNCTION = re.compile(r"^PL/pgSQL function (\S.*?) line \d+ at (RAISE$)?", re.MULTILINE)
+OURS = re.compile(r'"?(?:runbook|pg_temp)')
+
+
+def function_of(error: BaseException) -> str:
+    """The application's function in which the server met the error; empty where it was none."""
+    found = FUNCTION.search(error.diag.context or "") if isinstance(error, psycopg.Error) else None
+    return found[1] if found and not OURS.match(found[1]) else ""
+
+
+def raised(error: BaseException) -> bool:
+    """Whether the error is one that a function of the application's RAISEd."""
+    found = FUNCTION.match(error.diag.context or "") if isinstance(error, psycopg.Error) else None
+    return found is not None and found[2] is not None and not OURS.match(found[1])
+
+
+def said_by(error: BaseException) -> str:
+    """What an error says; of one that a function of the application's RAISEd only that, for the text may repeat somebody's data."""
+    if raised(error):
+        return f"{function_of(error)} raised an error, whose text may repeat somebody's data: the server's log has it"
+    return str(error)
+
+
 def told(error: BaseException) -> str:
     """The error as one sentence. The server's own: without the detail that repeats a whole row."""
     if isinstance(error, RunbookError):
@@ -65,5 +90,7 @@ def told(error: BaseException) -> str:
     detail, hint = diag.message_detail or "", diag.message_hint or ""
     if diag.sqlstate == "42501" and "runbook" in diag.message_primary:
         hint = "Schema runbook is the ledger, and belongs to whoever planned first: work as that role, or as a member of it"
+    if raised(error):
+        return f"The server refused it ({diag.sqlstate}): {said_by(error)}."
     parts = [diag.message_primary, "" if detail.startswith("Failing row contains") else detail, hint]
     return f"The server refused it ({diag.sqlstate}): {' '.join(ended(part) for part in parts if part)}"

@@ -9,7 +9,7 @@ from psycopg import sql
 
 from runbook import locks, repair
 from runbook.changes import Statements
-from runbook.correction import drain, fill_in, stuck
+from runbook.correction import drain, explained, fill_in, stuck
 from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -146,16 +146,17 @@ def fill(action: Action, batch_rows: int = 2000) -> Evidence:
     run, session, total = action.run, action.session, 0
     for reference in added(run):
         own, missed = names(run, reference), 0
-        for table, _ in tables(run, reference, session):
-            needed, filled = fill_in(run, session, reference, table, batch_rows)
-            total, missed = total + filled, missed + needed - filled
-        total += drain(run, session, reference, batch_rows)
-        if missed and session.value("foreign_keys.wrong", **own):
-            session.run("foreign_keys.log_wrong", **own)
+        with explained(run, reference):
+            for table, _ in tables(run, reference, session):
+                needed, filled = fill_in(run, session, reference, table, batch_rows)
+                total, missed = total + filled, missed + needed - filled
             total += drain(run, session, reference, batch_rows)
-        if not reference.not_null and not _required_late(run):
-            with session.transaction(lock_timeout="5s"):
-                session.run(_validate(run, reference))
+            if missed and session.value("foreign_keys.wrong", **own):
+                session.run("foreign_keys.log_wrong", **own)
+                total += drain(run, session, reference, batch_rows)
+            if not reference.not_null and not _required_late(run):
+                with session.transaction(lock_timeout="5s"):
+                    session.run(_validate(run, reference))
     other = (
         "" if run.plan.frequent_value is None else f": it is not {run.plan.frequent_value!r}, which the others have by default"
     )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from runbook.database import Database
 from runbook.errors import LockNotGranted, ServerUnavailable
+from runbook.redaction import valueless
 from runbook.session import Connection, Session
 from runbook.statements import spelled, statement, trusted
 
@@ -34,7 +35,7 @@ class Blocker:
     application: str
     age_s: int
     state: str
-    query: str
+    query: str  # as it came; said without the values in it
     gid: str | None
     lock: str | None = None  # what is waited for
 
@@ -42,7 +43,7 @@ class Blocker:
         if self.pid == 0:
             return f"the prepared transaction {self.gid}"
         hidden = self.query in ("", "<insufficient privilege>")
-        what = "a query that cannot be seen without pg_read_all_stats" if hidden else f'"{self.query}"'
+        what = "a query that cannot be seen without pg_read_all_stats" if hidden else f'"{valueless(self.query)[:80]}"'
         who = f"{self.user or 'user not visible'}, {self.application or 'no application name'}, {self.state}, {self.age_s} s"
         return f"pid {self.pid} ({who}): {what}"
 
@@ -118,7 +119,7 @@ def watching(database: Database, session: Session, patience: Patience) -> Iterat
     waits = database.waits.pop(session.pid, session.waits)  # the slower look leaves this session alone
 
     def look(other: Connection) -> None:
-        found = _blockers(other, session.pid)
+        found = blockers(other, session.pid)
         patience.note(found)
         waits.update({each.pid: f"{each.lock}: {each}" for each in found})
 
@@ -138,7 +139,7 @@ def attended(database: Database) -> Iterator[None]:
     def look(other: Connection) -> None:
         ours = dict(database.waits)
         for row in other.execute(statement("locks.waiting", pids=list(ours))).fetchall():
-            found = [each for each in _blockers(other, row["pid"]) if each.pid not in ours]
+            found = [each for each in blockers(other, row["pid"]) if each.pid not in ours]
             ours[row["pid"]].update({each.pid: f"{each.lock}: {each}" for each in found})
             for each in found:
                 if each.pid not in said:
@@ -163,7 +164,8 @@ def tell(text: str) -> None:
     sys.stdout.flush()
 
 
-def _blockers(other: Connection, pid: int) -> list[Blocker]:
+def blockers(other: Connection, pid: int) -> list[Blocker]:
+    """Who stands before this session in the queue of a lock."""
     return [Blocker(**row) for row in other.execute(statement("locks.blockers", pid=pid))]
 
 

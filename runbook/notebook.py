@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 
 from runbook import imports
-from runbook.errors import RunbookError, told
+from runbook.errors import RunbookError, said_by, told
 from runbook.ledger import NOTEBOOKS
 
 GO_ON = "Run this notebook again: what is done is not done again."
@@ -47,5 +47,7 @@ def _explain(shell: Any, kind: type[BaseException], error: BaseException, trace:
     names = "|".join(NOTEBOOKS.values())
     mended = escape(way_out) or " · ".join(dict.fromkeys(re.findall(names, sentence)))
     linked = re.sub(f"({names})", r'<a href="\1.ipynb">\1</a>', mended)
-    whole = escape("".join(traceback.format_exception(kind, error, trace.tb_next or trace)))  # without IPython's own frame
-    display(HTML(f"<p>{linked}</p><details><summary>Traceback</summary><pre>{whole}</pre></details>"))  # type: ignore[no-untyped-call]
+    whole = "".join(traceback.format_exception(kind, error, trace.tb_next or trace))  # without IPython's own frame
+    if isinstance(error, psycopg.Error):
+        whole = whole.replace(str(error), said_by(error))
+    display(HTML(f"<p>{linked}</p><details><summary>Traceback</summary><pre>{escape(whole)}</pre></details>"))  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from runbook.errors import BadInput
 from runbook.ledger import Run
 from runbook.plan import Plan
 from runbook.points import POINTS, copy_table, shown, stage
+from runbook.redaction import valueless
 from runbook.session import Session
 from runbook.statements import rendered, trusted
 from runbook.words import counted
@@ -149,8 +150,13 @@ def compare(run: Run, file: str = "") -> Any:
     with run.action("application", "queries", again=True) as action:
         session, partitions = action.session, {each.name for each in run.plan.partitions}
         found, where = statements(run.plan, session, file)
+        values = [value for each in run.plan.partitions for value in each.values if isinstance(value, str)]
         rows: list[dict[str, Any]] = [
-            {"calls": calls, "statement": text, "look at": "; ".join(said for said, sign in HAZARDS.items() if sign.search(text))}
+            {
+                "calls": calls,
+                "statement": valueless(text, values),
+                "look at": "; ".join(said for said, sign in HAZARDS.items() if sign.search(text)),
+            }
             for calls, text in found
         ]
         there = run.partitioned
@@ -158,9 +164,9 @@ def compare(run: Run, file: str = "") -> Any:
             if there and not after and (run.plan.restore_from == "backup" or run.state == "finished"):
                 continue  # nothing is left of what was before
             with _side(run, session, after):
-                for row in rows:
+                for row, (_, text) in zip(rows, found, strict=True):
                     try:
-                        plan = explained(session, unqualified(run, str(row["statement"])), partitions)
+                        plan = explained(session, unqualified(run, text), partitions)
                     except psycopg.Error as error:
                         row["not explained"] = f"{error.sqlstate}: {error.diag.message_primary}"
                         continue

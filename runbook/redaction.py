@@ -37,6 +37,29 @@ PLACES = [
 ]
 
 
+LITERAL = re.compile(
+    r"""(?P<comment>--[^\n]*|/\*(?:.*\*/|.*))|\$(?P<tag>(?:[^\W\d]\w*)?)\$.*?(?:\$(?P=tag)\$|$)|(?P<text>'(?:[^']|'')*(?:'|$))"""
+    r"""|(?P<name>"(?:[^"]|"")*(?:"|$))|(?<![\w$.])(?P<number>\d[\w.]*)""",
+    re.DOTALL,
+)
+
+
+def valueless(statement: str, known: Iterable[str] = ()) -> str:
+    """An SQL statement of somebody's in one line, without comments and without the values in it, but for those `known` anyway:
+    any other may be a person's data. Where a backslash could mean two things all from the first quote on is left out."""
+    kept = {form for value in known for form in (value, "'" + value.replace("'", "''") + "'")}
+    if "\\" in statement and "'" in statement:
+        statement = statement[: statement.index("'")] + "'"
+
+    def hide(found: re.Match[str]) -> str:
+        if found["comment"]:
+            return " "
+        whole = found[0]
+        return whole if found["name"] or whole in kept else "..." if found["number"] else "'...'"
+
+    return " ".join(LITERAL.sub(hide, statement).split())
+
+
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without the secrets, in any of their written forms, and without what stands where a secret stands.
 

@@ -1,11 +1,10 @@
 -- Waiting for others: who they are, and for how long.
 
 -- name: blockers
--- Who stands before this backend in the queue of a lock. A prepared transaction blocks as pid 0. Of their queries, here and
--- below, the text between quotes is left out: it may be somebody's data.
+-- Who stands before this backend in the queue of a lock. A prepared transaction blocks as pid 0.
 SELECT b.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, a.backend_type, '') AS state,
-       coalesce(left(regexp_replace(a.query, '''[^'']*(''|$)', '''...''', 'g'), 80), '') AS query,
+       coalesce(a.query, '') AS query,
        CASE WHEN b.pid = 0 THEN (
          SELECT string_agg(DISTINCT p.gid, ', ') FROM pg_prepared_xacts p
            JOIN pg_locks x ON x.pid IS NULL AND x.locktype = 'transactionid' AND x.transactionid = p.transaction
@@ -39,7 +38,7 @@ SELECT l.virtualxid AS transaction FROM pg_locks l JOIN pg_stat_activity a ON a.
 -- newer, even when an older transaction still runs elsewhere and keeps its xmin low.
 SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
-       coalesce(left(regexp_replace(a.query, '''[^'']*(''|$)', '''...''', 'g'), 80), '') AS query, NULL AS gid
+       coalesce(a.query, '') AS query, NULL AS gid
   FROM pg_stat_activity a
  WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook%'
    AND (a.backend_type = 'client backend' AND a.backend_xmin IS NOT NULL AND age(a.backend_xmin) >= age({horizon}::text::xid)
@@ -51,7 +50,7 @@ SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, ''
 -- looks alike when it has touched another table before, so that now and then it is taken for one.
 SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
-       coalesce(left(regexp_replace(a.query, '''[^'']*(''|$)', '''...''', 'g'), 80), '') AS query, NULL AS gid
+       coalesce(a.query, '') AS query, NULL AS gid
   FROM pg_stat_activity a
  WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook%'
    AND a.backend_type = 'client backend' AND a.backend_xmin IS NOT NULL

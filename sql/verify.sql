@@ -341,7 +341,7 @@ CREATE FUNCTION pg_temp.trials() RETURNS TABLE (promise text, sql text, seen tex
 #variable_conflict use_column
 DECLARE
   unheard_of CONSTANT text[] := ARRAY['no such value', gen_random_uuid()::text, '-2147483647', '-32767', '0001-01-01', '192.0.2.1', '~', 'false', 'true'];
-  trial record; step text; value text; found jsonb; cause text; context text; part text; held jsonb := '{{}}';
+  trial record; step text; value text; took jsonb; cause text; context text; raised boolean; said text; part text; held jsonb := '{{}}';
   ours text[] := ARRAY(SELECT r ->> 'name' FROM runbook.migration m, jsonb_array_elements(m.plan -> 'references') r
                         WHERE m.id = {migration} AND (r ->> 'adds_column')::boolean);
   own_schemas text := (SELECT concat_ws('|', 'pg_temp', 'runbook_', nullif(m.plan ->> 'guard_schema', '')) FROM runbook.migration m WHERE m.id = {migration});
@@ -350,8 +350,8 @@ BEGIN
   -- Of a partition that lists no values: one that a row of it has.
   FOR part IN SELECT p ->> 'name' FROM runbook.migration m, jsonb_array_elements(m.plan -> 'partitions') p WHERE m.id = {migration} AND p -> 'values' = '[]' LOOP
     EXECUTE (SELECT format('SELECT jsonb_build_object(%L, jsonb_build_array(%I::text)) FROM ONLY %I.%I LIMIT 1',
-                           part, m.plan ->> 'key', m.plan -> 'table' ->> 'schema_name', part) FROM runbook.migration m WHERE m.id = {migration}) INTO found;
-    held := held || coalesce(found, '{{}}');
+                           part, m.plan ->> 'key', m.plan -> 'table' ->> 'schema_name', part) FROM runbook.migration m WHERE m.id = {migration}) INTO took;
+    held := held || coalesce(took, '{{}}');
   END LOOP;
   FOR trial IN
     WITH t AS (
@@ -489,25 +489,27 @@ BEGIN
     ok := NULL;
     FOREACH value IN ARRAY CASE WHEN trial.refusal IS NULL THEN ARRAY[NULL::text] ELSE unheard_of || trial.labels END LOOP
       BEGIN
-        found := '{{}}';
+        took := '{{}}';
         FOREACH step IN ARRAY coalesce(trial.steps, '{{}}') LOOP
-          EXECUTE step INTO found USING found, value;
-          EXIT WHEN found IS NULL;
+          EXECUTE step INTO took USING took, value;
+          EXIT WHEN took IS NULL;
           seen := 'the row was not found again, or a trigger kept it';
         END LOOP;
-        seen := coalesce(found ->> 'seen', seen);
-        ok := (found ->> 'ok')::boolean;
+        seen := coalesce(took ->> 'seen', seen);
+        ok := (took ->> 'ok')::boolean;
         RAISE SQLSTATE 'RB000';
       EXCEPTION WHEN OTHERS THEN
         GET STACKED DIAGNOSTICS cause = CONSTRAINT_NAME, context = PG_EXCEPTION_CONTEXT;
+        raised := context ~ '^PL/pgSQL function [^\n]* at RAISE' AND context !~ ('^PL/pgSQL function "?(' || own_schemas || ')');
+        said := CASE WHEN raised THEN substring(context FROM '^PL/pgSQL function (.*?) line ') || ' raised an error' ELSE SQLERRM END;
         IF SQLSTATE = trial.refusal AND (cause = trial.key_name OR trial.key_name IS NULL AND cause = ANY (guarded)) THEN
-          seen := format('refused with %s: %s', SQLSTATE, SQLERRM);
+          seen := format('refused with %s: %s', SQLSTATE, said);
           ok := true;
         ELSIF trial.refusal IS NOT NULL AND (SQLSTATE LIKE '22%' OR SQLSTATE IN ('23502', '42601')
               OR SQLSTATE = '23514' AND cause = '' AND trial.refusal <> '23514') THEN
           CONTINUE;  -- not a value of this type, or one that has a partition
         ELSIF SQLSTATE <> 'RB000' THEN
-          seen := format('%s: %s', SQLSTATE, SQLERRM);
+          seen := format('%s: %s', SQLSTATE, said);
           -- What constraints, triggers (whatever they RAISE) or other sessions forbid was not tried, nor a change of GENERATED ALWAYS (428C9); a row without
           -- a partition is a fault, one of the keys that got a role column, and so is the rest.
           ok := CASE WHEN SQLSTATE LIKE '23%' AND (SQLSTATE <> '23514' OR cause <> '')
@@ -515,7 +517,7 @@ BEGIN
                        OR SQLSTATE IN ('P0001', '0A000', '55P03', '40001', '40P01', '42501', '428C9') AND SQLERRM NOT LIKE 'moving row to another partition%'
                        -- a default may read what only the application's sessions set
                        OR trial.part = 2 AND trial.place = 0 AND (SQLSTATE <> '23514' OR cause <> '') AND SQLSTATE <> '0A000'
-                       OR context ~ '^PL/pgSQL function [^\n]* at RAISE' AND context !~ ('^PL/pgSQL function "?(' || own_schemas || ')')
+                       OR raised
                      THEN NULL ELSE false END;
         END IF;
       END;

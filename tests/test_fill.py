@@ -238,3 +238,35 @@ def test_for_an_application_that_never_names_the_column_the_fill_trigger_stays(f
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
         sql(book, ["00000000-0000-0000-0000-000000000000"])
     assert ledger.of(run.database, "users").state == "finished"
+
+
+HISTORY = """CREATE TABLE history (LIKE appointments, at timestamptz DEFAULT now());
+CREATE FUNCTION hist() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO history SELECT OLD.*, now(); RETURN NULL; END $$;
+CREATE TRIGGER hist AFTER UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION hist()"""
+FROZEN = """CREATE FUNCTION frozen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the notes % are frozen', OLD.notes; END $$;
+UPDATE appointments SET notes = 'zoe@example.org';
+CREATE TRIGGER frozen BEFORE UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION frozen()"""
+UNCHECKED = "UPDATE appointments SET notes = ''; ALTER TABLE appointments ADD CONSTRAINT noted CHECK (notes <> '') NOT VALID"
+
+
+@pytest.mark.parametrize(
+    ("made", "said", "passed"),
+    [
+        (HISTORY, r"hist\(\) does not let user_role of public\.appointments be filled in \(42601: .*\)\. Let it pass .* name each column",
+         "ALTER TABLE history DROP at, ADD user_role text, ADD at timestamptz"),
+        (FROZEN, r"frozen\(\) does not let user_role of public\.appointments be filled in \(P0001\)\. .* DISABLE TRIGGER",
+         "ALTER TABLE appointments DISABLE TRIGGER frozen"),
+        (UNCHECKED, r"user_role cannot be filled in where a row of public\.appointments breaks noted, .* correct them, or drop the check",
+         "ALTER TABLE appointments DROP CONSTRAINT noted"),
+    ],
+    ids=["by position", "raises", "a check"],
+)  # fmt: skip
+def test_what_lets_no_row_be_updated_is_named_with_a_way_out(clinic, sql, made, said, passed):
+    sql(made)
+    run = migration.forward(clinic, last="columns")
+    with pytest.raises(PromiseBroken, match=said) as stopped:
+        foreign_keys.fill(run)
+    assert "zoe" not in str(stopped.value) + str(sql("SELECT sentence FROM runbook.action"))
+    sql(passed)
+    migration.walk(run, {"fill": migration.FORWARD["fill"]})
+    assert (sql(WRONG), sql(FILLED)) == ([(0,)], [(True,)])

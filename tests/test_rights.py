@@ -286,7 +286,7 @@ def test_no_timeout_that_the_role_inherits_ends_a_session_of_ours(clinic, sql, s
 
 def test_settings_by_which_statements_are_read_are_our_own(clinic, sql, capsys):
     """With other ones a regular expression is another, and what the server renders is quoted throughout."""
-    settings = "standard_conforming_strings = off, quote_all_identifiers = on, transform_null_equals = on, array_nulls = off, xmloption = document, default_transaction_read_only = on"
+    settings = 'plpgsql.extra_errors = "all", standard_conforming_strings = off, quote_all_identifiers = on, transform_null_equals = on, array_nulls = off, xmloption = document, default_transaction_read_only = on'
     sql("ALTER TABLE users ADD marks text[] DEFAULT ARRAY[NULL, 'a']")
     sql("CREATE FUNCTION by_name() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF TG_TABLE_NAME = 'users' THEN NEW.phone = '1'; END IF; RETURN NEW; END $$;"

@@ -20,9 +20,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from runbook import cli
 from runbook.archive import Run
+from runbook.database import target
 from runbook.engine import execute
-from runbook.redaction import redact
-from runbook.statements import statement
+from runbook.locks import Blocker, blockers
+from runbook.redaction import redact, valueless
 from tests.walk import CLINIC_FILE, FORWARD
 
 WORD = "Tr0ub4dor&3"  # with a character that URLs, HTML and shells write differently
@@ -120,18 +121,54 @@ def test_a_row_that_the_server_refuses_is_not_repeated(clinic: str, tmp_path: Pa
     assert "Failing row contains (***)" in (run.folder / "a.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("query", "shown"),
+    [
+        ("UPDATE users SET phone = '555 zoe' WHERE email = 'zoe@b.org'", "UPDATE users SET phone = '...' WHERE email = '...'"),
+        ("/* it's zoe */ UPDATE users SET phone = 'zoe' -- for 'zoe'", "UPDATE users SET phone = '...'"),
+        ("/* a /* zoe */ zoe */ SELECT 1", "SELECT ..."),
+        ("UPDATE users SET phone = $$zoe$$, email = $a$zoe $$ zoe$a$ WHERE id = $1", "UPDATE users SET phone = '...', email = '...' WHERE id = $1"),
+        (r"UPDATE users SET phone = E'x\'zoe' WHERE role = 'user'", "UPDATE users SET phone = E'...'"),
+        ("SELECT 4111111111, 1.5e3, u2.a1 FROM \"it's 1\" u2 WHERE role = 'user' LIMIT 10", "SELECT ..., ..., u2.a1 FROM \"it's 1\" u2 WHERE role = 'user' LIMIT ..."),
+        ("UPDATE users SET email = 'zoe", "UPDATE users SET email = '...'"),
+        ("UPDATE users\n SET email = 'o''zoe'", "UPDATE users SET email = '...'"),
+    ],
+)  # fmt: skip
+def test_of_somebodys_statement_no_value_is_shown_but_those_that_are_known_anyway(query: str, shown: str) -> None:
+    if "'user'" in shown:
+        assert valueless(query, ["user"]) == shown
+    else:
+        assert valueless(query) == shown
+
+
 def test_of_a_blockers_query_nobodys_data_is_shown(clinic: str) -> None:
     held, waiting = psycopg.connect(clinic), psycopg.connect(clinic)
-    with held, waiting, psycopg.connect(clinic, autocommit=True) as third:
-        held.execute("UPDATE users SET phone = '555 s3cret' WHERE email = 'user1@example.org'")
+    with held, waiting:
+        held.execute("UPDATE users SET phone = $$555 s3cret$$ WHERE email = 'user1@example.org'")
         waiter = threading.Thread(target=waiting.execute, args=["LOCK users"])
         waiter.start()
-        found = None
-        while found is None:
-            found = third.execute(statement("locks.blockers", pid=waiting.info.backend_pid)).fetchone()
+        found = list[Blocker]()
+        while not found:
+            with target(clinic).connect() as third:
+                found = blockers(third, waiting.info.backend_pid)
         held.rollback()
         waiter.join()
-    assert "UPDATE users SET phone = '...' WHERE email = '...'" in found
+    assert "\"UPDATE users SET phone = '...' WHERE email = '...'\"" in str(found[0])
+
+
+def test_what_a_function_of_the_application_raises_is_not_repeated(clinic: str, tmp_path: Path, sql: Callable[..., Any]) -> None:
+    sql("CREATE FUNCTION frozen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the row of % is frozen', OLD.email; END $$;"
+        " CREATE TRIGGER frozen BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION frozen()")  # fmt: skip
+    code = f"import psycopg, runbook\nwith psycopg.connect({clinic!r}) as connection:\n    connection.execute('UPDATE users SET phone = NULL')"
+    spec = {"name": "python3", "language": "python", "display_name": "Python"}
+    nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata={"kernelspec": spec}), tmp_path / "a.ipynb")
+    run = Run.begin(tmp_path / "runs", "users", {})
+    result = execute(tmp_path / "a.ipynb", run.start("a.ipynb"), {})
+    assert result.error.startswith(
+        "The server refused it (P0001): frozen() raised an error, whose text may repeat somebody's data"
+    )
+    for text in (result.error, *(file.read_text() for file in run.folder.iterdir())):
+        assert "@example.org" not in text
 
 
 @pytest.mark.parametrize(
