@@ -106,7 +106,10 @@ class Run:
             told = {entry["run"] for _, other, _ in manifests(runs) for entry in other["broken_off"]}
             for folder, other, digest in manifests(runs):
                 if not other["sealed"] and folder.name not in told and not in_progress(folder):
-                    manifest["broken_off"].append({"run": folder.name, "manifest": digest})
+                    left = {
+                        file.relative_to(folder).as_posix(): "" if file.is_symlink() else sha256(file) for file in files(folder)
+                    }
+                    manifest["broken_off"].append({"run": folder.name, "manifest": digest, "files": left})
             for number in count(1):
                 folder = runs / (f"{now:%Y%m%dT%H%M%SZ}-{plain}" + (f"-{number}" if number > 1 else ""))
                 if not folder.exists():
@@ -232,13 +235,13 @@ def in_progress(folder: Path) -> bool:
 
 def _head(runs: Path) -> re.Match[str] | None:
     head = (runs / "HEAD").read_text(encoding="utf-8", errors="replace") if (runs / "HEAD").is_file() else ""
-    return re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n(?:([0-9a-f]{64})  index\.html\n)?", head)
+    return re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n([0-9a-f]{64})  index\.html\n", head)
 
 
 def list_of_runs(runs: Path) -> str:
     """The sha256 of index.html as the run that was sealed last left it; empty where that is not known."""
     match, last = _head(runs), end(runs)
-    return match[3] or "" if match and last and match[2] == last["run"] else ""
+    return match[3] if match and last and match[2] == last["run"] else ""
 
 
 def end(runs: Path) -> dict[str, str] | None:

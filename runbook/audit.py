@@ -9,10 +9,11 @@ from typing import Any
 from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
 
 
-def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
+def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = ()) -> list[str]:
     """A sentence for whatever was changed, removed, added or re-ordered under `runs`; empty when all is as recorded.
 
-    `heads` are the sha256 of manifests that someone else keeps (the ledger): they vouch for the last run too.
+    `heads` are the sha256 of manifests that someone else keeps (the ledger): they vouch for the last run too. Of its `plans`, by
+    their hashes, it has every run that completed.
     """
     if not runs.is_dir():
         return [f"{runs} does not exist."]
@@ -39,10 +40,21 @@ def audit(runs: Path, heads: Iterable[str] = ()) -> list[str]:
         manifest = left.pop(entry["run"])
         for broken in manifest["broken_off"]:
             said += _differs(runs, broken, digests, manifest["run"])
+            said += _audit_left(runs / broken["run"], broken.get("files"), manifest["run"])
         after, entry = manifest["run"], manifest["previous"]
     if (page := list_of_runs(runs)) and not ((there := runs / "index.html").is_file() and sha256(there) == page):
         said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
-    known = set(digests.values())
+    known, heads, plans = set(digests.values()), list(heads), set(plans)
+    for _, manifest, digest in found:
+        if (
+            manifest["sealed"]
+            and manifest.get("state") == "completed"
+            and manifest.get("plan_hash") in plans
+            and digest not in heads
+        ):
+            said.append(
+                f"{manifest['run']} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it."
+            )
     return said + [f"No run here has the manifest {head}, which the ledger names." for head in heads if head not in known]
 
 
@@ -59,6 +71,20 @@ def _differs(runs: Path, entry: dict[str, str], digests: dict[str, str], after: 
     if digests[entry["run"]] != entry["manifest"]:
         return [f"{entry['run']}/manifest.json was changed: it is not the one that {after} names."]
     return []
+
+
+def _audit_left(folder: Path, left: dict[str, str] | None, after: str) -> Iterator[str]:
+    """What a run that broke off had left, against what is there now. Its kernel may have written down a statement or two more."""
+    if left is None or not folder.is_dir():
+        return
+    there = {file.relative_to(folder).as_posix(): file for file in files(folder)}
+    for name, digest in left.items():
+        if name not in there:
+            yield f"{folder.name}/{name} was removed, though {after} found it there."
+        elif not name.endswith(STATEMENTS) and not there[name].is_symlink() and sha256(there[name]) != digest:
+            yield f"{folder.name}/{name} was changed since {after} found the run broken off."
+    for name in sorted(there.keys() - left.keys()):
+        yield f"{folder.name}/{name} was added since {after} found the run broken off."
 
 
 def _audit_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:

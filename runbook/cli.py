@@ -115,7 +115,10 @@ def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | N
     if users is not None:
         embedded.start(users)
     if under_way(where, table):
-        raise BadInput(f"The migration of {table} is under way or done, and a rehearsal would take it away: use `runbook run`.")
+        raise BadInput(
+            f"A migration of {table} is under way or done, or a rehearsal of it was broken off, and another rehearsal would take it away:"
+            " take it back with `runbook rollback` first; a migration goes on with `runbook run`."
+        )
     with rehearsal.Watch(target(where), table) as watch:
         try:
             perform((*FORWARD[: FORWARD.index("05_cutover")], "90_rollback"), given, out, watch.told)
@@ -162,7 +165,7 @@ def monitor(file: Path | None, pairs: Any, database: str | None, out: Path) -> N
 def status(file: Path | None, pairs: Any, database: str | None, as_json: bool) -> None:
     """Which step each table is at, from the ledger."""
     given = {**(parameters.from_file(file) if file else {}), **parameters.from_command_line(list(pairs))}
-    checked = parameters.check(given | ({"database": database} if database else {}))
+    checked = parameters.check(given | ({"database": database} if database is not None else {}))
     found = target(checked.database)
     with found.session("status") as session:
         rows = session.rows("ledger.overview") if ledger.kept(session) else []
@@ -224,13 +227,14 @@ def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, 
 @click.option("--database", help="Compare with the heads in this database's ledger, too.")
 def audit(runs: Path, database: str | None) -> None:
     """Compute every hash of the record in RUNS (default: runs) again, and name what was changed, removed, added or re-ordered."""
-    heads: list[str] = []
-    if database:
+    heads, plans = list[str](), list[str]()
+    if database is not None:
         with target(database).session("audit") as session:
             if not ledger.kept(session):
                 raise BadInput(f"{database} has no ledger to compare with: name the database that was migrated.")
             heads = [row["head"] for row in session.rows("ledger.heads")]
-    said = audited(runs, heads)
+            plans = [row["plan_hash"] for row in session.rows("ledger.plans")] if heads else []
+    said = audited(runs, heads, plans)
     if not said and not any(archive.manifests(runs)):
         said = [f"{runs} holds no run: name the folder that --out named, or what was in it was removed."]
     for sentence in said:
@@ -243,7 +247,7 @@ def audit(runs: Path, database: str | None) -> None:
         else "There is no HEAD, as after a kill before it was written: nobody"
     )
     vouched = "" if heads else f" {who} vouches for the last run: with --database the ledger does."
-    if database and not heads:
+    if database is not None and not heads:
         vouched = f" {who} vouches for the last run: the ledger of {database} has no head of a run."
     click.echo(f"{runs} is as it was recorded.{vouched}")
 

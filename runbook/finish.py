@@ -6,7 +6,7 @@ from psycopg import errors
 
 from runbook import attaching, backup, changes, cutover, foreign_keys, locks, losses, matviews, swapping
 from runbook.changes import Statements
-from runbook.errors import ApprovalMissing, OutOfOrder, PromiseBroken
+from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.references import added, names
 from runbook.session import Session
@@ -51,6 +51,8 @@ def require(
 ) -> Evidence:
     """Raises unless 06 has passed, someone approves, and no old code needed the fill trigger for `unneeded_for_h` hours, which does
     not matter with `keep_fill`. Asked each time until the end: what was true when somebody approved may not be any more."""
+    if force_strict and keep_fill:
+        raise BadInput("force_strict ends the fill trigger and keep_fill leaves it there: give one of them.")
     seen = run.finished("finish", "approval") if run.finished("finish", "drop") else None
     return seen or _require(run, approved_by, unneeded_for_h, force_strict, keep_fill)
 

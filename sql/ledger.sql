@@ -147,6 +147,9 @@ SELECT m.id AS migration, m.source AS "table", m.state, a.step, a.action, a.stat
 -- name: insert_record
 INSERT INTO runbook.record (migration, folder, head) VALUES ({migration}, {folder}, {head})
 
+-- name: plans
+SELECT plan_hash FROM runbook.migration
+
 -- name: heads
 SELECT folder, head FROM runbook.record ORDER BY id
 

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from runbook.archive import Run, write_whole
+from runbook.archive import Run, sha256, write_whole
 from runbook.audit import audit
 from runbook.engine import Executed, execute
 from runbook.pages import index, render_html
@@ -267,6 +267,12 @@ def forge(runs: Path, names: list[str]) -> None:
     path.write_text(path.read_text().replace('"failed"', '"completed"'))
 
 
+def shorten(runs: Path) -> None:
+    """A list of runs of one's own, which HEAD does not name any more."""
+    (runs / "index.html").write_text("all fine")
+    (runs / "HEAD").write_text((runs / "HEAD").read_text().splitlines(keepends=True)[0])
+
+
 def smuggle(runs: Path, names: list[str]) -> None:
     """A whole run that claims to follow the first."""
     shutil.copytree(runs / names[1], runs / "20200101T000000Z-more")
@@ -292,6 +298,7 @@ def smuggle(runs: Path, names: list[str]) -> None:
                 "{1} holds the record of {0}: it was renamed, or exchanged with another."]),
         (lambda runs, names: (runs / "HEAD").unlink(), ["HEAD, which names the last run, is missing or cannot be read."]),
         (lambda runs, names: (runs / "index.html").write_text("all fine"), ["index.html was changed: it is not the one that HEAD names."]),
+        (lambda runs, names: shorten(runs), ["HEAD, which names the last run, is missing or cannot be read."]),
         (lambda runs, names: (runs / "index.html").unlink(), ["index.html was removed: it is not the one that HEAD names."]),
         (lambda runs, names: link(runs / names[1] / "00_plan.html", runs.parent / "elsewhere.html"), ["{1}/00_plan.html was replaced by a link."]),
         (lambda runs, names: (runs / names[1] / "more").symlink_to("/tmp"), ["{1}/more was added."]),
@@ -317,9 +324,23 @@ def test_the_ledger_vouches_for_the_last_run_even_if_the_chain_was_made_anew(
 ) -> None:
     runs, names, heads = record
     shutil.rmtree(runs / names[2])
-    (runs / "HEAD").write_text(f"{heads[1]}  {names[1]}/manifest.json\n")
+    (runs / "HEAD").write_text(f"{heads[1]}  {names[1]}/manifest.json\n{sha256(runs / 'index.html')}  index.html\n")
     assert audit(runs) == []
     assert audit(runs, heads) == [f"No run here has the manifest {heads[2]}, which the ledger names."]
+
+
+def test_a_completed_run_that_follows_the_last_one_is_of_the_ledger_or_is_named(
+    record: tuple[Path, list[str], list[str]],
+) -> None:
+    """Whoever can write there can make a run that the chain takes for one; the ledger knows of none."""
+    runs, _, heads = record
+    run = Run.begin(runs, "users", {})
+    run.add(executed(run.start("06_verify.ipynb")))
+    head = run.seal(plan_hash="f" * 64, result="completed")
+    assert audit(runs) == audit(runs, [*heads, head], ["f" * 64]) == audit(runs, heads, ["e" * 64]) == []
+    assert audit(runs, heads, ["f" * 64]) == [
+        f"{run.folder.name} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it."
+    ]
 
 
 def test_a_run_that_broke_off_is_true_and_the_next_run_vouches_for_it(tmp_path: Path) -> None:
@@ -346,6 +367,14 @@ def test_a_run_that_broke_off_is_true_and_the_next_run_vouches_for_it(tmp_path: 
     working.seal()
     assert working.manifest["previous"]["run"] == after.folder.name
     assert audit(runs) == []
+    (broken / "evidence.json").write_text("all fine")
+    (broken / "00_plan.ipynb").unlink()
+    (broken / "promises.xml").write_text("all fine")
+    assert audit(runs) == [
+        f"{broken.name}/00_plan.ipynb was removed, though {working.folder.name} found it there.",
+        f"{broken.name}/evidence.json was changed since {working.folder.name} found the run broken off.",
+        f"{broken.name}/promises.xml was added since {working.folder.name} found the run broken off.",
+    ]
     shutil.rmtree(broken)
     assert audit(runs) == [f"{broken.name} is missing: it was removed, though {working.folder.name} names it."]
 

@@ -9,7 +9,7 @@ import pytest
 
 from runbook import additions, backup, finish, ledger, monitor, rollback, verify
 from runbook.database import target
-from runbook.errors import ApprovalMissing, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
+from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
 from tests import migration
 from tests.walk import client, walk
 
@@ -420,6 +420,8 @@ def test_a_backup_that_was_dropped_is_missed_before_the_cut_over_and_after(clini
         backup.check(run)
     migration.walk(run, migration.FORWARD, first="backup")
     verify.check(run)
+    with pytest.raises(BadInput, match="give one of them"):
+        finish.require(run, "ann", unneeded_for_h=0, force_strict=True, keep_fill=True)
     finish.require(run, "ann", unneeded_for_h=0, force_strict=True)
     finish.drop(run, drop_backup=True)
     verify.check(ledger.of(target(clinic), "users", ended=True))
