@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from typing import Any
 
@@ -101,12 +102,13 @@ def fingerprint(session: Session, oid: int) -> str:
 
 
 def lines(session: Session, table: sql.Composable) -> dict[str, str]:
-    """What a table is, by what it is about: what the fingerprint of it is a digest of."""
+    """Of what a table is, by what it is about, a digest each, of which its fingerprint is one of all: what became another is seen,
+    and nothing of it is kept."""
     oid, found = sql.SQL("{}::regclass").format(sql.Literal(table.as_string(None))), dict[str, str]()
     with session.qualified():
         for row in session.rows(_lines(oid)):
             found[row["what"]] = "\n".join(sorted([*found.get(row["what"], "").splitlines(), row["line"]]))
-    return found
+    return {what: hashlib.sha256(line.encode()).hexdigest()[:16] for what, line in found.items()}
 
 
 def _lines(oid: sql.Composable) -> sql.Composed:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from psycopg import sql
 
 from runbook import catalog, ledger, matviews
-from runbook.facts import Finding
-from runbook.plan import Plan
+from runbook.facts import Finding, Reference
+from runbook.plan import Plan, fit
 from runbook.session import Session
 
 
@@ -165,6 +166,7 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
                 name, f"{name} is inherited from: {reference.role_column} would be required of its children too, which {reference.name} does not reach.",
                 "ALTER TABLE … NO INHERIT; for the children first.",
             )  # fmt: skip
+        yield from _gaining(plan, reference, row) if reference.adds_column else ()
         for trigger in [] if reference in plan.selves else row.get("update_triggers") or []:
             yield Finding.warning(
                 name,
@@ -183,15 +185,47 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
         )
 
 
+def _gaining(plan: Plan, reference: Reference, row: dict[str, Any]) -> Iterator[Finding]:
+    """What hangs on a table, and does not bear that it gains a column."""
+    name, role = f"{reference.schema_name}.{reference.table}", reference.role_column
+    own = reference in plan.selves
+    when = "from the cut-over on" if own else "from 04 on"
+    if row.get("typed") and not own:
+        yield Finding.blocker(
+            name, f"{name} is made of a type, and cannot gain the column {role} alone.", f"ALTER TABLE {name} NOT OF; first."
+        )
+    if (held := row.get("held_in")) and not own:
+        yield Finding.blocker(
+            name, f"{', '.join(held)} has the type of {name}'s rows, which then cannot gain the column {role}.",
+            "Store it as jsonb, or drop that column, first.",
+        )  # fmt: skip
+    check = fit(f"{reference.table}_{role}_present")
+    if check in (row.get("constraint_names") or []):
+        yield Finding.blocker(
+            name, f"{name} has a constraint {check}, whose name the check of {role} needs.", f"ALTER TABLE {name} RENAME CONSTRAINT … TO …; first."
+        )  # fmt: skip
+    for trigger in row.get("whole_rows") or []:
+        yield Finding.warning(
+            name, f"The trigger {trigger} of {name} inserts rows as a whole (OLD.* or NEW.*), and {when} they end with {role}: where its statement names no"
+            " columns, each of the application's writes that fires it fails (42601).",
+            "Name the columns in its function first, or give the table that it writes to that column, at its place.",
+        )  # fmt: skip
+    if functions := row.get("row_functions"):
+        yield Finding.warning(
+            name, f"{', '.join(functions)} returns rows of {name} and lists their columns: {when}, with {role}, it fails (42804, 42P13).",
+            "Let it select all columns (SELECT *), or return a TABLE of its own.",
+        )  # fmt: skip
+
+
 def _together(plan: Plan) -> Iterator[Finding]:
     """What is so of every table that references it, said once."""
     adding = [reference for reference in (*plan.references, *plan.selves) if reference.adds_column]
     if adding:
         gained = dict.fromkeys(f"{each.schema_name}.{each.table} gains the column {each.role_column}" for each in adding)
         yield Finding.warning(
-            plan.full_name, f"{'; '.join(gained)}: a prepared SELECT * of it fails (0A000) until it is prepared anew, a logical subscriber needs"
-            f" the column first, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
-            "Renew the connections after 04; keep_fill lets 91 leave the trigger that fills it in.",
+            plan.full_name, f"{'; '.join(gained)}: a prepared SELECT * of it fails (0A000) until it is prepared anew, an INSERT … SELECT * of it elsewhere and a COPY"
+            f" into it without a list of columns fail from 04 on (42601, 22P04), a logical subscriber needs the column first, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
+            "Name the columns there; renew the connections after 04; keep_fill lets 91 leave the trigger that fills it in.",
         )  # fmt: skip
     refusing = [
         each for each in adding if " ON UPDATE CASCADE" not in each.definition and " ON UPDATE SET " not in each.definition

@@ -151,6 +151,7 @@ class Draft:
             ledger.Action(run, session, action).finish(
                 f"Plan {self.plan.hash[:12]} for {self.plan.full_name} by {self.plan.key} is frozen.",
                 findings=len(self.plan.findings),
+                lines=catalog.lines(session, self.plan.source),
                 given=asked.remembered(self.given),
             )
         return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from runbook import catalog
 from runbook.errors import OutOfOrder
 from runbook.plan import Plan
 from runbook.session import Session
@@ -14,8 +15,8 @@ def _described(kind: str, not_null: bool, default: str | None) -> str:
     return f"{kind}{' NOT NULL' if not_null else ''}{f' DEFAULT {default}' if default is not None else ''}"
 
 
-def since(session: Session, plan: Plan) -> str:
-    """What was changed of the table since the plan, in words."""
+def since(session: Session, plan: Plan, then: dict[str, str]) -> str:
+    """What was changed of the table since the plan, in words; `then` is what `catalog.lines` said of it."""
     found = session.rows("catalog.columns", oid=plan.table.oid)
     if not found:
         another = session.value("catalog.there", name=spelled((plan.table.schema_name, plan.table.name)))
@@ -40,7 +41,10 @@ def since(session: Session, plan: Plan) -> str:
     whole = {reference.place for reference in plan.references if not reference.leaves}
     changes += [f"{row['schema']}.{row['table']}, which references it, is partitioned now" for row in incoming
                 if row["leaves"] and (row["schema"], row["table"], row["name"]) in whole]  # fmt: skip
-    return "; ".join(sorted(changes)) or "a constraint, trigger, policy, grant, owner or view of it"
+    if not changes:
+        now_is = catalog.lines(session, plan.source)
+        changes = [what for what in then.keys() | now_is.keys() if then.get(what) != now_is.get(what)]
+    return "; ".join(sorted(changes)) or "what hangs on it"
 
 
 def require(session: Session, plan: Plan, columns: Collection[tuple[tuple[str, str], str]]) -> None:

@@ -20,7 +20,7 @@ from runbook.ledger import NOTEBOOKS, STEPS, Action, Evidence, Run, recorded
 from runbook.plan import Plan, identifiers, with_key
 from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
-from runbook.words import counted
+from runbook.words import counted, ended
 
 COPY_S = 0.12  # for so long rows are copied; all that is measured takes some four times that
 ANALYZED = 3000  # rows that ANALYZE reads of each table here: 300 for each unit of its target, which is a tenth of the default
@@ -62,7 +62,7 @@ def measure(action: Action) -> Evidence:
         if named := partition.event_trigger(session, error):
             refuses = spelled(sql.Identifier(named))
             raise PlanBlocked(
-                f"The event trigger {refuses} does not let {run.plan.full_name} be migrated. {told(error)} What a step makes, alters or drops, the"
+                f"The event trigger {refuses} does not let {run.plan.full_name} be migrated: {ended(error.diag.message_primary or str(error))} What a step makes, alters or drops, the"
                 f" way back does, too: switch it off meanwhile (ALTER EVENT TRIGGER {refuses} DISABLE), then run 00_plan again."
             ) from None
         return action.finish(f"There is no forecast, because a sample could not be copied. {told(error)}")

@@ -196,9 +196,10 @@ class Run:
             return
         with session.qualified():
             if catalog.fingerprint(session, self.plan.table.oid) != self.plan.fingerprint:
-                changes = drift.since(session, self.plan)
+                made = _finished(session, self.migration, "plan", "check")
+                changes = drift.since(session, self.plan, made.facts.get("lines", {}) if made else {})
                 raise PlanOutdated(
-                    f"{self.plan.full_name} was altered since the plan {self.plan.hash[:12]} was made ({changes}):"
+                    f"{self.plan.full_name} was altered since the plan {self.plan.hash[:12]} was made ({changes}): take that back and go on, or"
                     " roll back with 90_rollback, then plan again with 00_plan."
                 )
 

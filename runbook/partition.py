@@ -17,6 +17,7 @@ from runbook.plan import Plan
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
+from runbook.words import ended
 
 Statements = changes.Statements
 
@@ -102,6 +103,14 @@ def rehearse(session: Session, plan: Plan) -> Iterator[Finding]:
             " max_locks_per_transaction and restart the server."
         )
     except psycopg.Error as error:
+        if named := event_trigger(session, error):
+            refuses = spelled((named,))
+            yield Finding.blocker(
+                refuses,
+                f"The event trigger {refuses} does not let tables be made: {ended(error.diag.message_primary or str(error))}",
+                f"ALTER EVENT TRIGGER {refuses} DISABLE; meanwhile.",
+            )
+            return
         detail = f" ({error.diag.message_detail.rstrip('.')})" if error.diag.message_detail else ""
         refused = f"PostgreSQL refuses to partition {plan.full_name} by {plan.key} like that: {error.diag.message_primary or error}{detail}."
     if refused:

@@ -142,6 +142,14 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
            AND t.tgname NOT LIKE ALL ('{{runbook\\_%,zzz\\_runbook\\_%}}') AND t.tgtype & 16 = 16 AND t.tgenabled <> 'D'
            AND t.tgattr = ''  -- no list of columns has one that is new; nor the guards' of an earlier migration
            AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.oid = t.tgfoid AND p.prosecdef AND 'enable_seqscan=off' = ANY (p.proconfig))) AS update_triggers,
+       -- What does not bear that the table gains a column.
+       c.reloftype <> 0 AS typed, ARRAY(SELECT conname::text FROM pg_constraint x WHERE x.conrelid = k.conrelid) AS constraint_names,
+       ARRAY(SELECT format('%s.%I', a.attrelid::regclass, a.attname) FROM pg_attribute a JOIN pg_class h ON h.oid = a.attrelid AND h.relkind IN ('r', 'p', 'm')
+              WHERE a.atttypid IN (c.reltype, (SELECT typarray FROM pg_type WHERE oid = c.reltype)) AND NOT a.attisdropped ORDER BY 1) AS held_in,
+       ARRAY(SELECT t.tgname::text FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid = k.conrelid AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+                AND p.prosrc ~* '\minsert\M.*\m(old|new)\.\*' ORDER BY 1) AS whole_rows,
+       ARRAY(SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang WHERE p.prorettype = c.reltype AND l.lanname IN ('sql', 'plpgsql')
+                AND (to_jsonb(p) ->> 'prosqlbody' IS NOT NULL OR p.prosrc ~* '\mselect\M' AND p.prosrc !~* '\mselect\s+("?\w+"?\.)?\*') ORDER BY 1) AS row_functions,
        obj_description(k.oid, 'pg_constraint') AS comment,
        (SELECT json_agg(json_build_array(ln.nspname, l.relname) ORDER BY l.oid) FROM pg_partition_tree(k.conrelid) t
           JOIN pg_class l ON l.oid = t.relid JOIN pg_namespace ln ON ln.oid = l.relnamespace WHERE t.isleaf AND c.relkind = 'p') AS leaves
@@ -402,12 +410,15 @@ SELECT 'blocker', s.full_name, format('Row-level security is forced on %s, so th
   FROM source s WHERE s.relforcerowsecurity AND s.relrowsecurity AND NOT s.bypasses
 UNION ALL
 SELECT DISTINCT 'blocker', v.oid::regclass::text, format('%s does not own the view %s, which reads %s.', current_user, v.oid::regclass, s.full_name),
-       format('GRANT %I TO %I;', pg_get_userbyid(v.relowner), current_user)
+       (SELECT CASE WHEN rolsuper THEN format('Let %I, or another role that is no superuser, own it; or work as %I.', current_user, rolname)
+                    ELSE format('GRANT %I TO %I;', rolname, current_user) END FROM pg_roles WHERE oid = v.relowner)
   FROM source s JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid AND d.classid = 'pg_rewrite'::regclass
   JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class AND v.relkind = 'v' WHERE NOT pg_has_role(v.relowner, 'USAGE')
 UNION ALL
 -- What the cut-over makes anew belongs to somebody, too.
-SELECT DISTINCT 'blocker', o.what, format('%s does not own the %s, which the cut-over has to make anew.', current_user, o.what), format('GRANT %I TO %I;', pg_get_userbyid(o.owner), current_user)
+SELECT DISTINCT 'blocker', o.what, format('%s does not own the %s, which the cut-over has to make anew.', current_user, o.what),
+       (SELECT CASE WHEN rolsuper THEN format('Let %I, or another role that is no superuser, own it; or work as %I.', current_user, rolname)
+                    ELSE format('GRANT %I TO %I;', rolname, current_user) END FROM pg_roles WHERE oid = o.owner)
   FROM (SELECT 'statistics ' || x.stxname AS what, x.stxowner AS owner FROM pg_statistic_ext x WHERE x.stxrelid = {oid}
         UNION ALL SELECT 'publication ' || p.pubname, p.pubowner FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = {oid}
         UNION ALL SELECT 'function ' || p.oid::regprocedure, p.proowner FROM pg_depend d JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from runbook import correction, cutover, foreign_keys, ledger, verify
-from runbook.errors import LockNotGranted, PromiseBroken
+from runbook.errors import LockNotGranted, PlanBlocked, PromiseBroken
 from tests import migration
 from tests.walk import walk
 
@@ -270,3 +270,42 @@ def test_what_lets_no_row_be_updated_is_named_with_a_way_out(clinic, sql, made, 
     sql(passed)
     migration.walk(run, {"fill": migration.FORWARD["fill"]})
     assert (sql(WRONG), sql(FILLED)) == ([(0,)], [(True,)])
+
+
+def test_what_does_not_bear_another_column_is_named_before(clinic, sql):
+    """Of the tables that refer to it; each was found by a run that failed, or by an application that did."""
+    sql(HISTORY)
+    columns = sql(
+        "SELECT string_agg(attname, ', ' ORDER BY attnum) FROM pg_attribute WHERE attrelid = 'appointments'::regclass AND attnum > 0"
+    )[0][0]
+    sql(f"CREATE FUNCTION named(b int) RETURNS SETOF appointments LANGUAGE sql AS 'SELECT {columns} FROM appointments'")
+    sql("CREATE FUNCTION whole(b int) RETURNS SETOF appointments LANGUAGE sql AS 'SELECT * FROM appointments'")
+    found = {each.sentence: each.level for each in migration.plan(clinic).plan.findings}
+    said = " ".join(sentence for sentence, level in found.items() if level == "warning")
+    assert "The trigger hist of public.appointments inserts rows as a whole" in said
+    assert "named(integer) returns rows of public.appointments and lists their columns" in said
+    assert "whole(integer)" not in said and "a COPY into it without a list of columns" in said
+
+
+BLOCKS = {
+    "public.kept.its has the type of public.appointments's rows": ("CREATE TABLE kept (its appointments[])", "DROP TABLE kept"),
+    "public.booked is made of a type": (
+        "CREATE TYPE booking AS (id int, user_id uuid);"
+        " CREATE TABLE booked OF booking (PRIMARY KEY (id), FOREIGN KEY (user_id) REFERENCES users)",
+        "ALTER TABLE booked NOT OF",
+    ),
+    "has a constraint appointments_user_role_present": (
+        "ALTER TABLE appointments ADD CONSTRAINT appointments_user_role_present CHECK (notes <> 'x')",
+        "ALTER TABLE appointments RENAME CONSTRAINT appointments_user_role_present TO noted",
+    ),
+}
+
+
+@pytest.mark.parametrize("said", BLOCKS)
+def test_what_cannot_gain_a_column_stops_the_plan(clinic, sql, said):
+    made, passed = BLOCKS[said]
+    sql(made)
+    with pytest.raises(PlanBlocked, match=said):
+        migration.plan(clinic)
+    sql(passed)
+    migration.forward(clinic, last="columns")

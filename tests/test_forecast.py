@@ -153,10 +153,16 @@ def test_an_event_trigger_that_refuses_what_a_step_does_is_named_before(clinic: 
     sql("CREATE FUNCTION keep_all() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'ask the DBA'; END$$")
     sql(f"CREATE EVENT TRIGGER \"No drop\" ON {event} WHEN TAG IN ('DROP TABLE') EXECUTE FUNCTION keep_all()")
     run = migration.plan(clinic)
-    refused = r'^The event trigger "No drop" does not let public\.users be migrated\. .*ask the DBA\..*ALTER EVENT TRIGGER "No drop" DISABLE'
+    refused = r'^The event trigger "No drop" does not let public\.users be migrated: ask the DBA\..*ALTER EVENT TRIGGER "No drop" DISABLE'
     with pytest.raises(PlanBlocked, match=refused):
         forecast.measure(run)
     sql('ALTER EVENT TRIGGER "No drop" DISABLE')
+    sql("CREATE EVENT TRIGGER hours ON ddl_command_end WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION keep_all()")
+    with pytest.raises(
+        PlanBlocked, match=r"^The event trigger \"hours\" does not let tables be made: ask the DBA\. ALTER EVENT TRIGGER"
+    ):
+        migration.plan(clinic)
+    sql("DROP EVENT TRIGGER hours")
     assert "will take about" in forecast.measure(migration.plan(clinic)).sentence
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from runbook import changes, cutover, partition, restore, rollback
 from runbook.database import target
-from runbook.errors import LockNotGranted, PlanBlocked
+from runbook.errors import LockNotGranted, PlanBlocked, PlanOutdated
 from runbook.statements import rendered
 from tests import migration, servers, traffic
 
@@ -638,3 +638,21 @@ def test_whoever_asks_an_identity_for_a_number_by_name_gets_one_that_nobody_else
     assert len(taken) == len(set(taken)) > 0
     sql("INSERT INTO orders (region) SELECT 'north' FROM generate_series(1, 2000)")
     assert sql("SELECT min(id) > %s FROM orders WHERE id > 500", [max(taken)]) == [(True,)]
+
+
+@pytest.mark.parametrize(
+    ("done", "undone", "said"),
+    [
+        ("GRANT SELECT ON users TO PUBLIC", "REVOKE SELECT ON users FROM PUBLIC", "PUBLIC"),
+        ("ALTER TABLE users ADD CONSTRAINT named CHECK (email <> '')", "ALTER TABLE users DROP CONSTRAINT named", "named"),
+    ],
+)
+def test_what_was_changed_since_the_plan_is_named_and_taking_it_back_is_enough(clinic, forward, sql, done, undone, said):
+    run = forward("keys check")
+    sql(done)
+    with pytest.raises(
+        PlanOutdated, match=rf"was altered since the plan \w+ was made \([^)]*{said}[^)]*\): take that back and go on"
+    ):
+        migration.walk(run, migration.FORWARD, first="approval", last="swap")
+    sql(undone)
+    migration.walk(run, migration.FORWARD, first="approval")

@@ -355,3 +355,14 @@ def test_a_database_of_another_encoding_is_read_as_any(server, encoding):
             migration.back(run)
         finally:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_nobody_is_told_to_become_a_superuser(owner, sql):
+    me = owner.split("//")[1].split("@")[0]
+    sql("CREATE PUBLICATION crm FOR TABLE users WITH (publish_via_partition_root); CREATE VIEW seen AS SELECT id FROM users")
+    with pytest.raises(PlanBlocked) as refused:
+        migration.plan(owner)
+    assert "does not own the publication crm" in str(refused.value) and "does not own the view" in str(refused.value)
+    assert "GRANT postgres" not in str(refused.value)
+    sql(f"ALTER PUBLICATION crm OWNER TO {me}; ALTER VIEW seen OWNER TO {me}")
+    migration.plan(owner)
