@@ -165,7 +165,7 @@ def lock_timeline(swap: Evidence) -> Picture:
     """Each attempt of the swap on the clock, in seconds, and in the last one the time for which names were locked."""
     attempts = swap.facts.get("attempts", [])  # none is known of a script
     names = [f"attempt {n}" for n, _ in enumerate(attempts, 1)]
-    locked = [*([0.0] * len(names)), swap.facts["locked_s"]][1:] if names else []
+    locked = [*([0.0] * len(names)), swap.facts["locked_s"] or 0.0][1:] if names else []
     lengths = [length for _, length in attempts]
     waiting = Bars("waiting for locks", ORANGE, lengths, [f"{length * 1000:.0f} ms" for length in lengths])
     return _locked("The swap", "seconds since the swap began", names, [start for start, _ in attempts], waiting, locked)

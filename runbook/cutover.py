@@ -67,7 +67,7 @@ def swap(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> E
                 logging = session.value("changes.logging_back", **run.names)
                 session.run("ledger.remember_triggers", triggers=logging, **run.names)
                 # In the swap's own transaction, so that the ledger cannot say anything else; how long it took comes after.
-                _record(action, patience, replayed, 0.0, waits)
+                _record(action, patience, replayed, None, waits)
                 if replayed:  # again: one may have begun since the first look
                     locks.refuse_late_snapshots(session, patience)
         finally:
@@ -78,11 +78,19 @@ def swap(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> E
         return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
 
 
-def _record(action: Action, patience: locks.Patience, replayed: int, locked: float, waits: list[tuple[float, float]]) -> Evidence:
+def _record(
+    action: Action, patience: locks.Patience, replayed: int, locked: float | None, waits: list[tuple[float, float]]
+) -> Evidence:
+    """What a swap is said to have cost; with the swap itself only that it was: when its answer was lost it stays at that."""
     slowest = max((length for _, length in waits), default=0.0)
+    measured = "The answer of its commit was lost, and with it for how long names were locked."
+    if locked is not None:
+        measured = (
+            f"Names were locked for {locked * 1000:.0f} ms; no session waited for us longer than {slowest * 1000:.0f} ms;"
+            f" attempts: {len(waits)}."
+        )
     sentence = (
-        f"{action.run.plan.full_name} is partitioned. Names were locked for {locked * 1000:.0f} ms; no session waited for us longer"
-        f" than {slowest * 1000:.0f} ms; attempts: {len(waits)}. The way back is open: 90_rollback replays what changes from now on"
+        f"{action.run.plan.full_name} is partitioned. {measured} The way back is open: 90_rollback replays what changes from now on"
         " into the retired table and swaps back."
     )
     blockers = [str(each) for each in patience.blockers.values()]

@@ -120,8 +120,9 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
             )  # fmt: skip
         if "DEFERRABLE" in reference.definition and reference.adds_column and plan.legacy_inserts == "fill":
             yield Finding.warning(
-                name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column} from the cut-over on.",
-                "Let it name the column, or be written after that row.",
+                name, f"{reference.name} is deferrable: a row of {name} that is written before the row it refers to must name {reference.role_column} from the cut-over"
+                " on; and one that refers to no row at all is refused for want of it (23502, 23514) instead of by the key (23503).",
+                "Let it name the column, or be written after that row; look at both codes where the application tells errors apart.",
             )  # fmt: skip
         if " ON UPDATE SET " in reference.definition and reference.adds_column:
             yield Finding.warning(

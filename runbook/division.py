@@ -176,10 +176,14 @@ def _range(session: Session, given: Parameters, table: Table, key: Column) -> Di
     found = range_bounds(session, wanted, key)
     bounds = [bound for each in found for bound in each.values if bound is not None]
     rows = session.rows("draft.range_counts", **place, bounds=bounds, filled=filled) if bounds else []
-    begin: dict[Value, int] = {row["lower"]: row["rows"] for row in rows}
-    sized = [each if each.bound == "DEFAULT" else each.model_copy(update={"rows": begin.pop(each.values[0], 0), "values": ()})
+    begin: list[tuple[list[Value], int]] = [(row["lower"] or [None], row["rows"]) for row in rows]
+    sized = [each if each.bound == "DEFAULT" else each.model_copy(
+                 update={"rows": sum(count for lower, count in begin if each.values[0] in lower), "values": ()})
              for each in found]  # fmt: skip
-    left = {f"from {value}" if value else "below the first bound": count for value, count in begin.items()}
+    taken = {each.values[0] for each in found if each.bound != "DEFAULT"}
+    left = {
+        f"from {lower[0]}" if lower[0] else "below the first bound": count for lower, count in begin if taken.isdisjoint(lower)
+    }
     return _settled(sized, extent["rows"], extent["nulls"] if filled is None else 0, None, left)
 
 

@@ -79,6 +79,7 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
         rows = session.value("additions.waiting", default=default, rule=trusted(rule)) if default else 0
         additions.append(Addition(name=each.name, bound=each.bound, rule=rule, waiting=rows))
         found += _moving(each.name, rows, default, keys)
+        found += _breaking(session, oid, each.name, rule, default) if rows and default else ()
     if default and additions:
         size = next(row["table_bytes"] for row in tree if row["bound"] == "DEFAULT")
         waits = (
@@ -132,6 +133,19 @@ def in_the_way(run: Run, session: Session, name: str) -> Iterator[Finding]:
             f"{schema}.{name}, which an earlier run made and could not attach, has rows by now.",
             "Take them out, or rename it.",
         )
+
+
+def _breaking(session: Session, oid: int, name: str, rule: str, default: tuple[str, str]) -> Iterator[Finding]:
+    """Blockers, for rows of the default partition that break a check which is NOT VALID: the new table has it from its first row on."""
+    for check in catalog.checks_of(session, oid):
+        breaks = trusted(check.definition.removeprefix("CHECK ").removesuffix(" NOT VALID"))
+        rows = 0 if check.validated else session.value("additions.breaking", default=default, rule=trusted(rule), check=breaks)
+        if rows:
+            yield Finding.blocker(
+                name,
+                f"{counted(rows, 'row')} of {default[1]} that would go over to {name} {'breaks' if rows == 1 else 'break'} {check.name}, which is NOT VALID.",
+                "Correct them, or drop the check, first.",
+            )
 
 
 def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Row]) -> Iterator[Finding]:

@@ -252,7 +252,7 @@ def kept(session: Session) -> bool:
     there: bool | None = session.value("ledger.exists")
     if there is None:
         raise BadInput(
-            f"runbook.migration of {session.connection.info.dbname} is somebody else's table, and the ledger needs its name: rename the"
+            f"runbook.migration or runbook.action of {session.connection.info.dbname} is somebody else's table, and the ledger needs its name: rename the"
             " schema runbook first."
         )
     return there

@@ -31,6 +31,9 @@ SELECT pg_get_partition_constraintdef({leaf}::regclass) AS rule
 -- Rows that the default partition holds because the new one is not there yet.
 SELECT count(*) AS rows FROM ONLY {default} WHERE {rule}
 
+-- name: breaking
+SELECT count(*) AS rows FROM ONLY {default} WHERE {rule} AND NOT {check}
+
 -- name: ranges
 -- What each partition takes; NULL for a side that does not end.
 SELECT n.nspname AS schema, c.relname AS name, nullif(substring(b.bound FROM 'FROM \(''?(.*?)''?\) TO '), 'MINVALUE') AS low, nullif(substring(b.bound FROM ' TO \(''?(.*?)''?\)$'), 'MAXVALUE') AS high

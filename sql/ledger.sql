@@ -2,7 +2,8 @@
 
 -- name: exists
 -- NULL where somebody else's table has its name.
-SELECT CASE WHEN to_regclass('runbook.migration') IS NULL THEN false
+SELECT CASE WHEN to_regclass('runbook.migration') IS NULL
+              THEN CASE WHEN coalesce(to_regclass('runbook.action'), to_regclass('runbook.record'), to_regclass('runbook.copied_range')) IS NULL THEN false END
             WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('runbook.migration') AND attname = 'plan_hash') THEN true END
 
 -- name: create

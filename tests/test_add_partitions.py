@@ -559,3 +559,16 @@ def test_what_a_table_by_list_cannot_be_given_is_refused(forward):
         additions.draft(run, every="month")
     with pytest.raises(BadInput, match=r"users_none is to take NULL, which role of public\.users cannot be"):
         additions.draft(run, add={"users_none": [None]})
+
+
+def test_a_row_that_breaks_a_check_which_is_not_valid_does_not_go_over(database, sql):
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, n int); INSERT INTO t VALUES (1, 'a', 1), (2, 'b', -1), (3, 'b', 1), (4, 'b', NULL);"
+        " ALTER TABLE t ADD CONSTRAINT npos CHECK (n > 0) NOT VALID")  # fmt: skip
+    run = migration.forward(database, table="t", key="k", partitions={"t_a": ["a"], "t_rest": "default"})
+    with pytest.raises(
+        PlanBlocked, match=r"1 row of t_rest that would go over to t_b breaks npos, which is NOT VALID\. Correct them"
+    ):
+        additions.draft(run, add={"t_b": ["b"]}).freeze()
+    sql("UPDATE t SET n = 1 WHERE id = 2")
+    add(run, add={"t_b": ["b"]})
+    assert sql("SELECT count(*) FROM t_b") == [(3,)]

@@ -448,8 +448,13 @@ def test_a_plan_that_somebody_altered_in_the_ledger_is_not_executed(clinic: str,
 
 
 def test_a_schema_of_the_ledgers_name_that_is_somebody_elses_is_named(clinic: str, sql: Any) -> None:
-    sql("CREATE SCHEMA runbook; CREATE TABLE runbook.migration (x int)")
-    with pytest.raises(BadInput, match=r"runbook\.migration of test_\d+ is somebody else's table.*rename the schema"):
+    sql("CREATE SCHEMA runbook; CREATE TABLE runbook.action (id int PRIMARY KEY, what text)")
+    with pytest.raises(BadInput, match="somebody else's table"):
+        migration.plan(clinic)
+    sql("DROP TABLE runbook.action; CREATE TABLE runbook.migration (x int)")
+    with pytest.raises(
+        BadInput, match=r"runbook\.migration or runbook\.action of test_\d+ is somebody else's table.*rename the schema"
+    ):
         migration.plan(clinic)
     done = CliRunner().invoke(cli.main, ["status", "--database", clinic])
     assert done.exit_code == 1 and "somebody else's table" in done.stderr

@@ -548,3 +548,13 @@ def test_what_null_becomes_has_a_partition_too_where_none_is_named(database, sql
     run = migration.forward(database, table="things", key="kind", null_value="none")
     assert sql("SELECT tableoid::regclass::text, id FROM things ORDER BY id") == [("things_a", 1), ("things_none", 2)]
     verify.check(run)
+
+
+def test_bounds_of_one_number_in_two_forms_meet(database, sql):
+    sql(
+        "CREATE TABLE k (id int PRIMARY KEY, d numeric NOT NULL); INSERT INTO k SELECT n, n / 100.0 FROM generate_series(1, 300) n"
+    )
+    run = migration.plan(database, "k", "d", **by_range(partitions={"k1": [0, "1.00"], "k2": ["1.0", "5"]}))
+    assert [(each.name, each.rows) for each in run.plan.partitions] == [("k1", 99), ("k2", 201)]
+    with pytest.raises(PlanBlocked, match=r"'from 1\.00?' \(201\)"):
+        migration.plan(database, "k", "d", **by_range(partitions={"k1": [0, "1.00"], "k2": [4, 5]}))

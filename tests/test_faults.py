@@ -19,7 +19,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import correction, cutover, foreign_keys, indexes, ledger, partition, restore, rollback
+import runbook
+from runbook import charts, correction, cutover, forecast, foreign_keys, indexes, ledger, partition, restore, rollback, verify
 from runbook.changes import Rewritten
 from runbook.database import target
 from runbook.errors import AlreadyRunning, LockNotGranted, PlanOutdated, PromiseBroken, RunbookError
@@ -502,3 +503,26 @@ def test_a_referencing_table_that_was_made_anew_is_noticed_before_the_cut_over(p
     with pytest.raises((PromiseBroken, PlanOutdated), match="appointments"):
         cutover.swap(run)
     assert sql("SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass") == [("r",)]
+
+
+def test_a_swap_whose_answer_was_lost_does_not_say_what_nobody_measured(forward, clinic, monkeypatch):
+    run, record = forward("approval"), cutover._record
+
+    def lost(action: Any, patience: Any, replayed: int, locked: float | None, waits: Any) -> Any:
+        if locked is not None:  # committed already
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        return record(action, patience, replayed, locked, waits)
+
+    monkeypatch.setattr(cutover, "_record", lost)
+    with pytest.raises(psycopg.OperationalError):
+        cutover.swap(run)
+    monkeypatch.undo()
+    again = runbook.open(clinic, "users")
+    assert again.swapped
+    swapped = cutover.swap(again)
+    assert "users is partitioned. The answer of its commit was lost, and with it for how long" in swapped.sentence
+    migration.walk(again, migration.FORWARD, first="validate")
+    assert charts.lock_timeline(swapped).words.startswith("The swap")
+    assert "Undo now" in again.next() and "the last time" not in again.next()
+    assert len(forecast.beside(again)) == 0
+    verify.check(again)
