@@ -243,6 +243,13 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
                 f"{me} does not own {reference.schema_name}.{reference.table}, which references it.",
                 become(reference.owner),
             )
+    if strangers := ", ".join(plan.table.strangers):
+        yield Finding.warning(
+            plan.full_name,
+            f"Default privileges of {me} would open to {strangers} what is made here; the ledger, the logs, the backup and the tables of values"
+            " are closed to all but their owner.",
+            "Who dumps the database as one of them needs pg_read_all_data until 91, and with tables of values after it, too.",
+        )
     unreadable = [row["name"] for row in session.rows("draft.unreadable")] if plan.backup_method == "dump" else []
     if unreadable:
         yield Finding.blocker(

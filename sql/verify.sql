@@ -37,7 +37,11 @@ SELECT jsonb_array_elements_text(a.evidence -> 'partitions') FROM runbook.action
  WHERE a.migration = {migration} AND a.step = 'add' AND a.action LIKE 'attach %' AND a.state = 'done'
 
 -- name: partitions
-SELECT 'It is partitioned as planned' AS promise, string_agg(now.name || ' ' || now.bound, '; ' ORDER BY now.level, now.name) AS seen,
+SELECT 'It is partitioned as planned' AS promise,
+       concat((SELECT 'there is no ' || string_agg(p.name, ', ' ORDER BY p.name) || ', unless by another name: ' FROM (
+                 SELECT p ->> 'name' AS name FROM jsonb_array_elements(m.plan -> 'partitions') p UNION SELECT p FROM ({added}) a(p)) p
+                WHERE p.name <> ALL (array_agg(coalesce(now.name::text, '')))),
+              string_agg(now.name || ' ' || now.bound, '; ' ORDER BY now.level, now.name)) AS seen,
        coalesce(bool_and(now.level > 0 OR lower(now.bound) = lower(format('PARTITION BY %s (%I)', m.plan ->> 'partition_by', m.plan ->> 'key')))
          AND array_agg(now.name ORDER BY now.name) FILTER (WHERE now.level > 0)
            = (SELECT array_agg(p.name ORDER BY p.name) FROM (

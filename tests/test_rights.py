@@ -83,6 +83,11 @@ def test_default_privileges_open_nothing_that_the_runbook_makes(owner, sql):
     run = migration.forward(owner, unique="global")
     made = "SELECT c.oid::regclass::text FROM pg_class c WHERE c.relkind = 'r' AND c.relnamespace::regnamespace::text ~ '^runbook|^users_unique$' ORDER BY 1"
     tables = [name for (name,) in sql(made)]
+    said = [each.sentence for each in run.plan.findings if each.level == "warning"]
+    assert any(
+        "would open to PUBLIC, clinic_app what is made here" in each or "would open to clinic_app, PUBLIC what" in each
+        for each in said
+    )
     assert {"runbook.action", "runbook_1.changes_back", "users_unique.users_email_key_values"} <= set(tables)
     for table in tables:
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for schema"):

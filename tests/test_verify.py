@@ -542,3 +542,13 @@ def test_what_triggers_make_of_a_row_that_moves_is_said(database: str, server: S
     verify.check(run)
     seen = {each.promise: each.seen for each in verify.seen(run)}
     assert seen["A changed state moves the row"].endswith(", and triggers gave it another number")
+
+
+def test_a_partition_that_was_renamed_is_named(forward, sql):
+    run = forward(unique="global")
+    sql("ALTER TABLE users_doctors RENAME TO users_docs")
+    with pytest.raises(
+        PromiseBroken,
+        match=r"It is partitioned as planned \(there is no users_doctors, unless by another name: users PARTITION BY .*; users_docs FOR",
+    ):
+        verify.check(run)
