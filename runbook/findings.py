@@ -248,7 +248,7 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
             plan.full_name,
             f"Default privileges of {me} would open to {strangers} what is made here; the ledger, the logs, the backup and the tables of values"
             " are closed to all but their owner.",
-            "Who dumps the database as one of them needs pg_read_all_data until 91, and with tables of values after it, too.",
+            "Who dumps the database as one of them needs pg_read_all_data from then on.",
         )
     unreadable = [row["name"] for row in session.rows("draft.unreadable")] if plan.backup_method == "dump" else []
     if unreadable:
