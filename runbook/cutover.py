@@ -106,7 +106,8 @@ def _catch_up(run: Run, session: Session, patience: locks.Patience) -> None:
         changes.catch_up(run, session, patience)
         for _ in range(3):  # what came meanwhile: each row that is left is replayed and corrected while everybody waits
             for reference in references.added(run):
-                correction.drain(run, session, reference)
+                with correction.explained(run, reference):
+                    correction.drain(run, session, reference)
             keys, horizon = changes.replay(run, session)
             left = sum(correction.length(session, references.names(run, each)) for each in references.added(run))
             if max(keys, left) <= changes.SHORT_TAIL // 10:

@@ -57,7 +57,7 @@ class ServerUnavailable(RunbookError):
     """The database cannot be reached, or the embedded server cannot be started."""
 
 
-FUNCTION = re.compile(r"^PL/pgSQL function (\S.*?) line \d+ at (RAISE$)?", re.MULTILINE)
+FUNCTION = re.compile(r"^PL/pgSQL function (\S.*?) line \d+ at ((?:RAISE|ASSERT)$)?", re.MULTILINE)
 OURS = re.compile(r'"?(?:runbook|pg_temp)')
 
 

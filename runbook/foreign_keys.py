@@ -247,11 +247,13 @@ def check(action: Action) -> Evidence:
     run, session = action.run, action.session
     for reference in added(run):
         own = names(run, reference)
-        if wrong := session.value("foreign_keys.wrong", **own):  # written while the log was off
-            session.run("foreign_keys.log_wrong", **own)
-            drain(run, session, reference)
-            wrong = session.value("foreign_keys.wrong", **own)
-        if rows := stuck(session, own):
+        with explained(run, reference):
+            if wrong := session.value("foreign_keys.wrong", **own):  # written while the log was off
+                session.run("foreign_keys.log_wrong", **own)
+                drain(run, session, reference)
+                wrong = session.value("foreign_keys.wrong", **own)
+            rows = stuck(session, own)
+        if rows:
             raise PromiseBroken(
                 f"{counted(rows, 'row')} of {reference.table} {'keeps' if rows == 1 else 'keep'} another {reference.role_column} than the"
                 f" row in {run.plan.full_name},"
