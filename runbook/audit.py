@@ -9,11 +9,11 @@ from typing import Any
 from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
 
 
-def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = ()) -> list[str]:
+def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), sealing: Iterable[str] = ()) -> list[str]:
     """A sentence for whatever was changed, removed, added or re-ordered under `runs`; empty when all is as recorded.
 
     `heads` are the sha256 of manifests that someone else keeps (the ledger): they vouch for the last run too. Of its `plans`, by
-    their hashes, it has every run that completed.
+    their hashes, it has every run that completed, but for those that were `sealing` when they were killed.
     """
     if not runs.is_dir():
         return [f"{runs} does not exist."]
@@ -44,13 +44,14 @@ def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = ()) -> l
         after, entry = manifest["run"], manifest["previous"]
     if (page := list_of_runs(runs)) and not ((there := runs / "index.html").is_file() and sha256(there) == page):
         said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
-    known, heads, plans = set(digests.values()), list(heads), set(plans)
+    known, heads, plans, sealing = set(digests.values()), list(heads), set(plans), set(sealing)
     for _, manifest, digest in found:
         if (
             manifest["sealed"]
             and manifest.get("state") == "completed"
             and manifest.get("plan_hash") in plans
             and digest not in heads
+            and manifest["run"] not in sealing
         ):
             said.append(
                 f"{manifest['run']} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it."

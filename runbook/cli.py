@@ -227,14 +227,15 @@ def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, 
 @click.option("--database", help="Compare with the heads in this database's ledger, too.")
 def audit(runs: Path, database: str | None) -> None:
     """Compute every hash of the record in RUNS (default: runs) again, and name what was changed, removed, added or re-ordered."""
-    heads, plans = list[str](), list[str]()
+    heads, plans, sealing = list[str](), list[str](), list[str]()
     if database is not None:
         with target(database).session("audit") as session:
             if not ledger.kept(session):
                 raise BadInput(f"{database} has no ledger to compare with: name the database that was migrated.")
-            heads = [row["head"] for row in session.rows("ledger.heads")]
+            known = session.rows("ledger.heads")
+            heads, sealing = [row["head"] for row in known if row["head"]], [row["folder"] for row in known if not row["head"]]
             plans = [row["plan_hash"] for row in session.rows("ledger.plans")] if heads else []
-    said = audited(runs, heads, plans)
+    said = audited(runs, heads, plans, sealing)
     if not said and not any(archive.manifests(runs)):
         said = [f"{runs} holds no run: name the folder that --out named, or what was in it was removed."]
     for sentence in said:

@@ -238,8 +238,12 @@ def seal(record: archive.Run, where: str, table: str, result: str) -> str:
             certificate.write(record, found)
         except (RunbookError, psycopg.Error) as error:
             click.echo(redact(f"The certificate could not be written: {error}", record.secrets), err=True)
-    head = record.seal(**facts, plan_hash=found.plan.hash if found else "", result=result)
+    number = None
     if found:
         with suppress(RunbookError, psycopg.Error), found.database.session("record") as session:
-            session.run("ledger.insert_record", migration=found.migration, folder=record.folder.name, head=head)
+            number = session.value("ledger.begin_record", migration=found.migration, folder=record.folder.name)
+    head = record.seal(**facts, plan_hash=found.plan.hash if found else "", result=result)
+    if found and number:
+        with suppress(RunbookError, psycopg.Error), found.database.session("record") as session:
+            session.run("ledger.end_record", id=number, head=head)
     return head

@@ -145,8 +145,12 @@ SELECT m.id AS migration, m.source AS "table", m.state, a.step, a.action, a.stat
        SELECT * FROM runbook.action a WHERE a.migration = m.id ORDER BY a.id DESC LIMIT 1) a ON true
  WHERE m.state <> 'replaced' ORDER BY m.id
 
--- name: insert_record
-INSERT INTO runbook.record (migration, folder, head) VALUES ({migration}, {folder}, {head})
+-- name: begin_record
+-- Before it is sealed: after a kill in between the run is known here all the same.
+INSERT INTO runbook.record (migration, folder, head) VALUES ({migration}, {folder}, '') RETURNING id
+
+-- name: end_record
+UPDATE runbook.record SET head = {head}, sealed_at = clock_timestamp() WHERE id = {id}
 
 -- name: plans
 SELECT plan_hash FROM runbook.migration

@@ -11,19 +11,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from runbook import cli, execution
 from runbook.archive import Run, sha256, write_whole
 from runbook.audit import audit
 from runbook.engine import Executed, execute
 from runbook.pages import index, render_html
 from runbook.redaction import known_secrets, redact
 from runbook.signals import ended_by_signals, held
+from tests import migration
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -338,9 +342,36 @@ def test_a_completed_run_that_follows_the_last_one_is_of_the_ledger_or_is_named(
     run.add(executed(run.start("06_verify.ipynb")))
     head = run.seal(plan_hash="f" * 64, result="completed")
     assert audit(runs) == audit(runs, [*heads, head], ["f" * 64]) == audit(runs, heads, ["e" * 64]) == []
+    assert audit(runs, heads, ["f" * 64], [run.folder.name]) == []
     assert audit(runs, heads, ["f" * 64]) == [
         f"{run.folder.name} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it."
     ]
+
+
+def test_a_run_that_was_killed_between_its_seal_and_the_ledger_is_no_alarm(
+    clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, seal, plan = tmp_path / "runs", Run.seal, migration.plan(clinic).plan.hash
+
+    def killed(self: Run, **facts: Any) -> str:
+        seal(self, **facts)
+        raise KeyboardInterrupt
+
+    for broken in (False, True):
+        run = Run.begin(runs, "users", {})
+        run.add(executed(run.start("00_plan.ipynb")))
+        if broken:
+            monkeypatch.setattr(Run, "seal", killed)
+        with suppress(KeyboardInterrupt):
+            execution.seal(run, clinic, "users", "completed")
+    monkeypatch.undo()
+    done = CliRunner().invoke(cli.main, ["audit", str(runs), "--database", clinic])
+    assert (done.exit_code, done.output) == (0, f"{runs} is as it was recorded.\n")
+    forged = Run.begin(runs, "users", {})
+    forged.add(executed(forged.start("00_plan.ipynb")))
+    forged.seal(plan_hash=plan, result="completed")
+    done = CliRunner().invoke(cli.main, ["audit", str(runs), "--database", clinic])
+    assert (done.exit_code, done.output.partition(" ")[0]) == (1, forged.folder.name)
 
 
 def test_a_run_that_broke_off_is_true_and_the_next_run_vouches_for_it(tmp_path: Path) -> None:
