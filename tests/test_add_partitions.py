@@ -561,6 +561,7 @@ def test_what_a_table_by_list_cannot_be_given_is_refused(forward):
         additions.draft(run, add={"users_none": [None]})
 
 
+@pytest.mark.long
 def test_a_row_that_breaks_a_check_which_is_not_valid_does_not_go_over(database, sql):
     sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, n int); INSERT INTO t VALUES (1, 'a', 1), (2, 'b', -1), (3, 'b', 1), (4, 'b', NULL);"
         " ALTER TABLE t ADD CONSTRAINT npos CHECK (n > 0) NOT VALID")  # fmt: skip

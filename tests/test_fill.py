@@ -301,7 +301,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("said", BLOCKS)
+@pytest.mark.parametrize(
+    "said", [pytest.param(each, marks=pytest.mark.long) if number else each for number, each in enumerate(BLOCKS)]
+)
 def test_what_cannot_gain_a_column_stops_the_plan(clinic, sql, said):
     made, passed = BLOCKS[said]
     sql(made)

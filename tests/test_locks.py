@@ -643,7 +643,7 @@ def test_whoever_asks_an_identity_for_a_number_by_name_gets_one_that_nobody_else
 @pytest.mark.parametrize(
     ("done", "undone", "said"),
     [
-        ("GRANT SELECT ON users TO PUBLIC", "REVOKE SELECT ON users FROM PUBLIC", "PUBLIC"),
+        pytest.param("GRANT SELECT ON users TO PUBLIC", "REVOKE SELECT ON users FROM PUBLIC", "PUBLIC", marks=pytest.mark.long),
         ("ALTER TABLE users ADD CONSTRAINT named CHECK (email <> '')", "ALTER TABLE users DROP CONSTRAINT named", "named"),
     ],
 )

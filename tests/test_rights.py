@@ -362,6 +362,7 @@ def test_a_database_of_another_encoding_is_read_as_any(server, encoding):
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.mark.long
 def test_nobody_is_told_to_become_a_superuser(owner, sql):
     me = owner.split("//")[1].split("@")[0]
     sql("CREATE PUBLICATION crm FOR TABLE users WITH (publish_via_partition_root); CREATE VIEW seen AS SELECT id FROM users")

@@ -544,6 +544,7 @@ def test_what_triggers_make_of_a_row_that_moves_is_said(database: str, server: S
     assert seen["A changed state moves the row"].endswith(", and triggers gave it another number")
 
 
+@pytest.mark.long
 def test_a_partition_that_was_renamed_is_named(forward, sql):
     run = forward(unique="global")
     sql("ALTER TABLE users_doctors RENAME TO users_docs")
