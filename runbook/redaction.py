@@ -38,7 +38,7 @@ PLACES = [
 
 
 LITERAL = re.compile(
-    r"""(?P<comment>--[^\n]*|/\*(?:.*\*/|.*))|\$(?P<tag>(?:[^\W\d]\w*)?)\$.*?(?:\$(?P=tag)\$|$)|(?P<text>'(?:[^']|'')*(?:'|$))"""
+    r"""(?P<comment>--[^\n]*|/\*(?:(?:(?!/\*).)*?\*/|.*))|\$(?P<tag>(?:[^\W\d]\w*)?)\$.*?(?:\$(?P=tag)\$|$)|(?P<text>'(?:[^']|'')*(?:'|$))"""
     r"""|(?P<name>"(?:[^"]|"")*(?:"|$))|(?<![\w$.])(?P<number>\d[\w.]*)""",
     re.DOTALL,
 )
@@ -46,7 +46,8 @@ LITERAL = re.compile(
 
 def valueless(statement: str, known: Iterable[str] = ()) -> str:
     """An SQL statement of somebody's in one line, without comments and without the values in it, but for those `known` anyway:
-    any other may be a person's data. Where a backslash could mean two things all from the first quote on is left out."""
+    any other may be a person's data. Where a backslash could mean two things all from the first quote on is left out, and all from a
+    comment in a comment on."""
     kept = {form for value in known for form in (value, "'" + value.replace("'", "''") + "'")}
     if "\\" in statement and "'" in statement:
         statement = statement[: statement.index("'")] + "'"
