@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,7 @@ import psycopg
 import pytest
 
 import runbook
-from runbook import verify
+from runbook import embedded, verify
 from runbook.errors import BadInput, PlanBlocked, PromiseBroken
 from tests import migration, servers
 from tests.walk import dump, restored
@@ -276,3 +278,57 @@ def test_a_function_that_needs_the_search_path_stops_the_plan(database, sql, lan
     run = migration.forward(database, table="things", key="kind")
     sql("INSERT INTO things VALUES (99, 'x', 'c')")
     verify.check(run)
+
+
+@pytest.mark.long
+def test_an_upgrade_of_the_server_takes_the_result_along_and_the_way_back():
+    """pg_upgrade restores a dump of every object; what the partitions hold is copied as files."""
+    with servers.start(16) as old:
+        with psycopg.connect(old.conninfo(), autocommit=True) as connection:
+            connection.execute("CREATE DATABASE clinic")
+        embedded.load_clinic(old.conninfo("clinic"), users=200)
+        verify.check(migration.forward(old.url("clinic"), unique="global"))
+        old.stop()
+        data = servers.temporary_folder(servers.memory())
+        new = servers.Server(18, servers.installation(18) / "bin", data, old.sockets, old.port)
+        try:
+            made = [
+                new.programs / "initdb",
+                "--pgdata",
+                data,
+                "--username=postgres",
+                "--no-sync",
+                "--encoding=UTF8",
+                "--no-data-checksums",
+            ]
+            locale = (old.data / "postgresql.conf").read_text().partition("lc_messages = '")[2].partition("'")[0]
+            subprocess.run([*made, f"--locale={locale}"], cwd=data, check=True, capture_output=True, **servers.service())
+            shutil.copy(old.data / "postgresql.conf", data / "postgresql.conf")
+            servers.hand_over(data)
+            upgrade = [
+                new.programs / "pg_upgrade",
+                "-b",
+                old.programs,
+                "-B",
+                new.programs,
+                "-d",
+                old.data,
+                "-D",
+                data,
+                "-U",
+                "postgres",
+                "--no-sync",
+            ]
+            done = subprocess.run([*upgrade, "-s", old.sockets], cwd=data, capture_output=True, text=True, **servers.service())
+            assert done.returncode == 0, done.stdout + done.stderr
+            new.start()
+            run = runbook.open(new.url("clinic"), "users")
+            with psycopg.connect(new.conninfo("clinic")) as connection, pytest.raises(psycopg.errors.UniqueViolation):
+                connection.execute(
+                    "UPDATE users SET email = (SELECT max(email) FROM users) WHERE email = (SELECT min(email) FROM users)"
+                )
+            verify.check(run)
+            migration.back(run)
+        finally:
+            new.stop()
+            shutil.rmtree(data, ignore_errors=True)
