@@ -54,7 +54,7 @@ def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), seal
             and manifest["run"] not in sealing
         ):
             said.append(
-                f"{manifest['run']} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it."
+                f"{manifest['run']} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it; or the database was restored to before it."
             )
     return said + [f"No run here has the manifest {head}, which the ledger names." for head in heads if head not in known]
 

@@ -344,7 +344,7 @@ def test_a_completed_run_that_follows_the_last_one_is_of_the_ledger_or_is_named(
     assert audit(runs) == audit(runs, [*heads, head], ["f" * 64]) == audit(runs, heads, ["e" * 64]) == []
     assert audit(runs, heads, ["f" * 64], [run.folder.name]) == []
     assert audit(runs, heads, ["f" * 64]) == [
-        f"{run.folder.name} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it."
+        f"{run.folder.name} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it; or the database was restored to before it."
     ]
 
 
