@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
+from runbook.database import target
+from runbook.errors import BadInput
+from runbook.ledger import kept
 
 
 def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), sealing: Iterable[str] = ()) -> list[str]:
@@ -57,6 +60,19 @@ def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), seal
                 f"{manifest['run']} completed by a plan of the ledger, which does not name it: it was added, or altered with all that names it; or the database was restored to before it."
             )
     return said + [f"No run here has the manifest {head}, which the ledger names." for head in heads if head not in known]
+
+
+def vouched_for(database: str) -> dict[str, list[str]]:
+    """What the ledger of a database has for `audit`: its heads, its plans, and the runs that it saw begin to be sealed.
+
+    Raises BadInput where there is no ledger.
+    """
+    with target(database).session("audit") as session:
+        if not kept(session):
+            raise BadInput(f"{database} has no ledger to compare with: name the database that was migrated.")
+        rows, plans = session.rows("ledger.heads"), [row["plan_hash"] for row in session.rows("ledger.plans")]
+    heads = [row["head"] for row in rows if row["head"]]
+    return {"heads": heads, "plans": plans if heads else [], "sealing": [row["folder"] for row in rows if not row["head"]]}
 
 
 def _latest(left: dict[str, dict[str, Any]], digests: dict[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from runbook import __version__, archive, embedded, imports, ledger, parameters, rehearsal
 from runbook.audit import audit as audited
+from runbook.audit import vouched_for
 from runbook.database import target
 from runbook.errors import BadInput
 from runbook.execution import FORWARD, begin, own, perform, seal, under_way, went_back
@@ -227,15 +228,8 @@ def lab(file: Path | None, pairs: Any, database: str | None, users: int | None, 
 @click.option("--database", help="Compare with the heads in this database's ledger, too.")
 def audit(runs: Path, database: str | None) -> None:
     """Compute every hash of the record in RUNS (default: runs) again, and name what was changed, removed, added or re-ordered."""
-    heads, plans, sealing = list[str](), list[str](), list[str]()
-    if database is not None:
-        with target(database).session("audit") as session:
-            if not ledger.kept(session):
-                raise BadInput(f"{database} has no ledger to compare with: name the database that was migrated.")
-            known = session.rows("ledger.heads")
-            heads, sealing = [row["head"] for row in known if row["head"]], [row["folder"] for row in known if not row["head"]]
-            plans = [row["plan_hash"] for row in session.rows("ledger.plans")] if heads else []
-    said = audited(runs, heads, plans, sealing)
+    known = vouched_for(database) if database is not None else {}
+    said, heads = audited(runs, **known), known.get("heads")
     if not said and not any(archive.manifests(runs)):
         said = [f"{runs} holds no run: name the folder that --out named, or what was in it was removed."]
     for sentence in said:
