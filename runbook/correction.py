@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -146,14 +147,14 @@ def correct_last(run: Run, session: Session) -> int:
 def stuck(session: Session, own: dict[str, sql.Composable]) -> int:
     """How many rows of which the log knows an update leaves as they are: a trigger or a rule undoes it. In one snapshot and under
     their locks: a row that somebody has just written is none of them."""
-    for _ in range(10):
+    for _ in range(20):
         try:
-            with session.transaction("REPEATABLE READ", lock_timeout="1s", runbook__correcting="on"):
+            with session.transaction("REPEATABLE READ", lock_timeout=f"{BRIEFLY_MS}ms", runbook__correcting="on"):
                 rows = sql.Literal(session.value("foreign_keys.stuck", **own))
                 if rows == sql.Literal("{}"):
                     return 0
                 session.run("foreign_keys.correct_stuck", **own, rows=rows)
                 return int(session.value("foreign_keys.still_stuck", **own, rows=rows))
         except (LockNotAvailable, SerializationFailure, DeadlockDetected):
-            continue
+            time.sleep(0.1)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import correction, cutover, foreign_keys, ledger, verify
+from runbook import correction, cutover, foreign_keys, ledger, references, verify
 from runbook.errors import LockNotGranted, PlanBlocked, PromiseBroken
 from tests import migration
 from tests.walk import walk
@@ -47,38 +47,43 @@ def test_no_trigger_notices_the_indexed_columns(clinic, sql, own):
     assert seen == (0 if own else filled)
 
 
-@pytest.mark.parametrize("step", ["fill", pytest.param("check", marks=pytest.mark.long)])
+def look_for_stuck_rows(run: Any) -> None:
+    own = references.names(run, references.added(run)[0])
+    with run.database.session("test") as session:
+        session.run("foreign_keys.log_wrong", **own)
+        assert correction.stuck(session, own) == 0
+
+
+@pytest.mark.parametrize("step", ["fill", "stuck", pytest.param("check", marks=pytest.mark.long)])
 def test_a_trigger_that_counts_elsewhere_makes_nobody_wait_long(clinic, sql, step):
     """It waits for a row that the application holds while we hold the row for which the application comes next."""
     run = migration.forward(clinic, last="columns" if step == "fill" else "fill")
     sql("CREATE TABLE counted (n integer); INSERT INTO counted VALUES (0);"
         " CREATE FUNCTION count_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN UPDATE counted SET n = n + 1; RETURN NULL; END $$;"
         " CREATE TRIGGER counts AFTER UPDATE ON appointments FOR EACH STATEMENT EXECUTE FUNCTION count_it()")  # fmt: skip
-    if step == "check":  # as if old code had written them
+    if step != "fill":  # as if old code had written them
         sql("UPDATE appointments a SET user_role = 'user' FROM users u WHERE u.id = a.user_id AND u.role = 'doctor'")
     [(row,)] = sql("SELECT a.id FROM appointments a JOIN users u ON u.id = a.user_id WHERE u.role = 'doctor' LIMIT 1")
-    ended, waits = threading.Event(), list[float]()
+    begun, ended = threading.Event(), threading.Event()
 
     def work() -> None:
-        with psycopg.connect(clinic) as application:
+        with psycopg.connect(clinic, options="-c deadlock_timeout=500ms") as application:
             while not ended.is_set():
                 application.execute("UPDATE counted SET n = n + 1")
+                begun.set()
                 time.sleep(0.4)
-                began = time.monotonic()
                 application.execute("UPDATE appointments SET notes = 'seen' WHERE id = %s", [row])
-                waits.append(time.monotonic() - began)
                 application.commit()
                 time.sleep(0.4)
 
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
         try:
-            act = foreign_keys.fill if step == "fill" else foreign_keys.check
-            act(run)
+            assert begun.wait(10)
+            {"fill": foreign_keys.fill, "check": foreign_keys.check, "stuck": look_for_stuck_rows}[step](run)
         finally:
             ended.set()
         working.result()  # a deadlock, if there was one
-    assert max(waits) < 1, "deadlock_timeout"
     assert sql(WRONG) == [(0,)]
 
 
