@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from psycopg import errors, sql
 
+from runbook.correction import BRIEFLY_MS
 from runbook.errors import NotEqual, PromiseBroken
+from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run
+from runbook.pace import Progress
 from runbook.plan import Plan
 from runbook.session import Session
 from runbook.sheet import Sheet
@@ -54,6 +59,22 @@ def put_back(action: Action) -> Evidence:
             f"A row of {run.plan.backup} clashes with one that {run.plan.full_name} got since, in {error.diag.constraint_name}:"
             " nothing was put back; find out which of the two is right, remove the other, and run 03_restore again."
         ) from None
+
+
+def fill_round(session: Session, reference: Reference, own: dict[str, sql.Composable], wrong: int, blocks: int) -> int:
+    """Give referencing rows their user's role once; rows that somebody holds, or a trigger waits for, are left for another round."""
+    end, rows = int(session.row("foreign_keys.blocks", **own)["blocks"]), 0
+    progress = Progress(reference.table, wrong)
+    try:
+        for first in range(0, end, blocks):
+            place = {"first": f"({first},0)", "last": f"({first + blocks},0)"}
+            with suppress(errors.LockNotAvailable, errors.DeadlockDetected), session.transaction(lock_timeout=f"{BRIEFLY_MS}ms"):
+                filled = session.run("repair.fill_range", **own, **place).rowcount
+                progress.add(filled)
+                rows += filled
+    finally:
+        progress.close()
+    return rows
 
 
 def triggers(session: Session, plan: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,6 @@ from runbook.compare import partition_of
 from runbook.errors import BadInput, PlanBlocked, PromiseBroken
 from runbook.facts import Column, Finding, Partition, Reference, Table
 from runbook.ledger import Action, Evidence, Run
-from runbook.pace import Progress
 from runbook.parameters import Parameters
 from runbook.plan import Plan, fit, with_key
 from runbook.references import names
@@ -241,12 +241,13 @@ def fill(action: Action, batch_rows: int) -> Evidence:
     for reference in lost(run):
         own, rounds = names(run, reference), 0
         while wrong := session.value("repair.wrong", **own):
+            time.sleep(0.1 * rounds)
             rounds += 1
             if rounds > ROUNDS:
                 raise PromiseBroken(
                     f"{counted(wrong, 'row')} of {reference.table} {'stays' if wrong == 1 else 'stay'} held by others: end these sessions, then run 04 again."
                 )
-            total += _fill_round(session, reference, own, wrong, max(1, batch_rows // 50))
+            total += refill.fill_round(session, reference, own, wrong, max(1, batch_rows // 50))
         try:
             for each in _validations(run, reference):
                 with session.transaction(lock_timeout="5s"):
@@ -258,20 +259,6 @@ def fill(action: Action, batch_rows: int) -> Evidence:
             ) from None
     sentence = f"{counted(total, 'row')} of referencing tables {'was' if total == 1 else 'were'} given their {run.plan.key}; {counted(len(lost(run)), 'lost key is', 'lost keys are')} valid."
     return action.finish(sentence, total)
-
-
-def _fill_round(session: Session, reference: Reference, own: dict[str, sql.Composable], wrong: int, blocks: int) -> int:
-    end, rows = int(session.row("foreign_keys.blocks", **own)["blocks"]), 0
-    progress = Progress(reference.table, wrong)
-    try:
-        for first in range(0, end, blocks):
-            with session.transaction(lock_timeout="5s"):
-                filled = session.run("repair.fill_range", **own, first=f"({first},0)", last=f"({first + blocks},0)").rowcount
-            progress.add(filled)
-            rows += filled
-    finally:
-        progress.close()
-    return rows
 
 
 def check_keys(action: Action) -> Evidence:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -13,6 +10,7 @@ import pytest
 from runbook import correction, cutover, foreign_keys, ledger, references, verify
 from runbook.errors import LockNotGranted, PlanBlocked, PromiseBroken
 from tests import migration
+from tests.traffic import COUNTING, counting_elsewhere
 from tests.walk import walk
 
 WRONG = "SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role"
@@ -58,32 +56,12 @@ def look_for_stuck_rows(run: Any) -> None:
 def test_a_trigger_that_counts_elsewhere_makes_nobody_wait_long(clinic, sql, step):
     """It waits for a row that the application holds while we hold the row for which the application comes next."""
     run = migration.forward(clinic, last="columns" if step == "fill" else "fill")
-    sql("CREATE TABLE counted (n integer); INSERT INTO counted VALUES (0);"
-        " CREATE FUNCTION count_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN UPDATE counted SET n = n + 1; RETURN NULL; END $$;"
-        " CREATE TRIGGER counts AFTER UPDATE ON appointments FOR EACH STATEMENT EXECUTE FUNCTION count_it()")  # fmt: skip
+    sql(COUNTING)
     if step != "fill":  # as if old code had written them
         sql("UPDATE appointments a SET user_role = 'user' FROM users u WHERE u.id = a.user_id AND u.role = 'doctor'")
     [(row,)] = sql("SELECT a.id FROM appointments a JOIN users u ON u.id = a.user_id WHERE u.role = 'doctor' LIMIT 1")
-    begun, ended = threading.Event(), threading.Event()
-
-    def work() -> None:
-        with psycopg.connect(clinic, options="-c deadlock_timeout=500ms") as application:
-            while not ended.is_set():
-                application.execute("UPDATE counted SET n = n + 1")
-                begun.set()
-                time.sleep(0.4)
-                application.execute("UPDATE appointments SET notes = 'seen' WHERE id = %s", [row])
-                application.commit()
-                time.sleep(0.4)
-
-    with ThreadPoolExecutor(1) as pool:
-        working = pool.submit(work)
-        try:
-            assert begun.wait(10)
-            {"fill": foreign_keys.fill, "check": foreign_keys.check, "stuck": look_for_stuck_rows}[step](run)
-        finally:
-            ended.set()
-        working.result()  # a deadlock, if there was one
+    with counting_elsewhere(clinic, row):
+        {"fill": foreign_keys.fill, "check": foreign_keys.check, "stuck": look_for_stuck_rows}[step](run)
     assert sql(WRONG) == [(0,)]
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import runbook
 from runbook import cli, foreign_keys
 from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PromiseBroken
+from tests.traffic import COUNTING, counting_elsewhere
 from tests.walk import CLINIC_FILE, REPAIR, dump, walk
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -89,6 +90,15 @@ def test_old_code_goes_on_inserting_and_role_changes_are_carried_along(clinic: s
     if sql("SELECT current_setting('server_version_num')::int >= 150000")[0][0]:
         sql("UPDATE users SET role = 'admin' WHERE id = %s", [doctor])
         assert sql("SELECT DISTINCT user_role FROM appointments WHERE user_id = %s", [doctor]) == [("admin",)]
+
+
+def test_a_trigger_that_counts_elsewhere_gives_the_application_no_deadlock(clinic: str, sql: Sql) -> None:
+    sql(f"{BY_HAND}; {FEW}; {LOST[1]}; {COUNTING}")
+    [(row,)] = sql("SELECT a.id FROM appointments a JOIN users_backup u ON u.id = a.user_id WHERE u.role = 'doctor' LIMIT 1")
+    walk(clinic, *REPAIR[:2], **PLANNED)
+    with counting_elsewhere(clinic, row):
+        walk(clinic, REPAIR[2], **PLANNED)
+    assert sql("SELECT count(*) FROM appointments a JOIN users u ON u.id = a.user_id WHERE a.user_role <> u.role") == [(0,)]
 
 
 @pytest.mark.long

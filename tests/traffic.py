@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -519,3 +520,36 @@ def pool(
         for writer in at_work.writers:
             if writer.connection is not None:
                 writer.connection.close()
+
+
+COUNTING = """
+    CREATE TABLE counted (n integer);
+    INSERT INTO counted VALUES (0);
+    CREATE FUNCTION count_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN UPDATE counted SET n = n + 1; RETURN NULL; END $$;
+    CREATE TRIGGER counts AFTER UPDATE ON appointments FOR EACH STATEMENT EXECUTE FUNCTION count_it()
+"""
+
+
+@contextmanager
+def counting_elsewhere(database: str, appointment: Any) -> Iterator[None]:
+    """An application that holds `counted` and then asks for the appointment, again and again; raises the deadlock that it had."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with psycopg.connect(database, options="-c deadlock_timeout=500ms") as application:
+            while not ended.is_set():
+                application.execute("UPDATE counted SET n = n + 1")
+                begun.set()
+                time.sleep(0.4)
+                application.execute("UPDATE appointments SET notes = 'seen' WHERE id = %s", [appointment])
+                application.commit()
+                time.sleep(0.4)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            assert begun.wait(10)
+            yield
+        finally:
+            ended.set()
+        working.result()
