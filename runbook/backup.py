@@ -267,6 +267,11 @@ def gone(run: Run, session: Session) -> bool:
     return not session.value("backup.ours", **names)
 
 
+def as_proved(run: Run) -> sql.Composed:
+    """Asks whether the backup's rows and their hash sum are those of its evidence."""
+    return statement("backup.as_proved", **_names(run, "backup"))
+
+
 def still(run: Run, session: Session, made: Evidence) -> None:
     """Raises NotEqual when the backup is no longer what its evidence says."""
     if "archive" in made.facts:

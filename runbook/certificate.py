@@ -49,6 +49,10 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 UNSPEAKABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # a name may have it, XML may not
+AS_READ = {
+    "default_transaction_read_only": "on", "TimeZone": "UTC", "DateStyle": "ISO", "IntervalStyle": "iso_8601",
+    "bytea_output": "hex", "extra_float_digits": "1",
+}  # fmt: skip
 VERDICT = {"pass": "pass", "fail": "fail", "not tried": "not-tried"}
 
 
@@ -116,11 +120,11 @@ def _section(number: int, promise: verify.Promise, address: str) -> str:
     if not promise.sql:
         return head
     asked = promise.sql.strip()
-    if re.search(r"\$[12]\b", asked):  # a row, which was chosen when it was tried
-        return f"{head}<details><summary>Tried, and rolled back</summary><pre>{escape(asked)}</pre></details>"
-    options = "-c default_transaction_read_only=on"
-    if "runbook.migration" in asked:  # names are compared as the plan has them: qualified
-        options += " -c search_path=pg_catalog"
+    if promise.tried:  # on a row that was chosen then
+        summary = "Could not be tried" if promise.verdict == verify.NOT_TRIED else "Tried, and rolled back"
+        return f"{head}<details><summary>{summary}</summary><pre>{escape(asked)}</pre></details>"
+    settings = AS_READ | ({"search_path": "pg_catalog"} if "runbook.migration" in asked else {})  # names are as the plan has them
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
     end = "" if "\n\\" in f"\n{asked}" else ";"
     command = f"PGOPTIONS='{options}' psql -X -v ON_ERROR_STOP=1 {address} <<'SQL'\n{asked.rstrip(';')}{end}\nSQL"
     return f"{head}<details><summary>Ask again</summary><pre>{escape(command)}</pre></details>"

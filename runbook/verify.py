@@ -34,6 +34,7 @@ class Promise:
     sql: str
     seen: str
     verdict: str
+    tried: bool = False  # on real rows, and rolled back
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Look:
 
     session: Session
     names: dict[str, Value]
+    tries: bool = False
     promises: list[Promise] = field(default_factory=list)
 
     def ask(self, query: str, /, **names: Value) -> list[dict[str, Any]]:
@@ -59,7 +61,7 @@ class Look:
 
     def judge(self, promise: str, asked: str | None, seen: str, ok: bool | None) -> None:
         """Note what became of a promise; None is "not tried"."""
-        self.promises.append(Promise(promise, asked or "", seen, NOT_TRIED if ok is None else PASS if ok else FAIL))
+        self.promises.append(Promise(promise, asked or "", seen, NOT_TRIED if ok is None else PASS if ok else FAIL, self.tries))
 
     def judge_by(self, promise: str, asked: str, prove: Callable[[], str]) -> None:
         """Note what `prove` says, or the sentence with which it fails."""
@@ -88,7 +90,9 @@ CHANGED = (
 def _look(run: Run, part: str) -> Iterator[Look]:
     with run.action("verify", part, again=True) as action:
         names: dict[str, Value] = {**run.names, "root": spelled(run.plan.source), "d_hash": run.plan.hashed("d")}
-        look = Look(action.session, {**names, "unique_keys": statement("verify.unique_keys", **run.names)})
+        names |= {each: statement(f"verify.{each}", **run.names) for each in ("unique_keys", "added")}
+        names["grown"] = statement("verify.grown", **names)
+        look = Look(action.session, names, part == "crud")
         try:
             yield look
         except CHANGED as missing:
@@ -136,7 +140,7 @@ def structure(run: Run) -> pd.DataFrame:
     with _look(run, "structure") as look, look.session.transaction(), look.session.qualified():
         oid = look.ask("verify.oid")[0]["oid"]
         look.names |= {f"{name}_now": statement(f"catalog.{name}", oid=oid, key=run.plan.key) for name in CATALOG}
-        look.names["tree"], look.names["added"] = (statement(f"verify.{each}", **look.names) for each in ("tree", "added"))
+        look.names["tree"] = statement("verify.tree", **look.names)
         for part in ("partitions", "columns", "indexes", "references", "constraints", "carried"):
             look.ask(f"verify.{part}")
         for reference in [*references.added(run), *run.plan.own_roles] if run.plan.restore_from == "source" else []:
@@ -164,19 +168,26 @@ def distribution(run: Run) -> pd.DataFrame:
     with _look(run, "distribution") as look:
         rows = []
         with look.session.qualified():  # a bound's operators may be an extension's
-            bounds = look.session.rows("verify.bounds", **run.names)
+            bounds = look.session.rows("verify.bounds", **look.names)
         for each in bounds:
             leaf, condition = (run.plan.table.schema_name, each["name"]), trusted(each["bound"])
             rows += look.ask("verify.bounded", leaf_name=each["name"], leaf=leaf, condition=condition)
-    return pd.DataFrame(rows, columns=["name", "bound", "rows", "before"])
+    return pd.DataFrame(rows, columns=["name", "bound", "rows", "before"]).astype({"rows": "Int64", "before": "Int64"})
 
 
 def pruning(run: Run) -> pd.DataFrame:
     """Which partitions a query by the key reads, one or the promise is broken; and the look-ups that cannot prune."""
     with _look(run, "pruning") as look, look.session.transaction():
         look.ask("verify.create_plans")
-        frame = pd.DataFrame(look.ask("verify.plans"), columns=["look_up", "reads"])
-    return frame.assign(partitions=frame["reads"].map(len), of=len(run.plan.partitions), reads=frame["reads"].map(", ".join))
+        found, leaves = look.ask("verify.plans"), look.session.value("verify.leaves", **look.names)
+    return pd.DataFrame(
+        {
+            "look_up": [row["look_up"] for row in found],
+            "reads": ["not tried" if row["reads"] is None else ", ".join(row["reads"]) for row in found],
+            "partitions": pd.array([None if row["reads"] is None else len(row["reads"]) for row in found], dtype="Int64"),
+            "of": leaves,
+        }
+    )
 
 
 def compare(run: Run) -> pd.DataFrame:
@@ -197,7 +208,8 @@ def compare(run: Run) -> pd.DataFrame:
         if run.plan.restore_from == "backup":
             look.ask("verify.missing_of_backup")
         else:
-            query = look.text("verify.same_as_backup") if run.plan.backup_method == "table" else ""
+            proof = backup.as_proved(run).as_string(look.session.connection)
+            query = proof if run.plan.backup_method == "table" else ""
             look.judge_by("The backup is what was proved when it was made", query, lambda: _against_backup(run, look, seen))
     return look.frame
 

@@ -14,9 +14,9 @@ SELECT concat_ws(E'\n\n',
                    'FROM information_schema.table_constraints \nWHERE table_name = %L AND constraint_type = ''FOREIGN KEY'';',
                    coalesce(r ->> 'table', m.plan -> 'table' ->> 'name')), E'\n\n')
             FROM (SELECT) one LEFT JOIN jsonb_array_elements(m.plan -> 'references') r ON true)) AS text
-  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+  FROM ({grown}) m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
  CROSS JOIN to_regclass(quote_ident(m.plan -> 'table' ->> 'schema_name') || '.' || quote_ident(p.part ->> 'name')) t(leaf)
- WHERE m.id = {migration} GROUP BY m.id
+ WHERE m.id = {migration} GROUP BY m.id, m.plan
 
 -- name: oid
 SELECT to_regclass({root})::oid::bigint AS oid
@@ -35,6 +35,18 @@ SELECT c.relname AS name, coalesce(p.relname, '') AS parent, t.level,
 -- What 20 added since, as the ledger has it.
 SELECT jsonb_array_elements_text(a.evidence -> 'partitions') FROM runbook.action a
  WHERE a.migration = {migration} AND a.step = 'add' AND a.action LIKE 'attach %' AND a.state = 'done'
+
+-- name: grown
+-- The migration, with what 20 added since among the plan's partitions: their values are not kept, and rows they had none.
+SELECT m.id, m.plan || jsonb_build_object('partitions', m.plan -> 'partitions' || coalesce(a.added, '[]')) AS plan
+  FROM runbook.migration m
+  LEFT JOIN LATERAL (
+       SELECT jsonb_agg(jsonb_build_object('name', a.name, 'values', '[]'::jsonb, 'rows', NULL, 'bound', pg_get_expr(c.relpartbound, c.oid)) ORDER BY a.place) AS added
+         FROM (SELECT added.name, row_number() OVER () AS place FROM ({added}) added(name)) a
+         JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', a.name)) AND c.relispartition) a ON true
+
+-- name: leaves
+SELECT count(*) FILTER (WHERE isleaf) AS leaves FROM pg_partition_tree({root})
 
 -- name: partitions
 SELECT 'It is partitioned as planned' AS promise,
@@ -238,7 +250,7 @@ SELECT 'Every change is logged for the way back' AS promise, coalesce({reason}, 
 -- name: bounds
 -- What the server asks of a row before it takes it into a partition; of an only DEFAULT one nothing.
 SELECT c.relname AS name, coalesce(pg_get_partition_constraintdef(c.oid), 'true') AS bound
-  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
+  FROM ({grown}) m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place)
   JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.part ->> 'name')) AND c.relispartition
  WHERE m.id = {migration} ORDER BY p.place
 
@@ -249,7 +261,7 @@ SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, now.rows, (p.part
        format('%s, %s elsewhere', CASE now.rows WHEN 1 THEN '1 row' ELSE to_char(now.rows, 'FM999,999,999,990 "rows"') END,
               CASE now.elsewhere WHEN 1 THEN '1 that belongs' ELSE to_char(now.elsewhere, 'FM999,999,999,990 "that belong"') END) AS seen,
        now.elsewhere = 0 AS ok
-  FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') p(part)
+  FROM ({grown}) m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') p(part)
  CROSS JOIN (SELECT count(*) AS rows, count(*) FILTER (WHERE ({condition}) IS NOT TRUE) AS elsewhere FROM ONLY {leaf}) now
  WHERE m.id = {migration} AND p.part ->> 'name' = {leaf_name}
 
@@ -259,7 +271,7 @@ SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, now.rows, (p.part
 CREATE FUNCTION pg_temp.plans() RETURNS TABLE (look_up text, reads text[], promise text, sql text, seen text, ok boolean) LANGUAGE plpgsql AS $plans$
 #variable_conflict use_column
 DECLARE
-  plan jsonb := (SELECT m.plan FROM runbook.migration m WHERE m.id = {migration});
+  plan jsonb := (SELECT m.plan FROM ({grown}) m WHERE m.id = {migration});
   root text := to_regclass({root})::text;
   part jsonb; unique_key record; explained jsonb; listed text;
   relations CONSTANT jsonpath := '$.**."Relation Name"';
@@ -274,7 +286,7 @@ BEGIN
     promise := format('Queries for %s read no other partition', part ->> 'name');
     IF look_up = '' THEN
       look_up := format('(a value of %s)', part ->> 'name');
-      reads := '{{}}';
+      reads := NULL;
       sql := '';
       seen := 'it is empty, and no value that it takes is known';
       ok := NULL;
@@ -321,8 +333,9 @@ HAVING i.i ->> 'tail' = format('btree (%s)', string_agg(quote_ident(c.name), ', 
 SELECT (SELECT (count(*), coalesce(sum({s_hash}), 0)) FROM {backup} s) = (SELECT (count(*), coalesce(sum({d_hash}), 0)) FROM {source} d) AS same
 
 -- name: writes_since
-SELECT format('%s rows differ from the result by the writes since: %s new, %s gone, the rest changed',
-              count(*), count(*) FILTER (WHERE b.hash IS NULL), count(*) FILTER (WHERE t.hash IS NULL)) AS since
+SELECT format('%s rows differ from the result by the writes since: %s new, %s gone, %s changed',
+              count(*), count(*) FILTER (WHERE b.hash IS NULL), count(*) FILTER (WHERE t.hash IS NULL),
+              count(*) FILTER (WHERE b.hash <> t.hash)) AS since
   FROM (SELECT {key_aliases}, {s_hash} AS hash FROM {backup} s) b
   FULL JOIN (SELECT {key_aliases}, {d_hash} AS hash FROM {source} d) t USING ({keys})
  WHERE b.hash IS DISTINCT FROM t.hash
@@ -352,7 +365,7 @@ DECLARE
   guarded text[] := ARRAY(SELECT g ->> 'index' FROM runbook.migration m, jsonb_array_elements(m.plan -> 'guards') g WHERE m.id = {migration});
 BEGIN
   -- Of a partition that lists no values: one that a row of it has.
-  FOR part IN SELECT p ->> 'name' FROM runbook.migration m, jsonb_array_elements(m.plan -> 'partitions') p WHERE m.id = {migration} AND p -> 'values' = '[]' LOOP
+  FOR part IN SELECT p ->> 'name' FROM ({grown}) m, jsonb_array_elements(m.plan -> 'partitions') p WHERE m.id = {migration} AND p -> 'values' = '[]' LOOP
     EXECUTE (SELECT format('SELECT jsonb_build_object(%L, jsonb_build_array(%I::text)) FROM ONLY %I.%I LIMIT 1',
                            part, m.plan ->> 'key', m.plan -> 'table' ->> 'schema_name', part) FROM runbook.migration m WHERE m.id = {migration}) INTO took;
     held := held || coalesce(took, '{{}}');
@@ -372,7 +385,7 @@ BEGIN
              (SELECT c ->> 'default' FROM jsonb_array_elements(m.plan -> 'columns') c WHERE c ->> 'name' = m.plan ->> 'key') AS "default",
              (SELECT array_agg(e.enumlabel::text) FROM pg_enum e WHERE e.enumtypid = to_regtype(m.plan ->> 'key_type')) AS labels,
              CASE WHEN (m.plan ->> 'server_version')::int > 14 THEN '23503' END AS fault
-        FROM runbook.migration m
+        FROM ({grown}) m
        CROSS JOIN LATERAL (  -- a row that triggers may write once more is found again by its key
              SELECT 'jsonb_build_object(' || string_agg(format('%L, s.%I::text', c ->> 'name', c ->> 'name'), ', ') || ')' AS identity,
                     string_agg(format('s.%I = ($1 -> ''is'' ->> %L)::%s', c ->> 'name', c ->> 'name', c ->> 'type'), ' AND ') AS again
