@@ -95,7 +95,7 @@ class Run:
             "begun": now.isoformat(timespec="milliseconds"), "ended": "",
             "parameters": redacted(json.loads(json.dumps(dict(parameters), default=str)), hidden),
             "operator": os_user(), "host": socket.gethostname(),
-            "plan_hash": "", "server": "", "database_user": "", "approved_by": "", "result": "",
+            "plan_hash": "", "server": "", "target": "", "database_user": "", "approved_by": "", "result": "",
             "versions": {"python": platform.python_version()}
             | {name: library(name) for name in ("partition-runbook", *LIBRARIES)},
             "sql": statements(), "git": {"runbook": checkout(Path(__file__)), "working_folder": checkout(Path.cwd())},

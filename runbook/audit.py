@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
 from runbook.database import target
@@ -45,8 +48,11 @@ def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), seal
             said += _differs(runs, broken, digests, manifest["run"])
             said += _audit_left(runs / broken["run"], broken.get("files"), manifest["run"])
         after, entry = manifest["run"], manifest["previous"]
-    if (page := list_of_runs(runs)) and not ((there := runs / "index.html").is_file() and sha256(there) == page):
-        said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
+    if page := list_of_runs(runs):
+        if (there := runs / "index.html").is_file() and sha256(there) == page:
+            said += [] if said else _audit_list(there, [manifest for _, manifest, _ in found if manifest["sealed"]])
+        else:
+            said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
     known, heads, plans, sealing = set(digests.values()), list(heads), set(plans), set(sealing)
     for _, manifest, digest in found:
         if (
@@ -88,6 +94,18 @@ def _differs(runs: Path, entry: dict[str, str], digests: dict[str, str], after: 
     if digests[entry["run"]] != entry["manifest"]:
         return [f"{entry['run']}/manifest.json was changed: it is not the one that {after} names."]
     return []
+
+
+def _audit_list(page: Path, sealed: list[dict[str, Any]]) -> Iterator[str]:
+    """Whether the list of the runs says what their manifests do: HEAD vouches for it, and nothing for HEAD's own line of it."""
+    rows = re.findall(r"<tr>.*?</tr>", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    for manifest in sealed:
+        row = next((row for row in rows if f'href="{quote(manifest["run"])}/manifest.json"' in row), "")
+        facts = [manifest.get(name, "") for name in ("table", "operator", "host", "database_user", "approved_by")]
+        said = [*map(html.escape, [*map(str, facts), manifest.get("plan_hash", "")[:12]]), f">{manifest.get('state', '')}</span>"]
+        shown = re.sub(r'href="[^"]*"', "", row)
+        if any(fact not in shown for fact in said):
+            yield f"index.html says another thing of {manifest['run']} than its manifest: it was changed, and HEAD with it."
 
 
 def _audit_left(folder: Path, left: dict[str, str] | None, after: str) -> Iterator[str]:

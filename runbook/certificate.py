@@ -10,6 +10,8 @@ from html import escape
 from typing import Any
 from xml.etree import ElementTree
 
+from psycopg.conninfo import make_conninfo
+
 from runbook import verify
 from runbook.archive import Run as Record
 from runbook.archive import write_whole
@@ -63,6 +65,9 @@ def write(record: Record, run: Run) -> None:
     """
     with run.database.session("certificate") as session, session.qualified():
         whole = redacted(session.value("ledger.whole", migration=run.migration), record.secrets)
+        there = session.connection.info
+    # By PG* variables an auditor, who has others, would ask another server.
+    address = run.database.conninfo or make_conninfo(host=there.host, port=there.port, dbname=there.dbname, user=there.user)
     write_whole(record.folder / "evidence.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     record.manifest["approved_by"] = _accepted(record.manifest, whole)
     if not any(step["notebook"] == "06_verify.ipynb" for step in record.manifest["steps"]):
@@ -70,28 +75,28 @@ def write(record: Record, run: Run) -> None:
     promises = [verify.Promise(**redacted(vars(each), record.secrets)) for each in verify.seen(run)]
     counts = Counter(each.verdict for each in promises)
     verdict = f"{counted(counts['pass'], 'promise holds', 'promises hold')}, {counted(counts['fail'], 'is', 'are')} broken, {counts['not tried']} could not be tried."
-    write_whole(record.folder / "certificate.html", _page(record, run, whole, promises, verdict))
+    write_whole(record.folder / "certificate.html", _page(record, run, whole, promises, verdict, address))
     write_whole(record.folder / "promises.xml", _junit(run, promises, counts))
     write_whole(record.folder / "promises.md", _markdown(run, promises, verdict))
 
 
-def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify.Promise], verdict: str) -> str:
+def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify.Promise], verdict: str, address: str) -> str:
     said, plan, database = record.manifest, whole["migration"]["plan"], redact(run.database.name, record.secrets)
     git = said["git"]["runbook"]
     where = f"{git['revision']} ({'unchanged' if git['clean'] else 'changed'})" if git["revision"] else "an installed package"
     facts = {
-        "Database": f"{database} ({said['server']})", "Table": f"{run.plan.full_name} by {run.plan.key}",
+        "Database": f"{': '.join(filter(None, [database, said.get('target')]))} ({said['server']})", "Table": f"{run.plan.full_name} by {run.plan.key}",
         "Plan": whole["migration"]["plan_hash"], "Migration": f"{run.migration} ({run.state})",
         "Operator": f"{said['operator']} on {said['host']}, as {said['database_user']}",
         "Approved by": _approver(whole, "cutover") or "nobody", "Run": f"{said['run']}, begun {said['begun']}",
         "Runbook": f"{said['versions']['partition-runbook'] or 'unknown'}, {where}, sha256 of its SQL {said['sql'][:12]}, Python {said['versions']['python']}",
     }  # fmt: skip
-    address = "" if run.database.name == "environment" else shlex.quote(redact(run.database.conninfo, record.secrets))
+    quoted = shlex.quote(redact(address, record.secrets))
     return PAGE.format(
         title=escape(f"Certificate of {run.plan.full_name}, partitioned by {run.plan.key}"),
         verdict=escape(verdict),
         facts=_rows(facts.items()),
-        promises="\n".join(_section(number, each, address) for number, each in enumerate(promises, 1)),
+        promises="\n".join(_section(number, each, quoted) for number, each in enumerate(promises, 1)),
         actions=_rows((f"{each['step']}, {each['action']}", _told(each)) for each in whole["actions"]),
         findings=_rows((f"{each['level']}: {each['object']}", each["sentence"]) for each in plan["findings"]),
         files=_rows((name, digest) for name, digest in sorted(record.manifest["files"].items())),

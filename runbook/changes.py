@@ -155,9 +155,14 @@ def apply(run: Run, session: Session, way: Way = FORWARD) -> int:
         with _looked_up(session, few and all(reference.indexed for reference in references.added(run))):
             references.hand_over(run, session)
         references.pass_on(run, session)
+    filled = way is BACK and run.plan.key_nullable and run.plan.null_value is not None
     with _looked_up(session, few):
+        if filled:
+            session.run("changes.remember_nulls", **names)
         session.run("changes.forget_changed", **names)
         session.run("changes.take_changed", **names)
+        if filled:
+            session.run("changes.restore_nulls", **names, null_value=run.plan.null_value)
         return session.run("changes.clear", **names).rowcount
 
 

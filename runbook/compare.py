@@ -58,7 +58,7 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
                 raise
         if (sum(rows for rows, _ in mine.values()), sum(hash_ for _, hash_ in mine.values())) == beside:
             return Comparison(
-                f"{counted(beside[0], 'row is', 'rows are')} equal in both, to the byte, in {counted(len(mine), 'partition')}; {counted(waiting, 'change waits', 'changes wait')} in the log.",
+                f"{counted(beside[0], 'row is', 'rows are')} equal in both, to the byte, in {counted(len(mine), 'partition that has rows', 'partitions that have rows')}; {counted(waiting, 'change waits', 'changes wait')} in the log.",
                 beside[0],
                 {name: {"rows": rows, "hash": str(value)} for name, (rows, value) in mine.items()},
                 waiting,

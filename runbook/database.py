@@ -74,6 +74,7 @@ class Database:
     def _plain(self) -> psycopg.Connection[Any]:
         connection: psycopg.Connection[Any] = self.connect("reader")
         connection.row_factory = psycopg.rows.tuple_row
+        connection.execute("SET TimeZone = 'UTC'")  # what is read to be shown
         return connection
 
     def frame(self, query: str | sql.Composed, /, **names: Value) -> pd.DataFrame:

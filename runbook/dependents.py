@@ -13,6 +13,8 @@ from runbook.facts import Finding, Reference
 from runbook.plan import Plan, fit
 from runbook.session import Session
 
+MOST_COLUMNS = 1600  # of a table, those that were dropped included
+
 
 def objects(session: Session, plan: Plan) -> Iterator[Finding]:
     """What hangs on the table: triggers, rules, views, publications, and whatever else goes with it or cannot."""
@@ -195,6 +197,19 @@ def _gaining(plan: Plan, reference: Reference, row: dict[str, Any]) -> Iterator[
         yield Finding.blocker(
             name, f"{name} is made of a type, and cannot gain the column {role} alone.", f"ALTER TABLE {name} NOT OF; first."
         )
+    if row.get("computed"):
+        yield Finding.blocker(
+            name, f"{reference.name} of {name} is over a generated column, which cannot follow a changed {plan.key} as a composite key does.",
+            "Make it an ordinary column first (ALTER TABLE … ALTER … DROP EXPRESSION), or drop that key.",
+        )  # fmt: skip
+    if row.get("last_column", 0) >= MOST_COLUMNS:
+        yield Finding.blocker(
+            name, f"{name} has had {MOST_COLUMNS:,} columns, as many as PostgreSQL allows, and cannot gain {role}.", "Make it anew with fewer columns first."
+        )  # fmt: skip
+    if row.get("unidentified"):
+        yield Finding.blocker(
+            name, f"{name} is published and has no replica identity, so that {role} could not be filled in.", f"ALTER TABLE {name} REPLICA IDENTITY FULL; first."
+        )  # fmt: skip
     if (held := row.get("held_in")) and not own:
         yield Finding.blocker(
             name, f"{', '.join(held)} has the type of {name}'s rows, which then cannot gain the column {role}.",
@@ -256,7 +271,14 @@ def uniqueness(plan: Plan) -> Iterator[Finding]:
             continue
         plain = index.tail.replace('"', "") == f"btree ({', '.join(index.columns)})"
         what = ", ".join(index.columns) if plain else index.tail.removeprefix("btree ")
-        instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if index.primary else ""
+        arbiter = index.primary and not index.timing  # a deferrable key is none
+        instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if arbiter else ""
+        if index.timing and not index.primary:
+            yield Finding.warning(
+                index.name, f"{index.name} is deferrable, and no constraint of {plan.full_name} by that name any more: SET CONSTRAINTS {index.name} fails (42704)"
+                + (", and a duplicate in another partition is found at the commit, whatever is set." if index.name in guards else "."),
+                "SET CONSTRAINTS ALL names it, too.",
+            )  # fmt: skip
         if index.name in guards:
             yield Finding.warning(
                 index.name, f"{what} stays unique in the whole of {plan.full_name}: triggers keep {plan.guard_schema}.{guards[index.name]}, one small"
@@ -269,14 +291,8 @@ def uniqueness(plan: Plan) -> Iterator[Finding]:
                 f" the way back closes once that happens, and ON CONFLICT ({what}) stops working.",
                 instead or 'unique = "global" keeps it unique.',
             )  # fmt: skip
-    for guard in plan.guards:
-        if guard.deferrable:
-            yield Finding.note(
-                guard.index,
-                f"{guard.index} is deferrable: a duplicate in another partition is found at the commit, whatever SET CONSTRAINTS says.",
-            )
     yield Finding.note(plan.full_name, f"Look-ups that do not name {plan.key} visit every partition.")
     yield Finding.note(
         plan.full_name,
-        f"An update of {plan.key} moves the row: UPDATE triggers that fire AFTER see a DELETE and an INSERT, and a concurrent one can get 40001.",
+        f"An update of {plan.key} moves the row: row triggers AFTER UPDATE do not fire for it, those on DELETE and INSERT do, and a concurrent one can get 40001.",
     )

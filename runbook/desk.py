@@ -57,10 +57,38 @@ class Files(AsyncLargeFileManager):
 
     def __init__(self, **traits: Any) -> None:
         super().__init__(**traits)
+        self.record: Run | None = None
+        self.alone = threading.Lock()  # with the record's manifest
         self._one_by_one = asyncio.Lock()
         self._under_way: tuple[str, asyncio.Task[Any] | None, Any] = "", None, None  # path, who saves it, what it was
 
+    def _apart(self, path: str) -> str:
+        """The name of a file on which the record does not rest; HTTPError for one that it does rest on."""
+        name = path.strip("/")
+        if self.record and any(step["notebook"] == name for step in self.record.manifest["steps"]):
+            raise HTTPError(409, f"{name} was run, and is a part of the record: it stays as it is called. A duplicate can go.")
+        return name
+
+    async def rename_file(self, old_path: str, new_path: str) -> None:
+        old = self._apart(old_path)
+        await super().rename_file(old_path, new_path)  # type: ignore[no-untyped-call]
+        self._kept(old, new_path.strip("/"))
+
+    async def delete_file(self, path: str) -> None:
+        name = self._apart(path)
+        await super().delete_file(path)  # type: ignore[no-untyped-call]
+        self._kept(name)
+
+    def _kept(self, gone: str, *there: str) -> None:
+        with self.alone:
+            if self.record and self.record.manifest["files"].pop(gone, None):
+                self.record.keep(*(self.record.folder / name for name in there))
+
     async def save(self, model: dict[str, Any], path: str = "") -> Any:
+        if model.get("type") == "directory":
+            raise HTTPError(
+                409, "The folder of a record has no folders of its own: what is kept in it lies beside its notebooks."
+            )
         async with self._one_by_one:
             before = await self.get(path, content=False, require_hash=True) if await self.file_exists(path) else None
             self._under_way = path.strip("/"), asyncio.current_task(), before
@@ -126,7 +154,7 @@ def _watch(app: Any, record: Run, pool: ThreadPoolExecutor) -> None:
 
     The HTML is made in `pool`: a save does not wait for it.
     """
-    alone, saves = threading.Lock(), Counter[str]()
+    alone, saves = app.contents_manager.alone, Counter[str]()
 
     def before(model: dict[str, Any], path: str, **_: Any) -> None:
         try:
@@ -167,6 +195,7 @@ def _watch(app: Any, record: Run, pool: ThreadPoolExecutor) -> None:
         except Exception:
             app.log.exception(f"{done.notebook} was saved, but its HTML could not be written.")
 
+    app.contents_manager.record = record
     app.contents_manager.register_pre_save_hook(before)
     app.contents_manager.register_post_save_hook(after)
 

@@ -112,9 +112,13 @@ def _list(session: Session, given: Parameters, table: Table, key: Column) -> Div
                 f"{key.name} has more than {MOST:,} values: name the partitions, or choose partition_by range or hash."
             )
         names: dict[str, list[PartitionValue] | str] = {}
+        kept = {
+            f"{table.name}_retired",
+            given.backup or f"{table.name}_backup",
+        }  # names that the original and the backup will have
         filled = _filled(session, given, key)
         for value in sorted({*occur, *([filled] if filled is not None else [])}):
-            names[fit(f"{table.name}_{value}", names)] = [value]
+            names[fit(f"{table.name}_{value}", {*names, *kept})] = [value]
         wanted = names
     found = list_bounds(session, wanted, key)
     values = [value for each in found for value in each.values]

@@ -231,6 +231,7 @@ def seal(record: archive.Run, where: str, table: str, result: str) -> str:
         database = target(where)
         with database.session("record") as session:
             facts = session.row(sql.SQL("SELECT version() AS server, current_user::text AS database_user").format())
+            facts["target"] = "" if database.embedded else session.target
         found = ledger.of(database, table, ended=True)
     if found:
         record.manifest |= facts

@@ -157,6 +157,8 @@ def _locking(session: Session, plan: Plan) -> Iterator[Finding]:
 
 def _looking(session: Session, plan: Plan) -> Iterator[Finding]:
     """A function in an index that finds others only by the search_path of whoever writes."""
+    if session.value("catalog.reads_rows", oid=plan.table.oid):  # which is said already
+        return
     index, said = partition.refused_by_path(session, plan)
     if index:
         yield Finding.blocker(
@@ -189,6 +191,11 @@ def _without_primary_key(plan: Plan) -> Iterator[Finding]:
 def _names(session: Session, plan: Plan) -> Iterator[Finding]:
     wanted = [p.name for p in plan.partitions] + [plan.retired]
     schema = sql.Literal(plan.table.schema_name)
+    kept = {plan.retired: "the original after the cut-over", plan.backup: "the backup"}
+    for name in kept.keys() & {p.name for p in plan.partitions}:
+        yield Finding.blocker(
+            name, f"A partition is to be called {name}, as {kept[name]} is.", "Choose another name for the partition."
+        )
     for row in session.rows("draft.free", schema=schema, names=wanted):
         yield Finding.blocker(
             row["name"],
@@ -264,13 +271,23 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
 
 
 def _traffic(session: Session, plan: Plan) -> Iterator[Finding]:
-    if functions := [row["function"] for row in session.rows("catalog.row_variables", name=plan.table.name)]:
-        yield Finding.warning(
+    kept = {
+        plan.table.name: (
             plan.full_name,
-            f"{', '.join(functions)} {'has' if len(functions) == 1 else 'have'} variables of the type of {plan.full_name}'s rows: in a session that"
-            " ran one before the cut-over they fail (XX000) once 91 has dropped the original.",
+            "91 has dropped the original",
             "Renew the application's pools between 05 and 91, which says whether older sessions are left.",
         )
+    }
+    for view in plan.matviews:
+        kept[view.name] = f"{view.schema_name}.{view.name}", "05 has made it anew", "Renew the application's pools after 05."
+    for name, (of, when, way_out) in kept.items():
+        if functions := [row["function"] for row in session.rows("catalog.row_variables", name=name)]:
+            yield Finding.warning(
+                of,
+                f"{', '.join(functions)} {'has' if len(functions) == 1 else 'have'} variables of the type of {of}'s rows: in a session that"
+                f" ran one before the cut-over they fail (XX000) once {when}.",
+                way_out,
+            )
     for row in session.rows("locks.wraparound", oid=plan.table.oid):
         yield Finding.warning(
             plan.full_name,

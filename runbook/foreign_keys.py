@@ -17,7 +17,7 @@ from runbook.plan import fit, with_key
 from runbook.references import added, itself, logged, names, tables
 from runbook.session import Session
 from runbook.sheet import Sheet
-from runbook.statements import statement
+from runbook.statements import statement, trusted
 from runbook.words import counted
 
 
@@ -103,7 +103,6 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
         locks.apply(run.database, session, patience, reference.table, statements, [reference.identifier])
     return action.finish(
         f"Referencing tables that have their role column, and a log of their own: {len(added(run))}.",
-        len(added(run)),
         triggers={_of(each): session.value("foreign_keys.trigger_states", **names(run, each)) for each in added(run)},
     )
 
@@ -241,10 +240,12 @@ def keys(run: Run) -> pd.DataFrame:
 
 @recorded("foreign_keys", "check")
 def check(action: Action) -> Evidence:
-    """Raises unless every row of every referencing table has its user's role, those still logged excepted."""
+    """Raises unless every row of every referencing table has its user's role, those still logged excepted; and for rows that refer
+    to nothing, by a key that 05 would have to validate."""
     if action.run.plan.restore_from == "backup":
         return repair.check_keys(action)
     run, session = action.run, action.session
+    _refuse_orphans(run, session)
     for reference in added(run):
         own = names(run, reference)
         with explained(run, reference):
@@ -267,3 +268,18 @@ def check(action: Action) -> Evidence:
                 " somebody writes that column, or switches triggers off. End that, then run 04_foreign_keys again."
             )
     return action.finish(f"Every row that references {run.plan.full_name} has its {run.plan.key}.")
+
+
+def _refuse_orphans(run: Run, session: Session) -> None:
+    """Raises PromiseBroken for rows that came while keys were not checked, as a restore without triggers leaves them. After the
+    swap they could be neither validated nor, where each row has a partition key of its own, be given one."""
+    table = run.plan.table
+    keys = {each.place for each in run.plan.references if _required_late(run) or not each.definition.endswith("NOT VALID")}
+    keys |= {(table.schema_name, table.name, each.name) for each in run.plan.outgoing if each.validated}
+    for schema, name, key in sorted(keys):
+        query = session.value("foreign_keys.orphans", schema=schema, table=name, constraint=key)
+        if query and (rows := session.value("foreign_keys.count", query=trusted(query))):
+            raise PromiseBroken(
+                f"{counted(rows, 'row')} of {schema}.{name} {'refers' if rows == 1 else 'refer'} to nothing by {key}, which 05_cutover would have to validate:"
+                f" they came while keys were not checked, and are found by {query}. Correct or delete them, then run 04_foreign_keys again."
+            )

@@ -32,7 +32,8 @@ def look(action: Action, file: str = "") -> Evidence:
     if not run.partitioned:
         raise OutOfOrder(f"{run.plan.full_name} is not partitioned yet: 08_monitor is for the time after 05_cutover.")
     root = spelled(run.plan.source)
-    leaves = session.rows("monitor.partitions", root=root)
+    with session.qualified():
+        leaves = session.rows("monitor.partitions", root=root)
     rest = [(leaf["schema"], leaf["name"]) for leaf in leaves if leaf["bound"] == "DEFAULT"]
     of_values = run.plan.partition_by == "list"  # by range each row may have one of its own
     counts = "monitor.default_values" if of_values else "monitor.default_rows"

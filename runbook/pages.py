@@ -38,6 +38,7 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
   .jp-Notebook pre, .jp-OutputArea-output pre.ruled { white-space: pre-wrap !important; overflow-wrap: anywhere }
   .jp-RenderedHTMLCommon td { white-space: normal; min-width: 0; max-width: none !important }
   .jp-RenderedHTMLCommon td.words:not(.time) { overflow-wrap: anywhere }
+  .jp-RenderedHTMLCommon td.words:first-child { overflow-wrap: break-word }
   .jp-RenderedHTMLCommon th { overflow-wrap: normal; word-break: normal; hyphens: none }
  }
 </style>{% endblock %}
@@ -173,11 +174,14 @@ def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:
     operator = [manifest.get(name, "") for name in ("operator", "database_user")]
     failure = f"{Path(bad['notebook']).stem}: {bad.get('error', '')}" if bad and state != "running" else ""
     result = manifest.get("result", "") if state == "completed" else ""  # else the next column says it
+    did = {step["notebook"] for step in steps}
+    what = "; the addition" if "20_add_partitions.ipynb" in did else "; its end" if "91_finish.ipynb" in did else ","
+    given = str(manifest.get("parameters", {}).get("database", "embedded"))
     plain = (
         _begun(manifest),
         manifest.get("table", ""),
-        str(manifest.get("parameters", {}).get("database", "embedded")),
-        manifest.get("plan_hash", "")[:12] + (f", approved by {who}" if (who := manifest.get("approved_by")) else ""),
+        f"{given}: {where}" if given != "embedded" and (where := manifest.get("target")) else given,
+        manifest.get("plan_hash", "")[:12] + (f"{what} approved by {who}" if (who := manifest.get("approved_by")) else ""),
         " as ".join(name for name in operator if name) + f" on {manifest.get('host', '')}{by_hand}",
         f"{sum(step.get('seconds', 0) for step in steps):,.1f} s",
     )

@@ -44,12 +44,11 @@ OF_REFERENCES = {
 }
 OVERRIDING = "OVERRIDING SYSTEM VALUE "
 LEGACY = {"fill": "it is filled in, until the final state refuses it", "strict": "refused, unless the default is right"}
-WAITED = (
-    "A STABLE function that runs through the instant of the cut-over can miss the last rows",
-    "call it again",
-    "",
-    "only at that instant",
-)
+UNTRIED = (
+    ("A STABLE function that runs through the instant of the cut-over can miss the last rows", "call it again", "", "only at that instant"),
+    ("CREATE INDEX CONCURRENTLY, and DROP INDEX CONCURRENTLY, of the table fail (0A000)",
+     "CREATE INDEX … ON ONLY the table, then CONCURRENTLY one on each partition, and ALTER INDEX … ATTACH PARTITION each", "", "never within a transaction"),
+)  # fmt: skip
 
 
 def shown(rows: list[dict[str, Any]], columns: list[str]) -> Any:
@@ -192,7 +191,7 @@ def show(run: Run) -> Any:
                     for name, told in OF_REFERENCES.items():
                         tell(name, told, its)
         rows.append(_moving(run, session))
-        rows.append(dict(zip(("what changes", "what to do", "statement", "seen"), WAITED, strict=True)))
+        rows += [dict(zip(("what changes", "what to do", "statement", "seen"), each, strict=True)) for each in UNTRIED]
         where = "itself" if there else "on a temporary copy of some rows"
         action.finish(
             f"{counted(len(rows), 'point was', 'points were')} shown on {run.plan.full_name} {where}.", len(rows), points=rows

@@ -76,6 +76,12 @@ class Session:
         return self.connection.pid
 
     @property
+    def target(self) -> str:
+        """Which database this is, for the record."""
+        there = self.connection.info
+        return f"{there.dbname} at {there.host}, port {there.port}"
+
+    @property
     def alone(self) -> bool:
         """Whether nobody but the runbook is at work on the server. If somebody is, one process of ours is enough: with a second
         one on two processors the slowest hundredth of the application's writes took twice as long."""

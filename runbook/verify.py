@@ -122,7 +122,10 @@ def commands(run: Run) -> Transcript:
         except BadInput as missing:
             look.judge(promise, text, str(missing), None)
             return Transcript(text)
-        environment = (postgres.environment() if run.database.embedded else dict(os.environ)) | {"PGCLIENTENCODING": "UTF8"}
+        environment = (postgres.environment() if run.database.embedded else dict(os.environ)) | {
+            "PGCLIENTENCODING": "UTF8",
+            "PGTZ": "UTC",
+        }
         options = ["-X", "--echo-all", "--set=ON_ERROR_STOP=1", "--pset=pager=off", f"--dbname={run.database.conninfo}"]
         done = subprocess.run([path, *options], input=text, env=environment, capture_output=True, encoding="utf-8", check=False)
         said = " ".join(done.stderr.split()) or f"they ran, and printed {counted(len(done.stdout.splitlines()), 'line')}"

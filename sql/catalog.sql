@@ -143,6 +143,10 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
            AND t.tgattr = ''  -- no list of columns has one that is new; nor the guards' of an earlier migration
            AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.oid = t.tgfoid AND p.prosecdef AND 'enable_seqscan=off' = ANY (p.proconfig))) AS update_triggers,
        -- What does not bear that the table gains a column.
+       EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attgenerated <> '') AS computed,
+       (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = k.conrelid) AS last_column,
+       c.relkind = 'r' AND (c.relreplident = 'n' OR c.relreplident = 'd' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
+         AND EXISTS (SELECT FROM pg_publication p JOIN pg_publication_tables t USING (pubname) WHERE p.pubupdate AND (t.schemaname, t.tablename) = (n.nspname, c.relname)) AS unidentified,
        c.reloftype <> 0 AS typed, ARRAY(SELECT conname::text FROM pg_constraint x WHERE x.conrelid = k.conrelid) AS constraint_names,
        ARRAY(SELECT format('%s.%I', a.attrelid::regclass, a.attname) FROM pg_attribute a JOIN pg_class h ON h.oid = a.attrelid AND h.relkind IN ('r', 'p', 'm')
               WHERE a.atttypid IN (c.reltype, (SELECT typarray FROM pg_type WHERE oid = c.reltype)) AND NOT a.attisdropped ORDER BY 1) AS held_in,
@@ -391,6 +395,13 @@ SELECT 'blocker', k.conname, format('%s is NOT VALID, which a partition cannot b
   FROM pg_constraint k WHERE k.conrelid = {oid} AND NOT k.convalidated AND k.conparentid = 0  -- before 18 a key to a partitioned table has children
    AND (k.contype = 'n' OR k.contype = 'f' AND current_setting('server_version_num')::int < 180000)
 UNION ALL
+SELECT 'blocker', k.conname, format('%s keeps NULL out of %s alone (NO INHERIT): its partitions would take it.', k.conname, k.conrelid::regclass),
+       format('ALTER TABLE %s ALTER CONSTRAINT %I INHERIT; first.', k.conrelid::regclass, k.conname)
+  FROM pg_constraint k WHERE k.conrelid = {oid} AND k.contype = 'n' AND k.connoinherit
+UNION ALL
+SELECT 'blocker', x.relname, format('The index %s reads the row as a whole, which no index of a partitioned table can.', x.relname), 'Make it anew with the columns named one by one, first; or drop it.'
+  FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = {oid} AND concat(i.indexprs, i.indpred) LIKE '%:varattno 0 %'
+UNION ALL
 SELECT 'blocker', k.conname, format('%s of %s is NOT ENFORCED, and its composite successor would be.', k.conname, k.conrelid::regclass), 'Drop it first: it keeps nothing.'
   FROM pg_constraint k WHERE k.confrelid = {oid} AND k.conrelid <> {oid} AND pg_get_constraintdef(k.oid) LIKE '% NOT ENFORCED'
 UNION ALL
@@ -469,8 +480,10 @@ SELECT DISTINCT 'warning', t.tgname::text, format('%s, which the trigger %s call
   FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
  WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 1 = 1 AND regexp_replace(p.prosrc, 'coalesce\s*\(\s*pg_partition_root\s*\(\s*TG_RELID\s*\)\s*,\s*TG_RELID\s*\)', '', 'gi') ~* '\mTG_(TABLE_NAME|RELNAME|RELID)\M'
 UNION ALL
-SELECT 'blocker', v.oid::regclass::text, format('The view %s groups by the primary key alone, which will no longer be one.', v.oid::regclass),
-       'Name every column that it selects in its GROUP BY first.'
+SELECT DISTINCT 'blocker', v.oid::regclass::text,
+       CASE WHEN v.relkind IN ('v', 'm') THEN format('The view %s groups by the primary key alone, which will no longer be one.', v.oid::regclass)
+            ELSE format('The rule %s of %s names the constraint %s, which will be another one.', r.rulename, v.oid::regclass, k.conname) END,
+       CASE WHEN v.relkind IN ('v', 'm') THEN 'Name every column that it selects in its GROUP BY first.' ELSE 'Drop that rule before, and make it anew after the cut-over.' END
   FROM pg_constraint k JOIN pg_depend d ON d.refclassid = 'pg_constraint'::regclass AND d.refobjid = k.oid AND d.classid = 'pg_rewrite'::regclass
   JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class WHERE k.conrelid = {oid}
 UNION ALL
@@ -549,11 +562,14 @@ EXECUTE {name}
   SELECT 'column ' || a.attname AS what,
          concat_ws(' ', 'column', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
                    pg_get_expr(d.adbin, d.adrelid), a.attcollation::regcollation, a.attstorage, to_jsonb(a) ->> 'attcompression',
-                   to_jsonb(a) ->> 'attstattarget', a.attoptions, col_description(a.attrelid, a.attnum)) AS line
+                   to_jsonb(a) ->> 'attstattarget', a.attoptions, col_description(a.attrelid, a.attnum),
+                   (SELECT q::text FROM pg_depend i JOIN pg_sequence q ON q.seqrelid = i.objid WHERE i.classid = 'pg_class'::regclass AND i.refclassid = 'pg_class'::regclass
+                       AND (i.refobjid, i.refobjsubid, i.deptype) = (a.attrelid, a.attnum, 'i'))) AS line
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
    WHERE a.attrelid = {oid} AND a.attnum > 0 AND NOT a.attisdropped
   UNION ALL
-  SELECT 'index ' || indexrelid::regclass, concat_ws(' ', 'index', pg_get_indexdef(indexrelid), indisvalid) FROM pg_index WHERE indrelid = {oid}
+  SELECT 'index ' || indexrelid::regclass, concat_ws(' ', 'index', pg_get_indexdef(indexrelid), indisvalid, indisclustered, obj_description(indexrelid, 'pg_class'))
+    FROM pg_index WHERE indrelid = {oid}
   UNION ALL
   SELECT format('constraint %s of %s', conname, conrelid::regclass),
          concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass,
@@ -561,6 +577,13 @@ EXECUTE {name}
    WHERE (conrelid = {oid} OR confrelid = {oid}) AND conparentid = 0  -- not what each partition of another table has of it
   UNION ALL
   SELECT concat_ws(' ', kind, name), concat_ws(' ', kind, name, definition) FROM ({carried}) c
+  UNION ALL
+  -- Of all tables, or of a schema: on 14 the catalog of the latter is not there, and in pg_depend nothing is of it.
+  SELECT 'publication ' || p.pubname, concat_ws(' ', 'publication', p.pubname, p.pubviaroot) FROM pg_publication p
+   WHERE p.puballtables OR p.oid IN (
+         SELECT of.refobjid FROM pg_depend s JOIN pg_depend of ON (of.classid, of.objid) = (s.classid, s.objid) AND of.refclassid = 'pg_publication'::regclass
+          WHERE s.classid = to_regclass('pg_publication_namespace') AND s.refclassid = 'pg_namespace'::regclass
+            AND s.refobjid = (SELECT relnamespace FROM pg_class WHERE oid = {oid}))
   UNION ALL
   SELECT 'owner, options or comment', concat_ws(' ', 'table', relname, relnamespace::regnamespace, relreplident, reloptions, reltablespace,
                    pg_get_userbyid(relowner), obj_description(oid, 'pg_class')) FROM pg_class WHERE oid = {oid}
@@ -582,10 +605,13 @@ SELECT quote_ident(current_user) AS me, quote_ident(pg_get_userbyid(relowner)) A
 -- name: quoted
 SELECT quote_ident({name})
 
+-- name: reads_rows
+SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = {oid} AND concat(indexprs, indpred) LIKE '%:varattno 0 %')
+
 -- name: row_variables
 -- Functions that have variables of the table's row type: a session that ran one keeps the type's number until it ends.
 SELECT p.oid::regprocedure::text AS function FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
- WHERE l.lanname = 'plpgsql' AND p.prosrc ~* format('\m%s"?\s*(\[\s*\]|;|:=|\mdefault\M)', regexp_replace({name}, '(\W)', '\\\1', 'g')) ORDER BY 1
+ WHERE l.lanname = 'plpgsql' AND p.prosrc ~* format('\m%s"?\s*(\[\s*\]|;|:=|\mdefault\M|%%\s*rowtype\M)', regexp_replace({name}, '(\W)', '\\\1', 'g')) ORDER BY 1
 
 -- name: member
 SELECT pg_has_role({role}, 'MEMBER')

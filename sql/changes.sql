@@ -119,6 +119,14 @@ SELECT {s_columns} FROM {origin} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON
 INSERT INTO {copy} ({columns}) OVERRIDING SYSTEM VALUE
 SELECT {s_columns} FROM {origin} s JOIN (SELECT DISTINCT {keys} FROM {log}) k ON {s_is_k} WHERE {s_placed}
 
+-- name: remember_nulls
+-- Rows to be replayed whose key the original does not have: what stood in for it is not to become theirs.
+DROP TABLE IF EXISTS pg_temp.runbook_nulls;
+CREATE TEMP TABLE runbook_nulls ON COMMIT DROP AS SELECT DISTINCT {k_keys} FROM {log} k JOIN {copy} d ON {d_is_k} WHERE d.{key} IS NULL
+
+-- name: restore_nulls
+UPDATE {copy} d SET {key} = NULL FROM pg_temp.runbook_nulls k WHERE {d_is_k} AND d.{key} = {null_value}
+
 -- name: clear
 -- A key whose row has no partition key yet stays in the log: the cut-over waits for it.
 -- Counted, which the planner cannot turn into a scan of all rows without one.

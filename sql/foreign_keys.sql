@@ -207,6 +207,9 @@ SELECT format('SELECT * FROM %s r WHERE (%s) IS NOT NULL AND NOT EXISTS (SELECT 
                        JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.number) s
  WHERE k.contype = 'f' AND (n.nspname, c.relname, k.conname) = ({schema}, {table}, {constraint})
 
+-- name: count
+SELECT count(*) FROM ({query}) found
+
 -- name: log_wrong
 INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN {source} v ON {w_is_v}
  WHERE w.{role_column} IS DISTINCT FROM {v_key}

@@ -255,6 +255,14 @@ def link(path: Path, elsewhere: Path) -> None:
     path.symlink_to(elsewhere)
 
 
+def list_other(runs: Path, old: str, new: str) -> None:
+    """The list of the runs says another thing, and HEAD vouches for it."""
+    page, head = runs / "index.html", runs / "HEAD"
+    assert old in page.read_text()
+    page.write_text(page.read_text().replace(old, new))
+    head.write_text(head.read_text().splitlines()[0] + f"\n{sha256(page)}  index.html\n")
+
+
 def drop(which: int) -> Callable[[Path, list[str]], None]:
     return lambda runs, names: shutil.rmtree(runs / names[which])
 
@@ -303,6 +311,7 @@ def smuggle(runs: Path, names: list[str]) -> None:
         (lambda runs, names: (runs / "HEAD").unlink(), ["HEAD, which names the last run, is missing or cannot be read."]),
         (lambda runs, names: (runs / "index.html").write_text("all fine"), ["index.html was changed: it is not the one that HEAD names."]),
         (lambda runs, names: shorten(runs), ["HEAD, which names the last run, is missing or cannot be read."]),
+        (lambda runs, names: list_other(runs, ">orders</td>", ">others</td>"), ["index.html says another thing of {1} than its manifest: it was changed, and HEAD with it."]),
         (lambda runs, names: (runs / "index.html").unlink(), ["index.html was removed: it is not the one that HEAD names."]),
         (lambda runs, names: link(runs / names[1] / "00_plan.html", runs.parent / "elsewhere.html"), ["{1}/00_plan.html was replaced by a link."]),
         (lambda runs, names: (runs / names[1] / "more").symlink_to("/tmp"), ["{1}/more was added."]),

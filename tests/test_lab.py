@@ -18,10 +18,13 @@ from typing import Any
 import nbformat
 import psycopg
 import pytest
+from tornado.web import HTTPError
 
+from runbook.archive import Run
 from runbook.audit import audit
 from runbook.desk import Files, outcome
 from tests.browser import chromium, keep
+from tests.test_archive import executed
 from tests.walk import CLINIC_FILE, EVERY, FORWARD, notebook
 
 PATIENCE_MS = 120_000
@@ -162,6 +165,30 @@ def test_an_engineer_works_through_the_notebooks_in_jupyterlab(clinic: str, tmp_
     for name in EVERY:  # what is stored stays as it was
         stored = nbformat.read(notebook(name), as_version=4)
         assert not any(cell.outputs for cell in stored.cells if cell.cell_type == "code")
+
+
+def test_what_is_renamed_or_deleted_at_the_desk_is_no_alarm_and_what_was_run_stays(tmp_path: Path) -> None:
+    record = Run.begin(tmp_path / "runs", "users", {}, by_hand=True)
+    for name in ("03_restore.ipynb", "copy.ipynb", "other.ipynb"):
+        shutil.copy(notebook("03_restore"), record.folder / name)
+    record.keep(*record.folder.glob("*.ipynb"))
+    record.add(executed(record.start("03_restore.ipynb")))
+    files = Files(root_dir=str(record.folder))
+    files.record = record
+
+    async def at_the_desk() -> None:
+        await files.rename_file("copy.ipynb", "mine.ipynb")
+        await files.delete_file("other.ipynb")
+        for refused in (files.rename_file("03_restore.ipynb", "x.ipynb"), files.delete_file("/03_restore.ipynb")):
+            with pytest.raises(HTTPError, match="was run, and is a part of the record"):
+                await refused
+        with pytest.raises(HTTPError, match="has no folders of its own"):
+            await files.save({"type": "directory"}, "Untitled Folder")
+
+    asyncio.run(at_the_desk())
+    assert {"mine.ipynb", "03_restore.ipynb"} <= record.manifest["files"].keys()
+    record.seal(result="worked through by hand")
+    assert audit(tmp_path / "runs") == []
 
 
 def test_a_save_under_way_does_not_look_like_a_change_by_somebody_else(tmp_path: Path) -> None:

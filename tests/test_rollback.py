@@ -406,8 +406,16 @@ def test_what_null_value_filled_is_null_again_also_after_a_partition_was_attache
     run = migration.forward(database, table="things", key="kind", null_value="x", partitions={"things_x": ["x"], "things_y": ["y"]},
                             unique="per_partition")  # fmt: skip
     sql("CREATE TABLE things_z PARTITION OF things FOR VALUES IN ('z'); INSERT INTO things VALUES (99, 'z')")
+    sql("ALTER TABLE things ADD COLUMN note text; ALTER TABLE things DROP COLUMN note;"
+        " UPDATE things SET kind = 'y' WHERE id = 2; UPDATE things SET id = id WHERE id IN (5, 8); UPDATE things SET id = 1000 + id WHERE id = 11")  # fmt: skip
     migration.back(run)
-    assert sql("SELECT count(*), count(*) FILTER (WHERE kind IS NULL), max(id) FROM things") == [(91, 30, 99)]
+    assert sql("SELECT count(*), count(*) FILTER (WHERE kind IS NULL), max(id) FROM things") == [(91, 28, 1011)]
+    assert sql("SELECT id, kind FROM things WHERE id IN (2, 5, 8, 1011) ORDER BY 1") == [
+        (2, "y"),
+        (5, None),
+        (8, None),
+        (1011, "x"),
+    ]
 
 
 @pytest.mark.long
