@@ -76,7 +76,6 @@ SELECT 'Its columns are those that it had' AS promise, coalesce('not so: ' || st
    AND now.default IS NOT DISTINCT FROM c ->> 'default'
    AND now.identity = c ->> 'identity' AND now.kept = c ->> 'kept' AND now.sequence IS NOT DISTINCT FROM c ->> 'sequence'
    AND now.identity_options IS NOT DISTINCT FROM c ->> 'identity_options'
-   AND NOT (now.not_null AND EXISTS (SELECT FROM pg_partition_tree({root}) t JOIN pg_attribute a ON a.attrelid = t.relid WHERE a.attname = c ->> 'name' AND NOT a.attnotnull))
  WHERE m.id = {migration}
 
 -- name: indexes

@@ -137,7 +137,7 @@ def test_each_point_is_shown_before_and_after_and_nothing_is_kept(clinic, last, 
         "pg_total_relation_size": "0", "Autovacuum never analyzes": "NULL", "A changed role never fires AFTER UPDATE":
         "BEFORE UPDATE, BEFORE DELETE, BEFORE INSERT, AFTER DELETE, AFTER INSERT, AFTER UPDATE of the statement",
         "A prepared SELECT": "0A000", "Another user_role than": "23503", "A row that another session moves": "40001",
-        "A STABLE function": "only at that instant", "An insert into appointments that does not name user_role":
+        "A STABLE function": "only at that instant", "CREATE INDEX CONCURRENTLY": "never within", "An insert into appointments that does not name user_role":
         "23503" if legacy == "strict" else "",
     }  # fmt: skip
     for start, what in expected.items():
@@ -153,6 +153,34 @@ def test_each_point_is_shown_before_and_after_and_nothing_is_kept(clinic, last, 
             assert found[0]["seen"] == found[0]["seen then"] in ("doctor", "admin")
     assert dump(clinic) == before
     assert "points, each with what to do" in application.check(run).sentence
+
+
+def test_an_index_is_made_concurrently_on_each_partition(migrated, sql):
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="concurrently"):
+        sql("CREATE INDEX CONCURRENTLY by_phone ON users (phone)")
+    sql("CREATE INDEX by_phone ON ONLY users (phone)")
+    for leaf in ("users_patients", "users_doctors", "users_admins"):
+        sql(f"CREATE INDEX CONCURRENTLY {leaf}_by_phone ON {leaf} (phone)")
+        sql(f"ALTER INDEX by_phone ATTACH PARTITION {leaf}_by_phone")
+    assert sql("SELECT indisvalid FROM pg_index WHERE indexrelid = 'by_phone'::regclass") == [(True,)]
+
+
+@pytest.mark.parametrize("unique", ["per_partition", pytest.param("global", marks=pytest.mark.long)])
+def test_deferrable_keys_are_no_fault_of_the_application_and_their_name_is_gone(database, sql, unique):
+    sql("CREATE TABLE items (id int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED, kind text NOT NULL, pos int, CONSTRAINT items_pos_key UNIQUE (pos) DEFERRABLE);"
+        " INSERT INTO items SELECT n, (ARRAY['a', 'b'])[1 + n % 2], n FROM generate_series(1, 20) n")  # fmt: skip
+    run = migration.forward(database, table="items", key="kind", unique=unique)
+    [said] = [each for each in run.plan.findings if "42704" in each.sentence]
+    assert (said.object, said.way_out) == ("items_pos_key", "SET CONSTRAINTS ALL names it, too.")
+    assert not any("ON CONFLICT (id, kind) takes its place" in str(each) for each in run.plan.findings)
+    with pytest.raises(psycopg.errors.UndefinedObject):
+        sql("SET CONSTRAINTS items_pos_key DEFERRED")
+    sql(
+        "BEGIN; SET CONSTRAINTS ALL DEFERRED; UPDATE items SET pos = 3 WHERE pos = 1; UPDATE items SET pos = 1 WHERE id = 3; COMMIT"
+    )
+    shown(run)
+    application.check(run)
+    verify.check(run)
 
 
 def test_a_replacement_that_does_not_work_fails_the_step(migrated, sql):

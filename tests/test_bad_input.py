@@ -45,6 +45,12 @@ PARAMETERS: list[tuple[dict[str, Any], type[RunbookError], list[str]]] = [
     ({"partitions": {"users_patients": ["user"]}}, PlanBlocked, ["51 rows", "'doctor' (50), 'admin' (1)", "Add a partition"]),
     ({"partitions": {"doctors": "default"}}, PlanBlocked, ["The name public.doctors is taken", "Choose another name"]),
     ({"partitions": {"users_pkey": "default"}}, PlanBlocked, ["The name public.users_pkey is taken"]),
+    (
+        {"partitions": {"users_retired": "default"}},
+        PlanBlocked,
+        ["A partition is to be called users_retired, as the original after the cut-over is"],
+    ),
+    ({"partitions": {"old": "default"}, "backup": "old"}, PlanBlocked, ["A partition is to be called old, as the backup is"]),
     ({"backup": "doctors"}, PlanBlocked, ["A backup public.doctors exists", "never overwritten"]),
     ({"fail_on": "warning"}, PlanBlocked, ["email"]),
     ({"database": "postgresql://ann:secret@localhost/clinic"}, BadInput, ["holds a password", "PGPASSWORD"]),
@@ -217,6 +223,9 @@ def test_a_step_whose_predecessor_has_not_been_completed(walked: Callable[..., N
         ("CREATE INDEX users_phone_idx ON users (phone)", "index users_phone_idx added"),
         ("CREATE TABLE notes (user_id uuid REFERENCES users)", "public.notes references it now"),
         ("ALTER TABLE users ENABLE ROW LEVEL SECURITY", "(row security enabled)"),
+        ("CREATE PUBLICATION every FOR ALL TABLES", "publication every"),
+        ("COMMENT ON INDEX users_email_key IS 'by mail'", "index public.users_email_key"),
+        ("ALTER TABLE users CLUSTER ON users_pkey", "index public.users_pkey"),
     ],
 )
 @pytest.mark.parametrize("step", ["01_backup", pytest.param("05_cutover", marks=pytest.mark.long)])

@@ -73,9 +73,6 @@ CARRIED = {
     "not null 18": """
         ALTER TABLE thing ADD CONSTRAINT named NOT NULL name; COMMENT ON CONSTRAINT named ON thing IS 'n'
         """,
-    "not null no inherit 18": """
-        ALTER TABLE thing ADD CONSTRAINT alone NOT NULL name NO INHERIT
-        """,
     "indexes": """
         CREATE INDEX by_lower ON thing (lower(name)) WHERE amount > 5; CREATE INDEX by_at ON thing (at DESC NULLS LAST,
         id) INCLUDE (name); CREATE INDEX by_pattern ON thing (name text_pattern_ops); CREATE INDEX by_block ON thing
@@ -330,6 +327,35 @@ BLOCKED = {
     "outgoing key not valid before 18": (
         "to_kinds is NOT VALID",
         "CREATE TABLE kinds (kind text PRIMARY KEY); ALTER TABLE thing ADD CONSTRAINT to_kinds FOREIGN KEY (kind) REFERENCES kinds NOT VALID",
+    ),
+    "not null no inherit 18": (
+        "alone keeps NULL out of public.thing alone",
+        "ALTER TABLE thing ADD CONSTRAINT alone NOT NULL name NO INHERIT",
+    ),
+    "index of the whole row": (
+        "The index filled reads the row as a whole",
+        "CREATE INDEX filled ON thing (name) WHERE thing.* IS NOT NULL",
+    ),
+    "rule that names the primary key": (
+        "The rule adds of public.part names the constraint thing_pkey",
+        """
+        CREATE RULE adds AS ON INSERT TO part DO ALSO INSERT INTO thing (id) VALUES (NEW.id) ON CONFLICT ON CONSTRAINT thing_pkey DO NOTHING
+        """,
+    ),
+    "key over a generated column": (
+        "made of public.made is over a generated column",
+        "CREATE TABLE made (doc bigint, of bigint GENERATED ALWAYS AS (doc) STORED, CONSTRAINT made FOREIGN KEY (of) REFERENCES thing)",
+    ),
+    "published without an identity": (
+        "public.pairs is published and has no replica identity",
+        "CREATE TABLE pairs (of bigint REFERENCES thing); CREATE PUBLICATION pairs FOR TABLE pairs",
+    ),
+    "as many columns as there can be": (
+        "public.wide has had 1,600 columns",
+        """
+        DO $$ BEGIN EXECUTE (SELECT format('CREATE TABLE wide (%s, of bigint REFERENCES thing)', string_agg('c' || n || ' int', ', '))
+        FROM generate_series(1, 1599) n); END $$
+        """,
     ),
     "check no inherit": (
         "own is NO INHERIT",

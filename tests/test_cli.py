@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from psycopg.conninfo import conninfo_to_dict
 
 from runbook import archive, cli, embedded
+from runbook.execution import begin, seal
 from tests.walk import CLINIC_FILE, FORWARD, walk
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -87,11 +88,17 @@ def test_status_says_for_machines_what_it_says_for_people(clinic: str) -> None:
     assert json.loads(command("status", "--database", clinic, "-p", "table", "doctors", "--json").output) == []
 
 
-def test_environment_means_libpqs_variables(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_means_libpqs_variables(clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record says which database they meant."""
     for name, value in conninfo_to_dict(clinic).items():
         monkeypatch.setenv({"dbname": "PGDATABASE"}.get(name, f"PG{name.upper()}"), str(value))
     walk("environment", "00_plan")
     assert command("status", "--database", "environment").output.startswith("public.users: open, at 00_plan")
+    record = begin(tmp_path / "runs", {"table": "users", "database": "environment"})
+    seal(record, "environment", "users", "completed")
+    place = conninfo_to_dict(clinic)
+    assert record.manifest["target"] == f"{place['dbname']} at {place['host']}, port {place['port']}"
+    assert f"environment: {record.manifest['target']}" in (tmp_path / "runs" / "index.html").read_text()
 
 
 def test_a_service_file_means_its_database(clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,7 @@ def each_step_prints_a_line_and_the_last_line_is_the_records_head(database: str,
     assert [line.split()[:2] for line in lines[: len(FORWARD)]] == [[name, "done"] for name in FORWARD]
     assert "1,000 rows" in lines[1], "the backup's rows"
     assert "1,000 rows" in lines[3], "the restored rows"
+    assert "102 rows" in lines[4], "the rows that were filled in"
     assert re.search(r"^Plan [0-9a-f]{12}: \d+ warnings? and \d+ notes?, in 00_plan\.html\.$", result.stdout, re.MULTILINE)
     head = lines[-1].removeprefix("Head:   ")
     assert (runs / "HEAD").read_text().startswith(head)
@@ -216,7 +217,7 @@ def test_the_record_names_who_approved_what_and_nobody_else(walked: Walked, clin
     assert set(approvers()) == {""}
     assert command(*add, "-p", "approved_by", "carl").exit_code == 0
     assert sorted(approvers()) == ["", "", "carl"]
-    assert "approved by carl" in (tmp_path / "index.html").read_text()
+    assert "; the addition approved by carl" in (tmp_path / "index.html").read_text()
 
 
 def test_a_table_without_a_row_is_migrated_and_drawn(clinic: str) -> None:

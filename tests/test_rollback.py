@@ -319,6 +319,37 @@ def test_a_table_of_the_originals_name_that_somebody_made_is_nobody_elses(forwar
     assert sql("SELECT to_regclass('users_retired')::text, to_regclass('users_old')::text") == [("users_retired", "users_old")]
 
 
+@pytest.mark.parametrize("broken", ["incoming", "outgoing", "never validated"])
+def test_rows_that_refer_to_nobody_are_named_before_the_cut_over(database, sql, broken):
+    """A restore without triggers leaves them, and so does a key that was never validated."""
+    sql("CREATE TABLE kinds (id int PRIMARY KEY); INSERT INTO kinds VALUES (1);"
+        " CREATE TABLE visits (id int PRIMARY KEY, at date NOT NULL, kind int REFERENCES kinds);"
+        " INSERT INTO visits SELECT n, '2026-01-01'::date + n, 1 FROM generate_series(1, 60) n;"
+        " CREATE TABLE notes (id int PRIMARY KEY, visit int REFERENCES visits, body text); INSERT INTO notes SELECT n, n FROM generate_series(1, 50) n")  # fmt: skip
+    sql({"incoming": "SET session_replication_role = replica; INSERT INTO notes VALUES (51, 5000), (52, 5001)",
+         "outgoing": "SET session_replication_role = replica; UPDATE visits SET kind = 7 WHERE id < 3",
+         "never validated": "ALTER TABLE notes DROP CONSTRAINT notes_visit_fkey; INSERT INTO notes VALUES (51, 5000), (52, 5001);"
+                            " ALTER TABLE notes ADD CONSTRAINT notes_visit_fkey FOREIGN KEY (visit) REFERENCES visits NOT VALID"}[broken])  # fmt: skip
+    run = migration.plan(database, "visits", "at", partition_by="range", every="month")
+    key = "visits_kind_fkey" if broken == "outgoing" else "notes_visit_fkey"
+    with pytest.raises(PromiseBroken, match=f"^2 rows of public.* refer to nothing by {key}") as caught:
+        migration.walk(run, migration.FORWARD, last="keys check")
+    search = re.search(r"are found by (SELECT .*?)\. Correct", str(caught.value))
+    assert search and len(sql(search[1])) == 2
+    sql("UPDATE visits SET kind = 1; DELETE FROM notes WHERE id > 50")
+    migration.walk(run, migration.FORWARD, first="keys check")
+    verify.check(run)
+
+
+def test_a_value_called_like_the_original_or_the_backup_has_a_partition_of_another_name(database, sql):
+    sql("CREATE TABLE jobs (id int PRIMARY KEY, status text NOT NULL);"
+        " INSERT INTO jobs SELECT n, (ARRAY['active', 'retired', 'backup'])[1 + n % 3] FROM generate_series(1, 30) n")  # fmt: skip
+    run = migration.forward(database, table="jobs", key="status", backup="jobs_backup")
+    assert {"jobs_active"} < {each.name for each in run.plan.partitions}
+    verify.check(run)
+    migration.back(run)
+
+
 @pytest.mark.long
 def test_rows_that_refer_to_nobody_are_named_with_a_way_out_in_both_directions(forward, sql):
     """They came while keys were not checked, and the old key is valid all the same."""
@@ -505,16 +536,20 @@ def test_what_was_renamed_is_not_left_with_what_the_migration_gave_it(forward, s
 def test_a_session_that_keeps_the_originals_row_type_is_named_before_the_end(clinic, sql):
     sql("CREATE FUNCTION pick() RETURNS text LANGUAGE plpgsql AS $$ DECLARE found users[];"
         " BEGIN SELECT array_agg(u) INTO found FROM (SELECT * FROM users LIMIT 1) u; RETURN found[1].email; END $$;"
+        " CREATE FUNCTION typed() RETURNS text LANGUAGE plpgsql AS $$ DECLARE u users%ROWTYPE; BEGIN u := (SELECT x FROM users x LIMIT 1); RETURN u.email; END $$;"
         " CREATE FUNCTION plain() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN RETURN (SELECT count(*) FROM users); END $$")  # fmt: skip
     with psycopg.connect(clinic, autocommit=True, application_name="old") as old:
         old.execute("SELECT pick(), plain()")
         run = migration.forward(clinic)
         [said] = [each.sentence for each in run.plan.findings if "XX000" in each.sentence]
-        assert said.startswith("public.pick() has variables of the type of public.users's rows")
+        assert said.startswith("public.pick(), public.typed() have variables of the type of public.users's rows")
         old.execute("SELECT pick(), plain()")
         verify.check(run)
         gate = finish.require(run, approved_by="ann", unneeded_for_h=0).sentence
-        assert f"1 session is older than the cut-over (pid {old.info.backend_pid}): where one ran pick(), that fails" in gate
+        assert (
+            f"1 session is older than the cut-over (pid {old.info.backend_pid}): where one ran pick(), typed(), that fails"
+            in gate
+        )
         finish.drop(run)
         old.execute("SELECT plain()")
         with pytest.raises(psycopg.errors.InternalError_, match="cache lookup failed for type"):
