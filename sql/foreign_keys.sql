@@ -208,7 +208,7 @@ SELECT format('SELECT * FROM %s r WHERE (%s) IS NOT NULL AND NOT EXISTS (SELECT 
  WHERE k.contype = 'f' AND (n.nspname, c.relname, k.conname) = ({schema}, {table}, {constraint})
 
 -- name: count
-SELECT count(*) FROM ({query}) found
+SELECT count(*) FROM ({search}) found
 
 -- name: log_wrong
 INSERT INTO {reference_log} SELECT DISTINCT {w_columns} FROM {reference} w JOIN {source} v ON {w_is_v}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def test_a_whole_run_keeps_no_secret_and_nobodys_row(
     told = "\n".join([*texts, done.stdout, done.stderr, ledger(clinic)])
     people = sql("SELECT id::text, email, password, phone FROM users")
     assert len(people) == 1000
-    assert {value for row in people for value in row if value and value in told} == set()
+    words = set(re.findall(r"[\w.@+$/-]+", told))  # each of 4,000 values sought in all texts took half a minute
+    assert {value for row in people for value in row if value and not words.isdisjoint({value, *value.split()})} == set()
 
 
 def test_a_row_that_the_server_refuses_is_not_repeated(clinic: str, tmp_path: Path, sql: Callable[..., Any]) -> None:

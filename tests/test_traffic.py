@@ -93,7 +93,7 @@ def test_who_waits_for_the_swap_finds_the_rows_written_just_before(forward, clin
 def test_six_writers_again_and_again(server, clinic, sql):
     with traffic.pool(clinic, server.version, writers=6, pause_s=0.001) as pool:
         pool.go_on(100)
-        for _ in range(3):
+        for _ in range(2):
             run = migration.forward(clinic)
             pool.go_on(100)
             migration.back(run)
