@@ -1,6 +1,14 @@
 """Turn a live PostgreSQL table into a partitioned one, notebook by notebook, without losing a write."""
 
+import signal
+import sys
 from importlib.metadata import PackageNotFoundError, version
+
+# The command line takes a second to load: until then Ctrl-C ends it without a word, and without a traceback.
+if [name.rpartition("/")[2] for name in sys.argv[:1]] == ["runbook"] and signal.getsignal(
+    signal.SIGINT
+) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from runbook.draft import draft
 from runbook.errors import RunbookError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from contextlib import redirect_stdout
 from functools import partial
@@ -51,6 +52,8 @@ def main() -> None:
     Exit codes: 0 done (also when all was done already), 1 refused or failed (the reason is printed), 2 wrong usage,
     130 interrupted, 143 terminated. Shell completion: eval "$(_RUNBOOK_COMPLETE=bash_source runbook)".
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package left it while it loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     imports.keep()
 
 

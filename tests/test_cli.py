@@ -123,6 +123,17 @@ def wait_for(sql: Sql, query: str, seconds: float = 180) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("library", ["pydantic_core", "numpy"])
+def test_ctrl_c_while_it_loads_leaves_no_traceback(library: str) -> None:
+    program = str(Path(sys.executable).with_name("runbook"))
+    going = subprocess.Popen([program, "status", "--database", "service=nowhere"], stderr=subprocess.PIPE, text=True)
+    while library not in Path("/proc", str(going.pid), "maps").read_text():
+        time.sleep(0.01)
+    going.send_signal(signal.SIGINT)
+    assert going.communicate(timeout=60)[1] == ""
+    assert going.returncode == -signal.SIGINT, "130 to a shell"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"])
 def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, tmp_path: Path, number: int, code: int) -> None:
