@@ -175,7 +175,7 @@ def distribution(run: Run) -> pd.DataFrame:
         for each in bounds:
             leaf, condition = (run.plan.table.schema_name, each["name"]), trusted(each["bound"])
             rows += look.ask("verify.bounded", leaf_name=each["name"], leaf=leaf, condition=condition)
-    return pd.DataFrame(rows, columns=["name", "bound", "rows", "before"]).astype({"rows": "Int64", "before": "Int64"})
+    return pd.DataFrame(rows, columns=["name", "bound", "rows", "before"])
 
 
 def pruning(run: Run) -> pd.DataFrame:
@@ -187,7 +187,7 @@ def pruning(run: Run) -> pd.DataFrame:
         {
             "look_up": [row["look_up"] for row in found],
             "reads": ["not tried" if row["reads"] is None else ", ".join(row["reads"]) for row in found],
-            "partitions": pd.array([None if row["reads"] is None else len(row["reads"]) for row in found], dtype="Int64"),
+            "partitions": ["" if row["reads"] is None else len(row["reads"]) for row in found],
             "of": leaves,
         }
     )

@@ -256,7 +256,7 @@ SELECT c.relname AS name, coalesce(pg_get_partition_constraintdef(c.oid), 'true'
 
 -- name: bounded
 -- Whether each row is one that the partition's bound takes.
-SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, now.rows, (p.part ->> 'rows')::bigint AS before,
+SELECT p.part ->> 'name' AS name, p.part ->> 'bound' AS bound, now.rows, coalesce((p.part ->> 'rows')::bigint, 0) AS before,
        format('%s holds its own rows only', p.part ->> 'name') AS promise,
        format('%s, %s elsewhere', CASE now.rows WHEN 1 THEN '1 row' ELSE to_char(now.rows, 'FM999,999,999,990 "rows"') END,
               CASE now.elsewhere WHEN 1 THEN '1 that belongs' ELSE to_char(now.elsewhere, 'FM999,999,999,990 "that belong"') END) AS seen,

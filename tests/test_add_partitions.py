@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 import runbook
-from runbook import additions, ledger, verify
+from runbook import additions, charts, ledger, verify
 from runbook.database import target
 from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
 from tests import migration
@@ -71,6 +71,10 @@ def test_a_new_value_gets_a_partition(forward, clinic, sql, unique):
     assert "SELECT 'users_nurses', COUNT(*)" in proved["psql shows the table, its rows, its plan and its keys"].sql
     rows, pruned = verify.distribution(run), verify.pruning(run)
     assert [(int(rows["rows"].sum()),)] == sql("SELECT count(*) FROM users") and set(pruned["of"]) == {4}
+    assert (
+        "users_nurses when the plan was made 0, now 1" in charts.before_after(rows).words
+        and "users_nurses 1 (" in charts.rows_per_partition(rows).words
+    )
     with pytest.raises(psycopg.errors.UniqueViolation):
         sql(insert("nurse@x", "nurse"))
     if unique == "global":
