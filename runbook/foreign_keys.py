@@ -277,9 +277,10 @@ def _refuse_orphans(run: Run, session: Session) -> None:
     keys = {each.place for each in run.plan.references if _required_late(run) or not each.definition.endswith("NOT VALID")}
     keys |= {(table.schema_name, table.name, each.name) for each in run.plan.outgoing if each.validated}
     for schema, name, key in sorted(keys):
-        query = session.value("foreign_keys.orphans", schema=schema, table=name, constraint=key)
-        if query and (rows := session.value("foreign_keys.count", search=trusted(query))):
-            raise PromiseBroken(
-                f"{counted(rows, 'row')} of {schema}.{name} {'refers' if rows == 1 else 'refer'} to nothing by {key}, which 05_cutover would have to validate:"
-                f" they came while keys were not checked, and are found by {query}. Correct or delete them, then run 04_foreign_keys again."
-            )
+        for found in session.rows("foreign_keys.orphans", schema=schema, table=name, constraint=key):
+            search = found["query"]
+            if found["readable"] and (rows := session.value("foreign_keys.count", search=trusted(search))):
+                raise PromiseBroken(
+                    f"{counted(rows, 'row')} of {schema}.{name} {'refers' if rows == 1 else 'refer'} to nothing by {key}, which 05_cutover would have to validate:"
+                    f" they came while keys were not checked, and are found by {search}. Correct or delete them, then run 04_foreign_keys again."
+                )

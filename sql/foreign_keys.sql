@@ -197,9 +197,10 @@ SELECT count(*) FROM {reference} w LEFT JOIN (SELECT {s_referenced}, {s_key} AS 
    AND NOT EXISTS (SELECT FROM {source} s JOIN {log} k ON {s_is_k} WHERE {w_is_s})
 
 -- name: orphans
--- The query by which the rows are found that a foreign key refuses.
+-- The query by which the rows are found that a foreign key refuses, and whether we may ask it.
 SELECT format('SELECT * FROM %s r WHERE (%s) IS NOT NULL AND NOT EXISTS (SELECT FROM %s s WHERE (%s) = (%s))', k.conrelid::regclass, r.columns,
-              k.confrelid::regclass, s.columns, r.columns) AS query
+              k.confrelid::regclass, s.columns, r.columns) AS query,
+       has_table_privilege(k.conrelid, 'SELECT') AND has_table_privilege(k.confrelid, 'SELECT') AND NOT row_security_active(k.confrelid) AS readable
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  CROSS JOIN LATERAL (SELECT string_agg(format('r.%I', a.attname), ', ' ORDER BY u.n) AS columns FROM unnest(k.conkey) WITH ORDINALITY u(number, n)
                        JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number) r

@@ -307,6 +307,19 @@ def test_settings_by_which_statements_are_read_are_our_own(clinic, sql, capsys):
     assert "warns" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("secured", [False, True])
+def test_what_the_table_refers_to_need_not_be_readable(owner, sql, secured):
+    """To a key REFERENCES is enough, and to lock it UPDATE: its rows may be nobody's business."""
+    me = owner.split("//")[1].split("@")[0]
+    sql(f"CREATE TABLE kinds (role varchar(50) PRIMARY KEY); INSERT INTO kinds VALUES ('user'), ('doctor'), ('admin');"
+        f" GRANT REFERENCES, UPDATE{', SELECT' * secured} ON kinds TO {me}; SET ROLE {me};"
+        " ALTER TABLE users ADD FOREIGN KEY (role) REFERENCES kinds; RESET ROLE")  # fmt: skip
+    if secured:
+        sql("ALTER TABLE kinds ENABLE ROW LEVEL SECURITY")
+    run = migration.forward(owner)
+    verify.check(run)
+
+
 def test_a_member_of_the_owner_needs_nothing_more(owner, clinic, sql):
     me = owner.split("//")[1].split("@")[0]
     database = sql("SELECT current_database()")[0][0]
