@@ -98,7 +98,7 @@ def _differs(runs: Path, entry: dict[str, str], digests: dict[str, str], after: 
 
 def _audit_list(page: Path, sealed: list[dict[str, Any]]) -> Iterator[str]:
     """Whether the list of the runs says what their manifests do: HEAD vouches for it, and nothing for HEAD's own line of it."""
-    rows = re.findall(r"<tr>.*?</tr>", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    rows = re.findall(r"<tr>.*?</tr>", page.read_bytes().decode("utf-8", "replace"), re.DOTALL)
     for manifest in sealed:
         row = next((row for row in rows if f'href="{quote(manifest["run"])}/manifest.json"' in row), "")
         facts = [manifest.get(name, "") for name in ("table", "operator", "host", "database_user", "approved_by")]

@@ -18,8 +18,8 @@ from runbook import __version__, archive, embedded, imports, ledger, parameters,
 from runbook.audit import audit as audited
 from runbook.audit import vouched_for
 from runbook.database import target
-from runbook.errors import BadInput
-from runbook.execution import FORWARD, begin, own, perform, seal, under_way, went_back
+from runbook.errors import BadInput, RunbookError
+from runbook.execution import FORWARD, begin, own, perform, say, seal, under_way, went_back
 from runbook.options import Sentence, gather, offered, options, step
 from runbook.signals import held
 
@@ -127,8 +127,11 @@ def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | N
         try:
             perform((*FORWARD[: FORWARD.index("05_cutover")], "90_rollback"), given, out, watch.told)
         except BaseException:
-            if under_way(where, table):
-                perform(("90_rollback",), given, out)
+            try:
+                if under_way(where, table, patience_s=60):
+                    perform(("90_rollback",), given, out)
+            except (OSError, RunbookError) as error:
+                say(f"The rehearsal's way back was not taken: {error} `runbook rollback` takes away what it left.", err=True)
             raise
     watch.require_nothing()
 

@@ -17,6 +17,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg.types.string import TextLoader
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 
@@ -81,9 +82,15 @@ class Database:
         """The rows of a named statement as a DataFrame."""
         composed = statement(query, **names) if isinstance(query, str) else query
         label = query if isinstance(query, str) else first_line(composed.as_string(None))
-        with self.engine.connect() as connection, noted(self.statements, label) as rows:
-            frame = pd.read_sql(composed.as_string(connection.connection.driver_connection), connection)
-            rows.append(len(frame))
+        try:
+            with self.engine.connect() as connection, noted(self.statements, label) as rows:
+                frame = pd.read_sql(composed.as_string(connection.connection.driver_connection), connection)
+                rows.append(len(frame))
+        except (SQLAlchemyError, pd.errors.DatabaseError) as error:  # of which the latter is an OSError, as of a full disk
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, psycopg.Error):
+                cause = getattr(cause, "orig", None) or cause.__cause__
+            raise (cause or psycopg.OperationalError("the connection was lost")) from None
         return frame
 
     @contextmanager

@@ -240,7 +240,7 @@ def _together(plan: Plan) -> Iterator[Finding]:
         gained = dict.fromkeys(f"{each.schema_name}.{each.table} gains the column {each.role_column}" for each in adding)
         yield Finding.warning(
             plan.full_name, f"{'; '.join(gained)}: a prepared SELECT * of it fails (0A000) until it is prepared anew, an INSERT … SELECT * of it elsewhere and a COPY"
-            f" into it without a list of columns fail from 04 on (42601, 22P04), a logical subscriber needs the column first, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
+            f" into it without a list of columns fail from 04 on (42601, 22P04), a logical subscriber needs the column first, with the same default, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
             "Name the columns there; renew the connections after 04; keep_fill lets 91 leave the trigger that fills it in.",
         )  # fmt: skip
     refusing = [

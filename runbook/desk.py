@@ -65,8 +65,11 @@ class Files(AsyncLargeFileManager):
     def _apart(self, path: str) -> str:
         """The name of a file on which the record does not rest; HTTPError for one that it does rest on."""
         name = path.strip("/")
-        if self.record and any(step["notebook"] == name for step in self.record.manifest["steps"]):
-            raise HTTPError(409, f"{name} was run, and is a part of the record: it stays as it is called. A duplicate can go.")
+        steps = self.record.manifest["steps"] if self.record else []
+        if name == "manifest.json" or any(Path(step["notebook"]).stem == name.split(".")[0] for step in steps):
+            raise HTTPError(
+                409, f"{name} is a part of the record, as what was run is: it stays as it is called. A duplicate can go."
+            )
         return name
 
     async def rename_file(self, old_path: str, new_path: str) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import advice, asked, catalog, findings, ledger, locks, matviews, partition, repair
+from runbook import advice, asked, catalog, drift, findings, ledger, locks, matviews, partition, repair
 from runbook.database import Database, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
@@ -168,7 +168,7 @@ def draft(**given: Any) -> Draft:
     if not parameters.key:
         raise BadInput(f"key is not named: say by which column of {parameters.table} to partition, with -p key … or in the file.")
     with database.session("plan") as session, locks.attended(database):
-        found, schema, name = catalog.find(session, parameters.table, database.name)
+        found, schema, name = drift.find(session, parameters.table, database.name)
         if ledger.kept(session):
             row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
             over = row is not None and row["state"] == "finished" and not session.row("catalog.table", oid=found)["partitioned"]

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from runbook import catalog
-from runbook.errors import OutOfOrder
+from runbook.errors import BadInput, OutOfOrder, PlanOutdated
 from runbook.plan import Plan
 from runbook.session import Session
 from runbook.statements import spelled
+
+
+def find(session: Session, table: str, database: str) -> tuple[int, str, str]:
+    """As `catalog.find`; raises OutOfOrder for a table that was renamed while its migration is open, by whichever name it is asked for."""
+    kept = session.value("ledger.exists")
+    try:
+        found = oid, schema, name = catalog.find(session, table, database)
+        known = kept and session.value("ledger.open_by_oid", oid=oid, source=f"{schema}.{name}")
+    except BadInput:
+        found, known = None, kept and session.value("ledger.open_by_name", table=table)
+        if not known:
+            raise
+    if known or found is None:
+        raise OutOfOrder(f"{known}, whose migration is open, is there no more, or by another name: rename it back.")
+    return found
+
+
+def refuse(session: Session, plan: Plan, then: Callable[[], dict[str, str]]) -> None:
+    """Raises PlanOutdated, with what was changed, when the table is not what was planned; `then` is what `catalog.lines` said of it."""
+    if not catalog.comparable(plan.fingerprint):
+        raise PlanOutdated(
+            f"The plan {plan.hash[:12]} of {plan.full_name} was made by another version of the runbook: go on with that one, or roll back"
+            " with 90_rollback, then plan again with 00_plan."
+        )
+    if catalog.fingerprint(session, plan.table.oid) != plan.fingerprint:
+        raise PlanOutdated(
+            f"{plan.full_name} was altered since the plan {plan.hash[:12]} was made ({since(session, plan, then())}): take that back and go on, or"
+            " roll back with 90_rollback, then plan again with 00_plan."
+        )
+
+
+def told(session: Session, plan: Plan) -> str:
+    """After the way back: whether the table is another than it was planned as."""
+    if not catalog.comparable(plan.fingerprint):
+        return " Whether others altered it since cannot be told: the plan was made by another version of the runbook."
+    with session.qualified():
+        now = catalog.fingerprint(session, session.value("verify.oid", root=spelled(plan.source)))
+    return "" if now == plan.fingerprint else " It was altered by others since the plan was made; those changes stay."
 
 
 def _described(kind: str, not_null: bool, default: str | None) -> str:

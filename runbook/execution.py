@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from runbook import archive, asked, imports, ledger
 from runbook.database import target
-from runbook.errors import BadInput, RunbookError
+from runbook.errors import BadInput, RunbookError, ServerUnavailable, told
 from runbook.parameters import check, clinic
 from runbook.redaction import redact
 from runbook.signals import Terminated, ended_by_signals, held
@@ -194,12 +194,20 @@ def _goes_back(where: str, table: str) -> bool:
     return True
 
 
-def under_way(where: str, table: str) -> bool:
-    """Whether a migration of the table has got beyond its plan, and was not rolled back."""
-    with suppress(RunbookError, psycopg.Error):
-        found = ledger.of(target(where), table)
-        return bool((found.database.frame("ledger.history", migration=found.migration)["step"] != "plan").any())
-    return False
+def under_way(where: str, table: str, patience_s: float = 0) -> bool:
+    """Whether a migration of the table has got beyond its plan, and was not rolled back. A server that does not answer is asked
+    again for a while; raises ServerUnavailable at its end."""
+    begun = time.monotonic()
+    while True:
+        try:
+            found = ledger.of(target(where), table)
+            return bool((found.database.frame("ledger.history", migration=found.migration)["step"] != "plan").any())
+        except (ServerUnavailable, psycopg.OperationalError) as error:
+            if time.monotonic() - begun > patience_s:
+                raise ServerUnavailable(told(error)) from None
+            time.sleep(1)
+        except (RunbookError, psycopg.Error):
+            return False
 
 
 def went_back(where: str, table: str) -> str:

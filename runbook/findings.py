@@ -110,7 +110,13 @@ def _doubled(session: Session, plan: Plan) -> Iterator[Finding]:
 
 
 def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
-    """A foreign key by which null_value would refer to nobody: it would fail when it is validated, after the cut-over."""
+    """A foreign key by which null_value would refer to nobody: it would fail when it is validated, after the cut-over. And what
+    is computed from the key, and would become another value."""
+    for row in session.rows("catalog.computed_from", oid=plan.table.oid, key=plan.key) if plan.null_value is not None else ():
+        yield Finding.blocker(
+            row["name"], f"{row['name']} is computed from {plan.key}, and would become another value where null_value takes the place of NULL.",
+            "Drop that column before, and make it anew after the cut-over; or by list give NULL a partition.",
+        )  # fmt: skip
     for row in session.rows("catalog.outgoing", oid=plan.table.oid) if plan.null_value is not None else ():
         referenced = (row["referenced_schema"], row["referenced_table"])
         if row["columns"] == [plan.key] and not session.value(
@@ -241,6 +247,12 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
             may["database"],
             f"{me} may not create the schema runbook.",
             f"GRANT CREATE ON DATABASE {may['own_database']} TO {me};",
+        )
+    if not may["database_temp"]:
+        yield Finding.blocker(
+            may["database"],
+            f"{me} may not make temporary tables, by which rows are looked at and tried.",
+            f"GRANT TEMPORARY ON DATABASE {may['own_database']} TO {me};",
         )
     for reference in plan.references:
         if not may["superuser"] and not session.value("catalog.owned", oid=sql.SQL("to_regclass({})").format(

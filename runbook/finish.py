@@ -53,6 +53,8 @@ def require(
     not matter with `keep_fill`. Asked each time until the end: what was true when somebody approved may not be any more."""
     if force_strict and keep_fill:
         raise BadInput("force_strict ends the fill trigger and keep_fill leaves it there: give one of them.")
+    if run.state == "rolled back":
+        raise OutOfOrder(f"The migration of {run.plan.full_name} was rolled back: there is nothing to finish.")
     seen = run.finished("finish", "approval") if run.finished("finish", "drop") else None
     return seen or _require(run, approved_by, unneeded_for_h, force_strict, keep_fill)
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any, Concatenate, ParamSpec
 
 import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import asked, catalog, drift, locks
+from runbook import asked, drift, locks
 from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
 from runbook.parameters import check, forget, injected, resolve
@@ -195,13 +195,8 @@ class Run:
         if self.plan.restore_from == "backup":
             return
         with session.qualified():
-            if catalog.fingerprint(session, self.plan.table.oid) != self.plan.fingerprint:
-                made = _finished(session, self.migration, "plan", "check")
-                changes = drift.since(session, self.plan, made.facts.get("lines", {}) if made else {})
-                raise PlanOutdated(
-                    f"{self.plan.full_name} was altered since the plan {self.plan.hash[:12]} was made ({changes}): take that back and go on, or"
-                    " roll back with 90_rollback, then plan again with 00_plan."
-                )
+            made = partial(_finished, session, self.migration, "plan", "check")
+            drift.refuse(session, self.plan, lambda: done.facts.get("lines", {}) if (done := made()) else {})
 
 
 def recorded(
@@ -286,14 +281,7 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
     with database.session("open") as session, locks.attended(database):
         if not kept(session):
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
-        try:
-            _, schema, name = catalog.find(session, table, database.name)
-        except BadInput:
-            if known := session.value("ledger.open_by_name", table=table):
-                raise OutOfOrder(
-                    f"{known}, whose migration is open, is there no more, or by another name: rename it back."
-                ) from None
-            raise
+        _, schema, name = drift.find(session, table, database.name)
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
     if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")

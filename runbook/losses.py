@@ -102,22 +102,25 @@ def is_original(run: Run, session: Session) -> bool:
 
 def refuse_dropped(run: Run, session: Session) -> None:
     """Raises PromiseBroken where partitions were dropped since the cut-over whose rows the original still has: they would go there, too."""
-    gone = [row["name"] for row in session.rows("rollback.dropped", **run.names, added=statement("verify.added", **run.names))]
-    if not gone:
-        return
-    with session.qualified():  # a bound's operators may be an extension's
+    with session.qualified():  # a bound is told as the plan has it, and its operators may be an extension's
+        gone = [
+            row["name"] for row in session.rows("rollback.dropped", **run.names, added=statement("verify.added", **run.names))
+        ]
+        if not gone:
+            return
         bounds = [
             trusted(f"({row['bound']}) IS NOT TRUE")
             for row in session.rows("rollback.takers", source_text=spelled(run.plan.source))
         ]
-        rows = session.value(
+        found = session.row(
             "rollback.without_taker", **run.names, nobody=sql.SQL(" AND ").join(bounds) if bounds else trusted("true")
         )
-    if rows:
+    if rows := found["rows"]:
         retired = spelled(run.names["retired"])
+        logged = f" ({found['logged']:,} of them changed or deleted since the cut-over)" if found["logged"] else ""
         raise PromiseBroken(
             f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} there no more, and the way back takes the table as it is:"
-            f" {counted(rows, 'row')} of the original would go, too. To have them back, make the partition again and INSERT INTO {run.plan.full_name}"
+            f" {counted(rows, 'row')} of the original would go, too{logged}. To have them back, make the partition again and INSERT INTO {run.plan.full_name}"
             f" what {retired} has of it; where they are to go, delete them from {retired}; then run 90_rollback again."
         )
 

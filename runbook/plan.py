@@ -148,7 +148,8 @@ class Plan(Fact):
         plain = sql.Identifier(alias, column.name)
         if column.name != self.key or self.null_value is None:
             return plain
-        return sql.SQL("coalesce({}, {})").format(plain, sql.Literal(self.null_value))
+        # Of a domain coalesce makes its base type, and a row of that is compared with none of the domain's.
+        return sql.SQL("CAST(coalesce({}, {}) AS {})").format(plain, sql.Literal(self.null_value), trusted(column.type))
 
     def names(self, staging: str) -> dict[str, sql.Composable]:
         """The placeholders that every statement of this plan may use. Aliases: s origin, d copy, k log."""

@@ -12,12 +12,12 @@ import psycopg
 from psycopg import sql
 
 from runbook import partition, references, swapping
-from runbook.errors import RunbookError
+from runbook.errors import OutOfOrder, RunbookError
 from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import Plan, identifiers
 from runbook.session import Session, noted
-from runbook.statements import statement, trusted
+from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
 
 # A statement of sql/application.sql: what changes, and what to do; `…_instead` beside it is the replacement.
@@ -106,18 +106,26 @@ def _copy_reference(run: Run, session: Session, reference: Reference, its: dict[
     return named
 
 
-def _names(run: Run, there: bool) -> dict[str, Any]:
-    """The placeholders of the points: the table itself, or its temporary copy."""
+def _names(run: Run, session: Session, there: bool) -> dict[str, Any]:
+    """The placeholders of the points: the table itself, or its temporary copy. Of partitions that were dropped since nothing is
+    taken."""
     plan, schema = run.plan, run.plan.table.schema_name if there else "pg_temp"
-    table, largest = sql.Identifier(schema, plan.table.name), max(plan.partitions, key=lambda each: each.rows).name
+    table = sql.Identifier(schema, plan.table.name)
+    standing = {row["name"] for row in session.rows("restore.leaves", parent=spelled(table))}
+    partitions = [each for each in plan.partitions if each.name in standing]
+    if not partitions:
+        raise OutOfOrder(
+            f"{plan.full_name} has none of the plan's partitions any more, with whose rows this is tried: 08_monitor goes on without."
+        )
+    largest = max(partitions, key=lambda each: each.rows).name
     key, columns = sql.Identifier(plan.key), [each.name for each in plan.copied] + [each.role_column for each in plan.own_roles]
 
     def with_key(value: sql.Composable) -> sql.Composable:
         return sql.SQL(", ").join(value if name == plan.key else sql.Identifier(name) for name in columns)
 
     sample = [statement("application.sample", **run.names, leaf=sql.Identifier(schema, each.name)) for each in
-              sorted(plan.partitions, key=lambda each: -each.rows)]  # fmt: skip
-    own = [each for each in plan.partitions if each.name != largest and each.values and each.values[0] is not None]
+              sorted(partitions, key=lambda each: -each.rows)]  # fmt: skip
+    own = [each for each in partitions if each.name != largest and each.values and each.values[0] is not None]
     return run.names | {
         "table": table, "relation": sql.Literal(table.as_string(None)), "leaf": sql.Identifier(schema, largest),
         "columns_elsewhere": with_key(sql.SQL("(SELECT {} FROM runbook_key)").format(key)), "columns_without": with_key(sql.SQL("NULL")),
@@ -152,7 +160,7 @@ def show(run: Run) -> Any:
         with stage(run, session):
             if not there:
                 copy_table(run, session)
-            names = _names(run, there)
+            names = _names(run, session, there)
             tell("locks", POINTS["locks"], names)
             session.run("application.samples", **names)
             skipped = {"locks", "moving"} | ({"null_key"} if run.plan.takes_null else set())

@@ -11,10 +11,10 @@ from psycopg import errors, sql
 from runbook import (
     attaching,
     backup,
-    catalog,
     changes,
     composite,
     cutover,
+    drift,
     foreign_keys,
     locks,
     losses,
@@ -263,9 +263,7 @@ def check(action: Action, keep_backup: bool = False) -> Evidence:
     run, session = action.run, action.session
     if closed := _closed(run, session):
         return action.finish(closed)
-    with session.qualified():
-        now = catalog.fingerprint(session, session.value("verify.oid", root=spelled(run.plan.source)))
-    altered = "" if now == run.plan.fingerprint else " It was altered by others since the plan was made; those changes stay."
+    altered = drift.told(session, run.plan)
     if run.finished("rollback", "clean") is None:
         raise PromiseBroken(f"The migration of {run.plan.full_name} has not been taken away: run 90_rollback from its beginning.")
     with session.transaction(lock_timeout="10s"):

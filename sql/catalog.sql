@@ -145,8 +145,10 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
        -- What does not bear that the table gains a column.
        EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attgenerated <> '') AS computed,
        (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = k.conrelid) AS last_column,
-       c.relkind = 'r' AND (c.relreplident = 'n' OR c.relreplident = 'd' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
-         AND EXISTS (SELECT FROM pg_publication p JOIN pg_publication_tables t USING (pubname) WHERE p.pubupdate AND (t.schemaname, t.tablename) = (n.nspname, c.relname)) AS unidentified,
+       EXISTS (SELECT FROM (SELECT c.oid UNION SELECT relid FROM pg_partition_tree(c.oid)) t(oid) JOIN pg_class l USING (oid) JOIN pg_namespace ln ON ln.oid = l.relnamespace
+                WHERE l.relkind = 'r' AND (l.relreplident = 'n' OR l.relreplident = 'd' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = l.oid AND i.indisprimary AND i.indimmediate))
+                  AND EXISTS (SELECT FROM pg_publication p JOIN pg_publication_tables t USING (pubname)
+                               WHERE p.pubupdate AND (t.schemaname, t.tablename) IN ((n.nspname, c.relname), (ln.nspname, l.relname)))) AS unidentified,
        c.reloftype <> 0 AS typed, ARRAY(SELECT conname::text FROM pg_constraint x WHERE x.conrelid = k.conrelid) AS constraint_names,
        ARRAY(SELECT format('%s.%I', a.attrelid::regclass, a.attname) FROM pg_attribute a JOIN pg_class h ON h.oid = a.attrelid AND h.relkind IN ('r', 'p', 'm')
               WHERE a.atttypid IN (c.reltype, (SELECT typarray FROM pg_type WHERE oid = c.reltype)) AND NOT a.attisdropped ORDER BY 1) AS held_in,
@@ -408,6 +410,10 @@ UNION ALL
 SELECT 'blocker', k.conname, format('%s is a key over time (WITHOUT OVERLAPS or PERIOD), which is not carried over.', k.conname), 'Drop it first.'
   FROM pg_constraint k WHERE {oid} IN (k.conrelid, k.confrelid) AND pg_get_constraintdef(k.oid) ~ 'WITHOUT OVERLAPS|[(, ]PERIOD "?\w'
 UNION ALL
+SELECT 'blocker', t.tgname::text, format('%s has the trigger %s, whose name 02 needs: it is somebody else''s, or left of a migration whose ledger is gone.', t.tgrelid::regclass, t.tgname),
+       format('DROP TRIGGER %I ON %s; or rename it.', t.tgname, t.tgrelid::regclass)
+  FROM pg_trigger t WHERE t.tgrelid = {oid} AND t.tgname LIKE 'runbook\_log\_%'
+UNION ALL
 SELECT 'blocker', s.full_name, format('%s is made of the type %s, which its partitions could not be.', s.full_name, s.reloftype::regtype), 'ALTER TABLE ... NOT OF; first.'
   FROM source s WHERE s.reloftype <> 0
 UNION ALL
@@ -532,6 +538,7 @@ SELECT pg_has_role(c.relowner, 'USAGE') AS owner, pg_get_userbyid(c.relowner) AS
        quote_ident(n.nspname) AS schema, quote_ident(current_database()) AS own_database,
        (SELECT array_agg(rolname::text) FROM pg_roles WHERE rolsuper) AS superusers,
        has_schema_privilege(n.oid, 'CREATE') AS schema_create, has_database_privilege(current_database(), 'CREATE') AS database_create,
+       has_database_privilege(current_database(), 'TEMP') AS database_temp,
        current_database() AS database,
        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
        pg_has_role('pg_read_all_stats', 'USAGE') AS sees_activity, current_setting('transaction_read_only')::boolean AS read_only
@@ -601,6 +608,14 @@ SELECT format('%s.%s.%s', w.schema, w.table, w.column) AS what FROM unnest({sche
 SELECT quote_ident(current_user) AS me, quote_ident(pg_get_userbyid(relowner)) AS owner,
        pg_has_role(relowner, 'MEMBER') AND NOT pg_has_role(relowner, 'USAGE') AS dormant, format('%I.%I', (SELECT nspname FROM pg_namespace n WHERE n.oid = relnamespace), relname) AS table,
        relforcerowsecurity AND row_security_active(oid) AS bound FROM pg_class WHERE oid = {oid}
+
+-- name: computed_from
+-- Generated columns that are computed from a column; before 15 the column itself depends on it, since then its expression.
+SELECT g.attname AS name FROM pg_attribute g JOIN pg_attrdef d ON d.adrelid = g.attrelid AND d.adnum = g.attnum
+ WHERE g.attrelid = {oid} AND g.attgenerated <> '' AND EXISTS (
+       SELECT FROM pg_depend p JOIN pg_attribute a ON a.attrelid = p.refobjid AND a.attnum = p.refobjsubid
+        WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid = {oid} AND a.attname = {key}
+          AND (p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid OR p.classid = 'pg_class'::regclass AND (p.objid, p.objsubid) = (g.attrelid, g.attnum)))
 
 -- name: quoted
 SELECT quote_ident({name})

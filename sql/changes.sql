@@ -125,7 +125,7 @@ DROP TABLE IF EXISTS pg_temp.runbook_nulls;
 CREATE TEMP TABLE runbook_nulls ON COMMIT DROP AS SELECT DISTINCT {k_keys} FROM {log} k JOIN {copy} d ON {d_is_k} WHERE d.{key} IS NULL
 
 -- name: restore_nulls
-UPDATE {copy} d SET {key} = NULL FROM pg_temp.runbook_nulls k WHERE {d_is_k} AND d.{key} = {null_value}
+UPDATE {copy} d SET {key} = NULL FROM pg_temp.runbook_nulls k WHERE {d_is_k} AND ROW(d.{key})::record *= ROW(CAST({null_value} AS {key_type}))::record
 
 -- name: clear
 -- A key whose row has no partition key yet stays in the log: the cut-over waits for it.

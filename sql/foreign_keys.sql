@@ -198,14 +198,18 @@ SELECT count(*) FROM {reference} w LEFT JOIN (SELECT {s_referenced}, {s_key} AS 
 
 -- name: orphans
 -- The query by which the rows are found that a foreign key refuses, and whether we may ask it.
-SELECT format('SELECT * FROM %s r WHERE (%s) IS NOT NULL AND NOT EXISTS (SELECT FROM %s s WHERE (%s) = (%s))', k.conrelid::regclass, r.columns,
-              k.confrelid::regclass, s.columns, r.columns) AS query,
+SELECT format('SELECT * FROM %s%s r WHERE (%s) IS NOT NULL AND NOT EXISTS (SELECT FROM %s%s s WHERE %s)', CASE c.relkind WHEN 'r' THEN 'ONLY ' END, k.conrelid::regclass,
+              r.columns, CASE f.relkind WHEN 'r' THEN 'ONLY ' END, k.confrelid::regclass, s.same) AS query,
        has_table_privilege(k.conrelid, 'SELECT') AND has_table_privilege(k.confrelid, 'SELECT') AND NOT row_security_active(k.confrelid) AS readable
-  FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+  FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_class f ON f.oid = k.confrelid
  CROSS JOIN LATERAL (SELECT string_agg(format('r.%I', a.attname), ', ' ORDER BY u.n) AS columns FROM unnest(k.conkey) WITH ORDINALITY u(number, n)
                        JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number) r
- CROSS JOIN LATERAL (SELECT string_agg(format('s.%I', a.attname), ', ' ORDER BY u.n) AS columns FROM unnest(k.confkey) WITH ORDINALITY u(number, n)
-                       JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.number) s
+ CROSS JOIN LATERAL (  -- by the key's own operators, wherever they are
+       SELECT string_agg(CASE os.nspname WHEN 'pg_catalog' THEN format('s.%I %s r.%I', b.attname, o.oprname, a.attname)
+                              ELSE format('s.%I OPERATOR(%I.%s) r.%I', b.attname, os.nspname, o.oprname, a.attname) END, ' AND ' ORDER BY u.n) AS same
+         FROM ROWS FROM (unnest(k.conkey), unnest(k.confkey), unnest(k.conpfeqop)) WITH ORDINALITY u(own, theirs, op, n)
+         JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.own JOIN pg_attribute b ON b.attrelid = k.confrelid AND b.attnum = u.theirs
+         JOIN pg_operator o ON o.oid = u.op JOIN pg_namespace os ON os.oid = o.oprnamespace) s
  WHERE k.contype = 'f' AND (n.nspname, c.relname, k.conname) = ({schema}, {table}, {constraint})
 
 -- name: count

@@ -51,6 +51,11 @@ SELECT m.id, m.source, m.source_oid, m.plan, m.plan_hash, m.state FROM runbook.m
 -- name: open_by_name
 SELECT source FROM runbook.migration WHERE state = 'open' AND {table} IN (source, substr(source, strpos(source, '.') + 1))
 
+-- name: open_by_oid
+SELECT source FROM runbook.migration m WHERE state = 'open' AND source_oid = {oid}::bigint::oid AND source <> {source}
+   AND to_regclass(format('%I.%I', plan -> 'table' ->> 'schema_name', plan -> 'table' ->> 'name')) IS NULL
+   AND EXISTS (SELECT FROM runbook.action a WHERE a.migration = m.id AND a.step <> 'plan')
+
 -- name: replace_open
 UPDATE runbook.migration SET state = 'replaced' WHERE source = {source} AND state = 'open'
 

@@ -11,17 +11,19 @@ SELECT EXISTS (SELECT FROM pg_class c WHERE c.oid = to_regclass({retired_text}) 
          SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid AND x.relname = ANY ({indexes}::text[]))))
 
 -- name: dropped
--- Partitions of the plan, or added since, that are no table any more.
+-- Partitions of the plan, or added since, that are no table any more, by no other name either.
 SELECT p.name FROM runbook.migration m CROSS JOIN LATERAL (
-       SELECT p ->> 'name' AS name FROM jsonb_array_elements(m.plan -> 'partitions') p UNION SELECT a.name FROM ({added}) a(name)) p
- WHERE m.id = {migration} AND to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.name)) IS NULL ORDER BY 1
+       SELECT p ->> 'name' AS name, p ->> 'bound' AS bound FROM jsonb_array_elements(m.plan -> 'partitions') p UNION SELECT a.name, NULL FROM ({added}) a(name)) p
+ WHERE m.id = {migration} AND to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.name)) IS NULL
+   AND NOT EXISTS (SELECT FROM pg_partition_tree({source_text}::regclass) t JOIN pg_class c ON c.oid = t.relid WHERE pg_get_expr(c.relpartbound, c.oid) = p.bound)
+ ORDER BY 1
 
 -- name: takers
 SELECT coalesce(pg_get_partition_constraintdef(relid), 'true') AS bound FROM pg_partition_tree({source_text}::regclass) WHERE isleaf
 
 -- name: without_taker
--- Rows that no partition takes; of those that were deleted before it went, the log knows.
-SELECT count(*) FROM (SELECT * FROM {retired} WHERE {nobody}) d WHERE NOT EXISTS (SELECT FROM {back} k WHERE {d_is_k})
+-- Rows that no partition takes, and how many of them the log knows of: those were changed since the cut-over, or deleted.
+SELECT count(*) AS rows, count(*) FILTER (WHERE EXISTS (SELECT FROM {back} k WHERE {d_is_k})) AS logged FROM (SELECT * FROM {retired} WHERE {nobody}) d
 
 -- name: surplus
 SELECT count(*) FROM {retired} d WHERE NOT EXISTS (SELECT FROM {source} s WHERE {d_is_s}) AND NOT EXISTS (SELECT FROM {back} k WHERE {d_is_k})

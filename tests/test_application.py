@@ -155,6 +155,15 @@ def test_each_point_is_shown_before_and_after_and_nothing_is_kept(clinic, last, 
     assert "points, each with what to do" in application.check(run).sentence
 
 
+def test_what_is_left_of_the_partitions_is_enough_to_show_the_points(migrated, sql):
+    """A partition that was dropped is retention, not a fault."""
+    sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey; DROP TABLE users_admins")
+    shown(migrated)
+    sql("DROP TABLE users_doctors, users_patients")
+    with pytest.raises(OutOfOrder, match="none of the plan's partitions any more"):
+        shown(migrated)
+
+
 def test_an_index_is_made_concurrently_on_each_partition(migrated, sql):
     with pytest.raises(psycopg.errors.FeatureNotSupported, match="concurrently"):
         sql("CREATE INDEX CONCURRENTLY by_phone ON users (phone)")

@@ -198,6 +198,11 @@ def test_a_git_checkout_is_named_with_its_revision_and_state(tmp_path: Path, mon
     assert Run.begin(tmp_path / "runs", "users", {}).manifest["git"]["working_folder"]["clean"] is False
 
 
+def test_a_line_break_in_a_name_is_no_alarm(tmp_path: Path) -> None:
+    make(tmp_path / "runs", "a\rb\r\nc")
+    assert audit(tmp_path / "runs") == []
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path, texts, seen = tmp_path / "x", ["a" * 300_000, "b" * 300_000], set()
     write_whole(path, texts[0])

@@ -83,6 +83,7 @@ FILLED: list[tuple[str, list[str]]] = [
     ("UPDATE users SET role = NULL WHERE role = 'admin'; ALTER TABLE users ADD CONSTRAINT known CHECK (role <> '?')", ["cannot be copied", "known"]),
     ("CREATE TABLE roles (role varchar PRIMARY KEY); INSERT INTO roles SELECT DISTINCT role FROM users; ALTER TABLE users ADD FOREIGN KEY (role)"
      " REFERENCES roles", ["role references public.roles", "no row '?'", "Insert that row first"]),
+    ("ALTER TABLE users ADD label text GENERATED ALWAYS AS (coalesce(role, 'none') || email) STORED", ["label is computed from role", "another value"]),
 ]  # fmt: skip
 
 
@@ -174,10 +175,17 @@ def test_nothing_is_settled_before_it_is_copied(forward: Callable[..., Any]) -> 
 
 
 def test_a_shadow_is_not_taken_for_the_table(forward: Callable[..., Any], clinic: str, sql: Sql) -> None:
-    forward("shadow")
+    """Nor is the table planned again by the name that it has now: the way back of that would take the first one's triggers away."""
+    forward("log")
     sql("ALTER TABLE users RENAME TO people")
-    with pytest.raises(OutOfOrder, match=r"public\.users, whose migration is open, is there no more, .* rename it back"):
-        runbook.open(clinic, "users")
+    renamed = r"public\.users, whose migration is open, is there no more, .* rename it back"
+    for asked in (
+        lambda: runbook.open(clinic, "users"),
+        lambda: migration.plan(clinic),
+        lambda: migration.plan(clinic, "people", "role"),
+    ):
+        with pytest.raises(OutOfOrder, match=renamed):
+            asked()
 
 
 def test_a_name_in_several_schemas_is_not_guessed_at(clinic: str, sql: Sql) -> None:

@@ -346,6 +346,21 @@ BLOCKED = {
         "made of public.made is over a generated column",
         "CREATE TABLE made (doc bigint, of bigint GENERATED ALWAYS AS (doc) STORED, CONSTRAINT made FOREIGN KEY (of) REFERENCES thing)",
     ),
+    "trigger of a name that is needed": (
+        "public.thing has the trigger runbook_log_insert, whose name 02 needs",
+        "CREATE TRIGGER runbook_log_insert AFTER INSERT ON thing FOR EACH STATEMENT EXECUTE FUNCTION noted()",
+    ),
+    "partitions published without an identity": (
+        "public.pairs is published and has no replica identity",
+        """
+        CREATE TABLE pairs (of bigint REFERENCES thing) PARTITION BY HASH (of); CREATE TABLE pairs_0 PARTITION OF pairs FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+        CREATE PUBLICATION pairs FOR TABLE pairs
+        """,
+    ),
+    "published with an identity that is none": (
+        "public.pairs is published and has no replica identity",
+        "CREATE TABLE pairs (of bigint PRIMARY KEY DEFERRABLE REFERENCES thing); CREATE PUBLICATION pairs FOR TABLE pairs",
+    ),
     "published without an identity": (
         "public.pairs is published and has no replica identity",
         "CREATE TABLE pairs (of bigint REFERENCES thing); CREATE PUBLICATION pairs FOR TABLE pairs",

@@ -127,6 +127,7 @@ def test_a_snapshot_that_the_owner_may_not_see_is_waited_for_all_the_same(owner,
     [
         ("REVOKE CREATE ON SCHEMA public FROM {me}, PUBLIC", "GRANT CREATE ON SCHEMA public TO {me}"),
         ("REVOKE CREATE ON DATABASE {database} FROM {me}", "GRANT CREATE ON DATABASE {database} TO {me}"),
+        ("REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC", "GRANT TEMPORARY ON DATABASE {database} TO {me};"),
         ("ALTER TABLE appointments OWNER TO pg_monitor", "GRANT pg_monitor TO {me};"),
         ("ALTER TABLE users OWNER TO postgres", "Let a role that is no superuser own it, or work as postgres."),
     ],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
+from contextlib import redirect_stdout
 
 import psycopg
 import pytest
 
 from runbook import additions, backup, finish, ledger, monitor, rollback, verify
 from runbook.database import target
-from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
+from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PlanOutdated, PromiseBroken
 from tests import migration
 from tests.walk import client, walk
 
@@ -253,8 +255,10 @@ def test_an_original_that_somebody_wrote_to_is_given_the_tables_rows(forward, sq
 
 def test_the_originals_rows_of_a_dropped_partition_are_not_dropped_in_silence(forward, sql):
     run = forward()
+    sql("UPDATE users SET phone = 'new' WHERE id IN (SELECT id FROM users_doctors LIMIT 3)")
     sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey; DROP TABLE users_doctors")
-    with pytest.raises(PromiseBroken, match=r"users_doctors is there no more, and .*: 50 rows of the original would go, too"):
+    said = r"users_doctors is there no more, and .*: 50 rows of the original would go, too \(3 of them changed or deleted since the cut-over\)"
+    with pytest.raises(PromiseBroken, match=said):
         rollback.swap_back(run)
     sql("CREATE TABLE users_doctors PARTITION OF users FOR VALUES IN ('doctor')")
     sql("INSERT INTO users SELECT * FROM users_retired WHERE role = 'doctor'")
@@ -449,6 +453,35 @@ def test_what_null_value_filled_is_null_again_also_after_a_partition_was_attache
     ]
 
 
+@pytest.mark.parametrize("key", ["domain", pytest.param("extension", marks=pytest.mark.long)])
+def test_null_value_of_any_type_is_replayed_there_and_back(database, server, sql, key):
+    if key == "extension" and not sql("SELECT 1 FROM pg_available_extensions WHERE name = 'citext'"):
+        pytest.skip(f"PostgreSQL {server.version} of this wheel has no extensions")
+    sql({"domain": "CREATE DOMAIN kind AS text CHECK (value <> 'zz'); CREATE TABLE things (id int PRIMARY KEY, k kind, v text)",
+         "extension": "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE TABLE things (id int PRIMARY KEY, k ext.citext, v text)"}[key])  # fmt: skip
+    sql("INSERT INTO things SELECT n, (ARRAY['a', 'b', NULL])[1 + n % 3] FROM generate_series(1, 30) n")
+    run = migration.plan(database, "things", "k", null_value="a")
+    migration.walk(run, migration.FORWARD, last="restore check")
+    sql("UPDATE things SET v = 'before' WHERE id < 7")
+    migration.walk(run, migration.FORWARD, first="columns")
+    sql("UPDATE things SET v = 'after' WHERE id > 20")
+    migration.back(run)
+    assert sql(
+        "SELECT count(*) FILTER (WHERE k IS NULL), count(*) FILTER (WHERE v = 'before'), count(*) FILTER (WHERE v = 'after') FROM things"
+    ) == [(10, 6, 10)]
+
+
+def test_a_plan_of_another_version_is_not_called_altered(forward, clinic, sql):
+    """It looked at other things of the table: what was altered since nobody can tell."""
+    run = forward("keys check")
+    run.plan = run.plan.model_copy(update={"fingerprint": "0" * 32})
+    with pytest.raises(PlanOutdated, match="was made by another version of the runbook: go on with that one, or roll back"):
+        migration.walk(run, migration.FORWARD, first="approval")
+    with redirect_stdout(io.StringIO()):
+        rollback.swap_back(run), rollback.clean(run)
+        assert "Whether others altered it since cannot be told" in rollback.check(run).sentence
+
+
 @pytest.mark.long
 def test_a_backup_that_was_dropped_is_missed_before_the_cut_over_and_after(clinic, sql):
     run = migration.forward(clinic, last="keys check")
@@ -556,6 +589,13 @@ def test_a_session_that_keeps_the_originals_row_type_is_named_before_the_end(cli
             old.execute("SELECT pick()")
     with psycopg.connect(clinic) as new:
         new.execute("SELECT pick()")
+
+
+def test_what_was_rolled_back_has_no_end(forward):
+    run = forward("keys check")
+    migration.back(run)
+    with pytest.raises(OutOfOrder, match=r"of public\.users was rolled back: there is nothing to finish"):
+        finish.require(ledger.of(run.database, "users", ended=True), approved_by="ann")
 
 
 def test_what_was_approved_is_asked_again_before_the_end(forward, clinic, sql):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql as composed
 
 from runbook.database import REST_S, target
-from tests import servers
+from runbook.errors import ServerUnavailable, told
+from runbook.execution import under_way
+from tests import migration, servers
 
 Query = Callable[..., list[tuple[Any, ...]]]
 
@@ -58,6 +62,38 @@ def test_a_connection_that_failed_or_was_ended_is_not_taken_up_again(database: s
     sql("SELECT pg_terminate_backend(%s, 5000)", [ended])
     with found.session("last") as last:
         assert last.pid != ended
+
+
+def test_what_ends_a_readers_connection_is_the_servers_error_and_no_full_disk(database: str, sql: Query) -> None:
+    """pandas makes an OSError of it, SQLAlchemy an error of its own, with the whole statement in it."""
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(target(database).frame, composed.SQL("SELECT pg_sleep(60)").format())
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'runbook reader' AND wait_event = 'PgSleep'"
+        while not sql(ended):
+            time.sleep(0.05)
+        with pytest.raises(psycopg.errors.AdminShutdown) as caught:
+            reading.result()
+    assert told(caught.value).startswith("The server refused it (57P01): terminating connection")
+    assert told(psycopg.OperationalError("consuming input failed: server closed")) == "The connection to the server was lost."
+
+
+def test_a_server_that_is_away_for_a_moment_is_asked_again_whether_a_migration_is_under_way(
+    server: servers.Server, clinic: str
+) -> None:
+    """Else a rehearsal that it broke off would leave its triggers on the table, unsaid."""
+    migration.forward(clinic, last="log")
+    server.stop()
+    try:
+        with pytest.raises(ServerUnavailable):
+            under_way(clinic, "users")
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(under_way, clinic, "users", 60)
+            time.sleep(1)
+            assert not asked.done()
+            server.start()
+            assert asked.result()
+    finally:
+        server.start() if server.process and server.process.poll() is not None else None
 
 
 def test_what_rests_is_closed_after_a_while(server: servers.Server, database: str, sql: Query) -> None:
