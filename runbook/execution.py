@@ -140,9 +140,10 @@ def _way_on(name: str, error_name: str, where: str, given: dict[str, Any]) -> st
         return f"The same command goes on from there{back}."
     if name == FORWARD[0]:
         return "Nothing but the ledger was written: when that is mended, give the command again."
-    return (
-        "" if error_name in {each.__name__ for each in RunbookError.__subclasses__()} else "The same command goes on from there."
-    )
+    if error_name in {each.__name__ for each in RunbookError.__subclasses__()}:
+        return ""
+    # A rehearsal's, too, which would be refused itself.
+    return f"{'`runbook rollback`' if name == '90_rollback' else 'The same command'} goes on from there."
 
 
 def _teller(bar: Any) -> Callable[[str], None]:

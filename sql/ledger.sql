@@ -144,7 +144,12 @@ SELECT m.state, (SELECT array_agg(s.step ORDER BY s.n) FROM unnest({steps}::text
  WHERE m.id = {migration}
 
 -- name: overview
-SELECT m.id AS migration, m.source AS "table", m.state, a.step, a.action, a.state AS action_state, a.started_at, a.finished_at, a.rows, a.sentence,
+-- What was begun and is claimed by no session any more was broken off.
+SELECT m.id AS migration, m.source AS "table", m.state, a.step, a.action,
+       CASE WHEN a.state = 'started' AND NOT EXISTS (
+                 SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.granted
+                    AND l.classid::bigint = hashtext('runbook')::bigint & 4294967295 AND l.objid::bigint = m.source_oid::bigint & 4294967295)
+            THEN 'broken off' ELSE a.state END AS action_state, a.started_at, a.finished_at, a.rows, a.sentence,
        m.plan_hash
   FROM runbook.migration m LEFT JOIN LATERAL (
        SELECT * FROM runbook.action a WHERE a.migration = m.id ORDER BY a.id DESC LIMIT 1) a ON true

@@ -23,6 +23,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from runbook import archive, cli, embedded
 from runbook.execution import begin, seal
+from runbook.ledger import Run, claim
 from tests.walk import CLINIC_FILE, FORWARD, walk
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -86,6 +87,15 @@ def test_status_says_for_machines_what_it_says_for_people(clinic: str) -> None:
     assert (row["table"], row["state"], row["step"], row["action_state"]) == ("public.users", "open", "01_backup", "done")
     assert command("status", "--database", clinic, "-p", "table", "public.users", "--json").output.count("plan_hash") == 1
     assert json.loads(command("status", "--database", clinic, "-p", "table", "doctors", "--json").output) == []
+
+
+def test_what_nobody_works_at_any_more_was_broken_off(forward: Callable[..., Run], clinic: str, sql: Sql) -> None:
+    run = forward("copy")
+    sql("UPDATE runbook.action SET state = 'started', finished_at = NULL, sentence = NULL WHERE action = 'copy'")
+    assert command("status", "--database", clinic).output == "public.users: open, at 03_restore (copy broken off).\n"
+    with run.database.session("restore.copy") as session:
+        claim(session, run.plan)
+        assert command("status", "--database", clinic).output == "public.users: open, at 03_restore (copy started).\n"
 
 
 def test_environment_means_libpqs_variables(clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
