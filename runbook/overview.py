@@ -65,7 +65,8 @@ def ahead(run: Run) -> Words:
         now = session.row(
             "ledger.now", **run.names, steps=list(order), staging_text=run.staging, backup_text=spelled(run.names["backup"])
         )
-        waiting = changes.length(run, session, changes.BACK) if now["state"] == "open" and now["swapped"] else 0
+        logged = bool(session.value("catalog.there", name=spelled(run.names["back"])))
+        waiting = changes.length(run, session, changes.BACK) if now["state"] == "open" and now["swapped"] and logged else 0
     left, megabytes = now["left"] or [], f"{(now['staging'] + now['backup']) / 1e6:,.1f} MB"
     if now["state"] == "rolled back":
         return Words(
@@ -76,6 +77,8 @@ def ahead(run: Run) -> Words:
         return Words(f"**Next:** [08_monitor](08_monitor.ipynb), every day. **Undo now:** {backup}.")
     if order is ledger.REPAIR:
         cost = "the columns and keys that the repair made go; the rows that it put back stay"
+    elif now["swapped"] and not logged:
+        cost = "closed, for the log of the changes since the cut-over is there no more"
     elif now["swapped"]:
         cost = f"{counted(waiting, 'row')} that changed since the cut-over {'is' if waiting == 1 else 'are'} replayed into the original, and one short swap locks the names"
         cost += f" (for {now['locked_s'] * 1000:,.0f} ms the last time)" if now["locked_s"] else ""

@@ -75,6 +75,12 @@ def test_what_comes_next_and_what_undo_costs_follow_the_ledger(clinic: str, sql:
     assert repr(rollback.preview(ended)) == "-- The migration of public.users was rolled back: nothing is left to run."
 
 
+def test_without_the_log_no_notebook_fails_and_the_way_back_is_closed(forward: Callable[..., Any], sql: Sql) -> None:
+    run = forward()
+    sql("DROP SCHEMA runbook_1 CASCADE")
+    assert "closed, for the log of the changes since the cut-over is there no more" in str(run.next())
+
+
 @pytest.mark.long
 def test_after_the_end_the_backup_is_what_is_left(clinic: str) -> None:
     run = migration.forward(clinic)
