@@ -243,7 +243,7 @@ def test_a_failure_of_the_record_itself_is_not_told_as_success(
     assert manifest["result"] == "00_plan stopped: OSError: No space left on device"
 
 
-@pytest.mark.parametrize("ends", ["| true", "2>&-", pytest.param("<&- >&- 2>&-", marks=pytest.mark.long)])
+@pytest.mark.parametrize("ends", ["| true", *(pytest.param(each, marks=pytest.mark.long) for each in ("2>&-", "<&- >&- 2>&-"))])
 def test_whoever_does_not_read_stops_no_work(clinic: str, tmp_path: Path, ends: str) -> None:
     program = Path(sys.executable).with_name("runbook")
     words = [program, "run", "-f", CLINIC_FILE, "--database", clinic, "--out", tmp_path / "runs", "--to", "backup"]
@@ -268,7 +268,8 @@ def test_what_is_interrupted_while_it_is_sealed_is_told_all_the_same(
     assert re.search(r"00_plan +done(.|\n)*Record: .*\nHead:   [0-9a-f]{64}\n", result.stdout)
 
 
-@pytest.mark.parametrize("shell", ["bash", *(pytest.param(each, marks=pytest.mark.long) for each in ("zsh", "fish"))])
+@pytest.mark.long
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_shell_is_offered_commands_and_steps(shell: str) -> None:
     program = str(Path(sys.executable).with_name("runbook"))
     environment = {**os.environ, "_RUNBOOK_COMPLETE": f"{shell}_source"}
