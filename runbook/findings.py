@@ -10,9 +10,8 @@ from psycopg import sql
 from runbook import dependents, partition, possible
 from runbook.division import Division
 from runbook.facts import Finding
-from runbook.plan import Plan, identifiers
+from runbook.plan import Plan
 from runbook.session import Session
-from runbook.statements import spelled, trusted
 from runbook.words import counted
 
 LEVELS = ("blocker", "warning", "note")
@@ -23,7 +22,7 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *_filled(session, plan), *_doubled(session, plan), *_looking(session, plan), *_locking(session, plan), *_watched(session), *_unpruned(session, plan), *possible.unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
+        *_table(plan, row), *_values(plan, division), *possible.filled(session, plan), *possible.doubled(session, plan), *_looking(session, plan), *_locking(session, plan), *_watched(session), *_unpruned(session, plan), *possible.unlisted(session, plan), *_names(session, plan), *_rights(session, plan),
         *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
@@ -86,46 +85,6 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
             )  # fmt: skip
         if plan.key_type != "boolean" or len({value for partition in plan.partitions for value in partition.values}) < 2:
             yield Finding.note(name, f"After the cut-over a value of {plan.key} that no partition takes is refused (23514).")
-
-
-def _doubled(session: Session, plan: Plan) -> Iterator[Finding]:
-    """Keys that many rows may share while the partition key is NULL, and no two once null_value stands there."""
-    for index in plan.indexes if plan.key_nullable and plan.null_value is not None else ():
-        others = [name for name in index.columns if name != plan.key]
-        expression = "(" in index.tail.partition("(")[2].partition(")")[0]  # of these the forecast's sample has to tell
-        if not index.unique or plan.key not in index.columns or expression:
-            continue
-        rows = session.value(
-            "draft.doubles", table=plan.source, key=(plan.key,), filled=plan.null_value, type=trusted(plan.key_type),
-            predicate=trusted(index.tail.partition(" WHERE ")[2] or "true"), others=identifiers(others or [plan.key]),
-            given=trusted(" AND ".join(f"{spelled((name,))} IS NOT NULL" for name in others) or "true"),
-        )  # fmt: skip
-        if rows:
-            yield Finding.blocker(
-                index.name,
-                f"{counted(rows, 'row')} of {plan.full_name} would be doubles in {index.name} ({', '.join(index.columns)})"
-                f" once NULL in {plan.key} is {plan.null_value!r}.",
-                "Make them differ, set null_value to a value that no row has beside these, or by list give NULL a partition.",
-            )
-
-
-def _filled(session: Session, plan: Plan) -> Iterator[Finding]:
-    """A foreign key by which null_value would refer to nobody: it would fail when it is validated, after the cut-over. And what
-    is computed from the key, and would become another value."""
-    for row in session.rows("catalog.computed_from", oid=plan.table.oid, key=plan.key) if plan.null_value is not None else ():
-        yield Finding.blocker(
-            row["name"], f"{row['name']} is computed from {plan.key}, and would become another value where null_value takes the place of NULL.",
-            "Drop that column before, and make it anew after the cut-over; or by list give NULL a partition.",
-        )  # fmt: skip
-    for row in session.rows("catalog.outgoing", oid=plan.table.oid) if plan.null_value is not None else ():
-        referenced = (row["referenced_schema"], row["referenced_table"])
-        if row["columns"] == [plan.key] and not session.value(
-            "draft.exists", table=referenced, column=(row["referenced"],), value=plan.null_value, type=trusted(plan.key_type)
-        ):
-            yield Finding.blocker(
-                row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
-                "Insert that row first, or set null_value to one that is there.",
-            )  # fmt: skip
 
 
 def _watched(session: Session) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What the partition key can be, by its type and its checks, though no row is that yet."""
+"""What the partition key can be, by its type and its checks, though no row is that yet; and what null_value would make of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,50 @@ from contextlib import suppress
 import psycopg
 
 from runbook.facts import Finding, Named
-from runbook.plan import Plan
+from runbook.plan import Plan, identifiers
 from runbook.session import Session
 from runbook.statements import spelled, trusted
+from runbook.words import counted
+
+
+def doubled(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Keys that many rows may share while the partition key is NULL, and no two once null_value stands there."""
+    for index in plan.indexes if plan.key_nullable and plan.null_value is not None else ():
+        others = [name for name in index.columns if name != plan.key]
+        expression = "(" in index.tail.partition("(")[2].partition(")")[0]  # of these the forecast's sample has to tell
+        if not index.unique or plan.key not in index.columns or expression:
+            continue
+        rows = session.value(
+            "draft.doubles", table=plan.source, key=(plan.key,), filled=plan.null_value, type=trusted(plan.key_type),
+            predicate=trusted(index.tail.partition(" WHERE ")[2] or "true"), others=identifiers(others or [plan.key]),
+            given=trusted(" AND ".join(f"{spelled((name,))} IS NOT NULL" for name in others) or "true"),
+        )  # fmt: skip
+        if rows:
+            yield Finding.blocker(
+                index.name,
+                f"{counted(rows, 'row')} of {plan.full_name} would be doubles in {index.name} ({', '.join(index.columns)})"
+                f" once NULL in {plan.key} is {plan.null_value!r}.",
+                "Make them differ, set null_value to a value that no row has beside these, or by list give NULL a partition.",
+            )
+
+
+def filled(session: Session, plan: Plan) -> Iterator[Finding]:
+    """A foreign key by which null_value would refer to nobody: it would fail when it is validated, after the cut-over. And what
+    is computed from the key, and would become another value."""
+    for row in session.rows("catalog.computed_from", oid=plan.table.oid, key=plan.key) if plan.null_value is not None else ():
+        yield Finding.blocker(
+            row["name"], f"{row['name']} is computed from {plan.key}, and would become another value where null_value takes the place of NULL.",
+            "Drop that column before, and make it anew after the cut-over; or by list give NULL a partition.",
+        )  # fmt: skip
+    for row in session.rows("catalog.outgoing", oid=plan.table.oid) if plan.null_value is not None else ():
+        referenced = (row["referenced_schema"], row["referenced_table"])
+        if row["columns"] == [plan.key] and not session.value(
+            "draft.exists", table=referenced, column=(row["referenced"],), value=plan.null_value, type=trusted(plan.key_type)
+        ):
+            yield Finding.blocker(
+                row["name"], f"{plan.key} references {'.'.join(referenced)}, which has no row {plan.null_value!r} that null_value could refer to.",
+                "Insert that row first, or set null_value to one that is there.",
+            )  # fmt: skip
 
 
 def unlisted(session: Session, plan: Plan) -> Iterator[Finding]:
