@@ -90,10 +90,12 @@ def _validate(run: Run, reference: Reference) -> sql.Composed:
 
 @recorded("foreign_keys", "columns")
 def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
-    """Add the role columns, each with its log, and mark the rows that need another value than the default."""
+    """Add the role columns, each with its log, and mark the rows that need another value than the default. Raises PromiseBroken
+    for rows that refer to nothing, by a key that 05 would have to validate, before anything is changed."""
     if action.run.plan.restore_from == "backup":
         return repair.add_columns(action, lock_timeout_ms, budget_s)
     run, session = action.run, action.session
+    _refuse_orphans(run, session)
     for reference in added(run):
         patience = locks.Patience(budget_s, lock_timeout_ms)
         if not logged(run, session, reference):
@@ -240,12 +242,10 @@ def keys(run: Run) -> pd.DataFrame:
 
 @recorded("foreign_keys", "check")
 def check(action: Action) -> Evidence:
-    """Raises unless every row of every referencing table has its user's role, those still logged excepted; and for rows that refer
-    to nothing, by a key that 05 would have to validate."""
+    """Raises unless every row of every referencing table has its user's role, those still logged excepted."""
     if action.run.plan.restore_from == "backup":
         return repair.check_keys(action)
     run, session = action.run, action.session
-    _refuse_orphans(run, session)
     for reference in added(run):
         own = names(run, reference)
         with explained(run, reference):
@@ -272,7 +272,8 @@ def check(action: Action) -> Evidence:
 
 def _refuse_orphans(run: Run, session: Session) -> None:
     """Raises PromiseBroken for rows that came while keys were not checked, as a restore without triggers leaves them. After the
-    swap they could be neither validated nor, where each row has a partition key of its own, be given one."""
+    swap they could be neither validated nor, where each row has a partition key of its own, be given one. Before the columns are
+    filled in: the indexes are enough to tell as long as few pages were changed since the last vacuum."""
     table = run.plan.table
     keys = {each.place for each in run.plan.references if _required_late(run) or not each.definition.endswith("NOT VALID")}
     keys |= {(table.schema_name, table.name, each.name) for each in run.plan.outgoing if each.validated}
