@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from inspect import getsource
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import (
@@ -168,15 +169,15 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
     generators = imports.sqlacodegen()
 
     class Models(generators.DeclarativeGenerator):  # type: ignore[name-defined, misc]
-        """With the one name corrected: for a key of (user_id) sqlacodegen says `user`, for (user_id, user_role) `users`."""
+        """With names by the columns that a key had: for (user_id) sqlacodegen says `user`, for (user_id, user_role) `users`."""
 
         def generate_relationship_name(self, relationship: Any, global_names: set[str], local_names: set[str]) -> None:
-            super().generate_relationship_name(relationship, global_names, local_names)
             key = relationship.constraint
-            names = {(each.table, each.name): each for each in run.plan.references}
-            reference = names.get((key.table.name, key.name)) if key is not None else None
-            if reference and len(reference.columns) == 1 and len(key.columns) > 1 and relationship.source.table is key.table:
-                relationship.name = self.find_free_name(re.sub(r"_id$", "", reference.columns[0]), global_names, local_names)
+            known = {(each.table, each.name): each.columns for each in (*run.plan.references, *run.plan.selves)}
+            if key is not None and (columns := known.get((key.table.name, key.name))):
+                relationship.constraint = SimpleNamespace(table=key.table, columns=[key.table.c[name] for name in columns])
+            super().generate_relationship_name(relationship, global_names, local_names)
+            relationship.constraint = key
 
         def add_import(self, obj: Any) -> None:
             if isinstance(obj, PostgresType):

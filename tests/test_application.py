@@ -100,6 +100,17 @@ def test_models_can_be_imported_whatever_the_columns_are_called_and_made_of(data
     assert all("dataType: () => 'point'" in old and "dataType: () => 'xid8'" in old for old in schema.drizzle)
 
 
+def test_relationships_keep_their_names_whatever_the_columns_are_called(database, sql):
+    sql('CREATE TABLE users (id int PRIMARY KEY, role text NOT NULL, "managerId" int REFERENCES users);'
+        ' CREATE TABLE visits (id int PRIMARY KEY, "userId" int NOT NULL REFERENCES users, doctor_id int REFERENCES users, seen int REFERENCES users);'
+        " INSERT INTO users VALUES (1, 'user'), (2, 'doctor')")  # fmt: skip
+    schema = application.Schema(migration.plan(database, partitions=None))
+    old, new = (
+        re.findall(r"(\w+): Mapped\[.* = relationship\(.*(?:back_populates|foreign_keys)", models) for models in schema.sqlalchemy
+    )
+    assert len(old) == 8 and old == new
+
+
 @pytest.mark.long
 def test_sqlacodegen_is_corrected_where_it_takes_partitions_for_tables(migrated):
     old, new = application.Schema(migrated).sqlalchemy
