@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,12 @@ from runbook.errors import RunbookError
 
 Value: TypeAlias = sql.Composable | tuple[str, ...] | str | int | float | bool | list[str] | list[int] | list[str | None] | None
 PACKAGE = Path(__file__).parent
+TYPE = r"(?:\"[^\"]+\"|\w+)(?:\.(?:\"[^\"]+\"|\w+))?(?: varying)?"
+ELEMENT = r"(?:'(?:[^']|'')*'|NULL)::"
+ARRAY = re.compile(
+    rf"(?P<body>\$(?P<tag>\w*)\$.*?\$(?P=tag)\$)|(?P<open>\()?(?P<array>ARRAY\[{ELEMENT}(?P<type>{TYPE})(?:, {ELEMENT}(?P=type))*\])(?(open)\))::",
+    re.DOTALL,
+)
 
 
 def folder(name: str) -> Path:
@@ -66,8 +73,11 @@ def spelled(value: Value) -> str:
 
 
 def trusted(text: str) -> sql.SQL:
-    """SQL text that PostgreSQL itself rendered (pg_get_indexdef and the like), kept as it is."""
-    return sql.SQL(text)
+    """SQL text that PostgreSQL itself rendered (pg_get_indexdef and the like), which it renders like that again.
+
+    Of `varchar IN ('a', 'b')` it makes `(ARRAY['a'::character varying, …])::text[]`, and reads that as `ARRAY['a'::character varying::text, …]`,
+    which is the same, but not the same text; with the array's own type between it stays what it was. Bodies of functions are left alone."""
+    return sql.SQL(ARRAY.sub(lambda found: found["body"] or f"(({found['array']})::{found['type']}[])::", text))
 
 
 def rendered(text: str) -> sql.Composed:

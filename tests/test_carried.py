@@ -162,6 +162,16 @@ CARRIED = {
         ALTER TABLE part ENABLE ROW LEVEL SECURITY; CREATE POLICY through ON part USING (EXISTS (SELECT FROM thing t
         WHERE t.id = thing_id AND t.name = current_user)) WITH CHECK (thing_id IN (SELECT id FROM thing))
         """,
+    "lists of varchar": """
+        ALTER TABLE thing ADD state varchar(20) DEFAULT 'it''s new' CHECK (state IN ('it''s new', 'paid', NULL)), ADD code char(2) CHECK (code NOT IN ('x', 'y')),
+        ADD is_open boolean GENERATED ALWAYS AS (state IN ('it''s new', 'paid')) STORED; CREATE INDEX listed ON thing (at) WHERE state IN ('paid', 'sent');
+        CREATE UNIQUE INDEX listed_once ON thing (kind, id) WHERE state NOT IN ('a', 'b'); CREATE POLICY listed ON thing USING (state IN ('a', 'b'));
+        CREATE POLICY listing ON part USING (EXISTS (SELECT FROM thing t WHERE t.id = thing_id AND t.state IN ('a', 'b')));
+        CREATE TRIGGER listed BEFORE UPDATE ON thing FOR EACH ROW WHEN (NEW.state IN ('a', 'b')) EXECUTE FUNCTION noted();
+        CREATE VIEW listed_view AS SELECT id FROM thing WHERE state IN ('a', 'b'); CREATE MATERIALIZED VIEW listed_stored AS SELECT id FROM thing WHERE state IN ('a', 'b');
+        CREATE RULE listed AS ON UPDATE TO thing WHERE NEW.state IN ('y', 'z') DO INSTEAD NOTHING; CREATE STATISTICS listed_by ON (state IN ('a', 'b')), kind FROM thing;
+        CREATE FUNCTION listed(t thing) RETURNS boolean LANGUAGE sql AS $$SELECT t.state = ANY ((ARRAY['a'::character varying, 'b'::character varying])::text[])$$
+        """,
     "triggers": """
         CREATE FUNCTION whole() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER a BEFORE
         INSERT OR UPDATE OF name, amount ON thing FOR EACH ROW WHEN (NEW.amount > 1) EXECUTE FUNCTION noted('x',
@@ -486,7 +496,7 @@ BLOCKED = {
 }
 TOGETHER = (  # what one table can have at once: the short test
     "columns", "identity always", "checks", "indexes", "statistics", "owner and grants", "row security", "policy elsewhere",
-    "triggers", "constraint trigger", "rules", "views", "materialized views", "functions of its rows", "outgoing keys", "incoming keys", "publication", "storage",
+    "lists of varchar", "triggers", "constraint trigger", "rules", "views", "materialized views", "functions of its rows", "outgoing keys", "incoming keys", "publication", "storage",
 )  # fmt: skip
 
 
