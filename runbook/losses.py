@@ -100,29 +100,54 @@ def is_original(run: Run, session: Session) -> bool:
     return bool(session.value("rollback.original", retired_text=retired, indexes=indexes, source_oid=run.plan.table.oid))
 
 
-def refuse_dropped(run: Run, session: Session) -> None:
-    """Raises PromiseBroken where partitions were dropped since the cut-over whose rows the original still has: they would go there, too."""
+def refuse_dropped(run: Run, session: Session, then: str) -> None:
+    """Raises PromiseBroken where partitions were dropped since the cut-over, or made anew, whose rows the original still has: they would
+    go there, too. `then` is what `changes.logging_back` said at the cut-over."""
+    restored = session.value("verify.oid", root=spelled(run.names["retired"])) != run.plan.table.oid
+    tables = None if restored else [int(each.split(" ", 1)[0]) for each in then.split(", ")]
     with session.qualified():  # a bound is told as the plan has it, and its operators may be an extension's
-        gone = [
-            row["name"] for row in session.rows("rollback.dropped", **run.names, added=statement("verify.added", **run.names))
-        ]
-        if not gone:
-            return
-        bounds = [
-            trusted(f"({row['bound']}) IS NOT TRUE")
-            for row in session.rows("rollback.takers", source_text=spelled(run.plan.source))
-        ]
-        found = session.row(
-            "rollback.without_taker", **run.names, nobody=sql.SQL(" AND ").join(bounds) if bounds else trusted("true")
-        )
-    if rows := found["rows"]:
-        retired = spelled(run.names["retired"])
-        logged = f" ({found['logged']:,} of them changed or deleted since the cut-over)" if found["logged"] else ""
-        raise PromiseBroken(
-            f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} there no more, and the way back takes the table as it is:"
-            f" {counted(rows, 'row')} of the original would go, too{logged}. To have them back, make the partition again and INSERT INTO {run.plan.full_name}"
-            f" what {retired} has of it; where they are to go, delete them from {retired}; then run 90_rollback again."
-        )
+        gone = session.rows("rollback.dropped", **run.names, added=statement("verify.added", **run.names), then=tables)
+        own = {**run.names, "belonged": _belonged(run, session, [row["bound"] for row in gone])}
+        found = session.row("rollback.missing", **own)
+        aside = [row["name"] for row in session.rows("rollback.set_aside", then=tables or [])]
+    if not found["rows"]:
+        return
+    said = []
+    for anew, one, many in ((False, "is there no more", "are there no more"), (True, "was made anew", "were made anew")):
+        if names := [row["name"] for row in gone if row["anew"] == anew]:
+            said.append(f"{', '.join(names)} {one if len(names) == 1 else many}")
+    logged = f" ({found['logged']:,} of them changed or deleted since the cut-over)" if found["logged"] else ""
+    insert = " ".join(statement("rollback.put_back", **own).as_string(None).split("\n"))
+    guards = " (once the tables of values have forgotten them, by the statements that 20 shows)" if run.plan.guards else ""
+    again = (
+        f"ATTACH {', '.join(aside)} again, which stood in it then, where the rows are there; or make"
+        if aside
+        else "To have them back, make"
+    )
+    raise PromiseBroken(
+        f"{' and '.join(said)}, and the way back takes the table as it is: {counted(found['rows'], 'row')} of the original would go, too{logged}."
+        f" {again} the partition again where it is missing, and run{guards} {insert}, for which its row triggers fire. Where they are to go, delete"
+        f" them from {spelled(run.names['retired'])}. Then run 90_rollback again."
+    )
+
+
+def _belonged(run: Run, session: Session, bounds: list[str | None]) -> sql.Composable:
+    """As a condition on the original: which of its rows belonged to partitions with these bounds."""
+    conditions: list[sql.Composable] = (
+        [sql.SQL("{} IS NULL").format(run.names["key"])] if run.plan.null_value is not None and bounds else []
+    )
+    for bound in bounds:
+        if bound in (None, "DEFAULT"):
+            takers = session.rows("rollback.takers", source_text=spelled(run.plan.source))
+            nobody = sql.SQL(" AND ").join([trusted("true"), *(trusted(f"({row['bound']}) IS NOT TRUE") for row in takers)])
+            conditions.append(statement("rollback.unknown", **run.names, nobody=nobody))
+            continue
+        probe, leaf = ("pg_temp", "runbook_probe"), ("pg_temp", "runbook_probe_1")
+        with session.connection.transaction(force_rollback=True):
+            session.run("rollback.probe", **run.names, probe=probe, leaf=leaf, bound=trusted(str(bound)))
+            texts = {"probe_text": spelled(probe), "leaf_text": spelled(leaf), "source_text": spelled(run.plan.source)}
+            conditions.append(trusted(session.value("rollback.bound", **texts)))
+    return sql.SQL(" OR ").join([trusted("false"), *(sql.SQL("({})").format(each) for each in conditions)])
 
 
 def compared(run: Run, session: Session, logging: str) -> compare.Comparison:

@@ -136,7 +136,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
         nonlocal total, logging, seen, stale, others
         now = session.value("changes.logging_back", **run.names)
         if now != logging:  # triggers switched off, partitions attached, detached, truncated: what was not logged is looked for
-            losses.refuse_dropped(run, session)
+            losses.refuse_dropped(run, session, logging)
             losses.resync(run, session)
             logging = now
         keys, horizon = losses.replay(run, session, patience)

@@ -148,7 +148,7 @@ SELECT string_agg(tgname || ' ' || tgenabled::text || ' ' || xmin::text, ', ' OR
 -- name: logging_back
 -- Of every partition: its file, and the log's triggers. What differs from what was remembered may have gone unlogged: triggers
 -- switched off for a while, a partition attached or detached, a TRUNCATE of one that came later.
-SELECT string_agg(concat_ws(' ', t.relid, pg_relation_filenode(t.relid), g.states), ', ' ORDER BY t.relid) AS states
+SELECT string_agg(concat_ws(' ', t.relid::oid, pg_relation_filenode(t.relid), g.states), ', ' ORDER BY t.relid) AS states
   FROM pg_partition_tree({source_text}::regclass) t
   LEFT JOIN (SELECT tgrelid, string_agg(concat_ws(' ', tgname, tgenabled, xmin), ' ' ORDER BY tgname) AS states FROM pg_trigger
               WHERE tgname IN ('runbook_log_back', 'runbook_log_truncate') GROUP BY tgrelid) g ON g.tgrelid = t.relid

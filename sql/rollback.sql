@@ -11,19 +11,47 @@ SELECT EXISTS (SELECT FROM pg_class c WHERE c.oid = to_regclass({retired_text}) 
          SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid AND x.relname = ANY ({indexes}::text[]))))
 
 -- name: dropped
--- Partitions of the plan, or added since, that are no table any more, by no other name either.
-SELECT p.name FROM runbook.migration m CROSS JOIN LATERAL (
-       SELECT p ->> 'name' AS name, p ->> 'bound' AS bound FROM jsonb_array_elements(m.plan -> 'partitions') p UNION SELECT a.name, NULL FROM ({added}) a(name)) p
- WHERE m.id = {migration} AND to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.name)) IS NULL
-   AND NOT EXISTS (SELECT FROM pg_partition_tree({source_text}::regclass) t JOIN pg_class c ON c.oid = t.relid WHERE pg_get_expr(c.relpartbound, c.oid) = p.bound)
+-- Partitions of the plan, or added since, that are no table any more, by no other name either; or that were made anew since: `then`
+-- has the tables that the cut-over made, NULL in a restored database.
+SELECT p.name, p.bound, there.oid IS NOT NULL AS anew FROM runbook.migration m CROSS JOIN LATERAL (
+       SELECT p ->> 'name' AS name, p ->> 'bound' AS bound, true AS planned FROM jsonb_array_elements(m.plan -> 'partitions') p
+       UNION SELECT a.name, NULL, false FROM ({added}) a(name)) p
+  LEFT JOIN LATERAL (SELECT c.oid FROM pg_partition_tree({source_text}::regclass) t JOIN pg_class c ON c.oid = t.relid
+                      WHERE pg_get_expr(c.relpartbound, c.oid) = p.bound OR c.oid = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.name))
+                      ORDER BY pg_get_expr(c.relpartbound, c.oid) = p.bound DESC LIMIT 1) there ON true
+ WHERE m.id = {migration} AND CASE WHEN there.oid IS NULL THEN to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', p.name)) IS NULL
+                                   ELSE p.planned AND there.oid <> ALL ({then}::oid[]) END
  ORDER BY 1
+
+-- name: probe
+-- What the server makes of a bound.
+CREATE TEMP TABLE {probe} (LIKE {retired}) PARTITION BY {partition_by};
+CREATE TEMP TABLE {leaf} PARTITION OF {probe} {bound}
+
+-- name: bound
+-- As a condition; by hash it names the partitioned table by its number.
+SELECT replace(coalesce(pg_get_partition_constraintdef({leaf_text}::regclass), 'true'), format('%L::oid', {probe_text}::regclass::oid),
+               format('%L::regclass', {source_text}::regclass)) AS condition
 
 -- name: takers
 SELECT coalesce(pg_get_partition_constraintdef(relid), 'true') AS bound FROM pg_partition_tree({source_text}::regclass) WHERE isleaf
 
--- name: without_taker
--- Rows that no partition takes, and how many of them the log knows of: those were changed since the cut-over, or deleted.
-SELECT count(*) AS rows, count(*) FILTER (WHERE EXISTS (SELECT FROM {back} k WHERE {d_is_k})) AS logged FROM (SELECT * FROM {retired} WHERE {nobody}) d
+-- name: unknown
+-- Of a default partition, or one of which the bound is not known: rows that no partition takes, or that no log knows of.
+({nobody}) OR NOT EXISTS (SELECT FROM {back} k WHERE {d_is_k})
+
+-- name: missing
+-- Rows of the original that are not in the table, and would go: those that belonged to the partition, and how many of them the log
+-- knows of, which were changed since the cut-over, or deleted.
+SELECT count(*) AS rows, count(*) FILTER (WHERE EXISTS (SELECT FROM {back} k WHERE {d_is_k})) AS logged FROM {retired} d
+ WHERE ({belonged}) AND NOT EXISTS (SELECT FROM {source} s WHERE {d_is_s})
+
+-- name: put_back
+INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM {retired} d WHERE ({belonged}) AND NOT EXISTS (SELECT FROM {source} s WHERE {d_is_s})
+
+-- name: set_aside
+-- Tables that were its partitions when it was cut over, and stand for themselves now.
+SELECT c.oid::regclass::text AS name FROM pg_class c WHERE c.oid = ANY ({then}::oid[]) AND c.relkind = 'r' AND NOT c.relispartition ORDER BY 1
 
 -- name: surplus
 SELECT count(*) FROM {retired} d WHERE NOT EXISTS (SELECT FROM {source} s WHERE {d_is_s}) AND NOT EXISTS (SELECT FROM {back} k WHERE {d_is_k})
