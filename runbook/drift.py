@@ -38,15 +38,28 @@ def refuse(session: Session, plan: Plan, then: Callable[[], dict[str, str]]) -> 
             f"{plan.full_name} was altered since the plan {plan.hash[:12]} was made ({since(session, plan, then())}): take that back and go on, or"
             " roll back with 90_rollback, then plan again with 00_plan."
         )
+    values = [value for each in plan.partitions for value in each.values if value is not None]
+    if gone := [row["value"] for row in session.rows("catalog.labels_gone", values=values, type=plan.key_type)]:
+        raise PlanOutdated(
+            f"{plan.key_type} has no {', '.join(map(repr, gone))} any more, by which {plan.full_name} was planned: give the value its name back"
+            " (ALTER TYPE … RENAME VALUE) and go on, or roll back with 90_rollback, then plan again with 00_plan."
+        )
 
 
 def told(session: Session, plan: Plan) -> str:
     """After the way back: whether the table is another than it was planned as."""
     if not catalog.comparable(plan.fingerprint):
         return " Whether others altered it since cannot be told: the plan was made by another version of the runbook."
+    if another_server(session, plan):
+        return f" Whether others altered it since cannot be told: it was planned on PostgreSQL {plan.server_version}."
     with session.qualified():
         now = catalog.fingerprint(session, session.value("verify.oid", root=spelled(plan.source)))
     return "" if now == plan.fingerprint else " It was altered by others since the plan was made; those changes stay."
+
+
+def another_server(session: Session, plan: Plan) -> bool:
+    """Whether the database was moved to another major version, whose catalog says the same in other words."""
+    return session.connection.info.server_version // 10000 != plan.server_version
 
 
 def _described(kind: str, not_null: bool, default: str | None) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from psycopg import errors, sql
 
-from runbook import catalog, changes, compare, locks, swapping
+from runbook import catalog, changes, compare, drift, locks, swapping
 from runbook.changes import BACK, Rewritten
 from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.growth import half_detached
@@ -205,7 +205,7 @@ def unlike(run: Run, session: Session) -> str:
     validated = run.finished("cutover", "validate")
     then, now = validated.facts.get("lines") if validated else None, catalog.lines(session, run.plan.source)
     said = {}
-    if isinstance(then, dict):
+    if isinstance(then, dict) and not drift.another_server(session, run.plan):
         there = {
             spelled(each) for each in swapping.standing(session, (reference.identifier for reference in run.plan.references))
         }

@@ -131,6 +131,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
     logging = session.row("ledger.remembered", **run.names)["triggers"]
     total, seen, stale, others, anew = 0, None, "", "", matviews.waiting(run, session)
     statements = list(unswap_statements(_as_it_is(run, session), anew))
+    besides = ", besides those that an earlier attempt took over" if session.value("rollback.tried", **run.names) else ""
 
     def attempt() -> Evidence:
         nonlocal total, logging, seen, stale, others
@@ -174,9 +175,7 @@ def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120)
             # The forward steps are undone with the same commit: the ledger never says that the table is still swapped.
             session.run("ledger.undo", migration=run.migration, steps=list(STEPS[2:]))
             changed = total + last
-            sentence = (
-                f"{run.plan.full_name} is the original table again; {counted(changed, 'change')} since the cut-over went with it."
-            )
+            sentence = f"{run.plan.full_name} is the original table again; {counted(changed, 'change')} since the cut-over went with it{besides}."
             evidence = action.finish(sentence, changed, swapped=True, compared=seen.rows)
             if last:  # again: one may have begun since the first look
                 locks.refuse_late_snapshots(session, patience)

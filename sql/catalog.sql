@@ -569,8 +569,8 @@ EXECUTE {name}
   SELECT 'column ' || a.attname AS what,
          concat_ws(' ', 'column', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
                    pg_get_expr(d.adbin, d.adrelid), a.attcollation::regcollation, a.attstorage, to_jsonb(a) ->> 'attcompression',
-                   to_jsonb(a) ->> 'attstattarget', a.attoptions, col_description(a.attrelid, a.attnum),
-                   (SELECT q::text FROM pg_depend i JOIN pg_sequence q ON q.seqrelid = i.objid WHERE i.classid = 'pg_class'::regclass AND i.refclassid = 'pg_class'::regclass
+                   nullif(to_jsonb(a) ->> 'attstattarget', '-1'), a.attoptions, col_description(a.attrelid, a.attnum),
+                   (SELECT concat_ws(' ', i.objid::regclass, to_jsonb(q) - 'seqrelid') FROM pg_depend i JOIN pg_sequence q ON q.seqrelid = i.objid WHERE i.classid = 'pg_class'::regclass AND i.refclassid = 'pg_class'::regclass
                        AND (i.refobjid, i.refobjsubid, i.deptype) = (a.attrelid, a.attnum, 'i'))) AS line
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
    WHERE a.attrelid = {oid} AND a.attnum > 0 AND NOT a.attisdropped
@@ -580,7 +580,10 @@ EXECUTE {name}
   UNION ALL
   SELECT format('constraint %s of %s', conname, conrelid::regclass),
          concat_ws(' ', 'constraint', conname, pg_get_constraintdef(oid), convalidated, conrelid::regclass,
-                   (SELECT 'partitioned' FROM pg_class r WHERE r.oid = conrelid AND r.relkind = 'p' AND conrelid <> {oid})) FROM pg_constraint
+                   (SELECT 'partitioned' FROM pg_class r WHERE r.oid = conrelid AND r.relkind = 'p' AND conrelid <> {oid}),
+                   -- The role column is NOT NULL where the key's columns are.
+                   (SELECT string_agg(a.attnotnull::text, ' ' ORDER BY a.attnum) FROM pg_attribute a JOIN pg_class t ON t.oid = confrelid AND t.relkind = 'r'
+                     WHERE a.attrelid = conrelid AND a.attnum = ANY (conkey) AND conrelid <> {oid})) FROM pg_constraint
    WHERE (conrelid = {oid} OR confrelid = {oid}) AND conparentid = 0  -- not what each partition of another table has of it
   UNION ALL
   SELECT concat_ws(' ', kind, name), concat_ws(' ', kind, name, definition) FROM ({carried}) c
@@ -597,6 +600,21 @@ EXECUTE {name}
   UNION ALL
   SELECT DISTINCT 'view ' || r.ev_class::regclass, concat_ws(' ', 'view', r.ev_class::regclass, pg_get_ruledef(r.oid)) FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
+  UNION ALL
+  SELECT 'inheritance of ' || other, concat_ws(' ', 'inheritance', other, i.inhparent = {oid}) FROM pg_inherits i JOIN pg_class t ON t.oid = {oid} AND t.relkind = 'r'
+   CROSS JOIN LATERAL (SELECT CASE i.inhparent WHEN t.oid THEN i.inhrelid ELSE i.inhparent END::regclass AS other) o WHERE t.oid IN (i.inhparent, i.inhrelid)
+  UNION ALL
+  SELECT 'subscription ' || s.subname, 'subscription ' || s.subname FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid WHERE r.srrelid = {oid}
+  UNION ALL
+  SELECT format('its rows in column %I of %s', a.attname, a.attrelid::regclass), 'held'
+    FROM pg_class t JOIN pg_type y ON y.oid = t.reltype JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid IN (y.oid, y.typarray)
+    JOIN pg_attribute a ON d.classid = 'pg_class'::regclass AND (a.attrelid, a.attnum) = (d.objid, d.objsubid)
+    JOIN pg_class h ON h.oid = a.attrelid AND h.relkind IN ('r', 'p', 'm') WHERE t.oid = {oid}
+
+-- name: labels_gone
+-- Values of an enumeration that it has no more: they were renamed.
+SELECT v.value FROM unnest({values}::text[]) v(value) JOIN pg_type t ON t.oid = to_regtype({type}) AND t.typtype = 'e'
+ WHERE NOT EXISTS (SELECT FROM pg_enum e WHERE e.enumtypid = t.oid AND e.enumlabel = v.value)
 
 -- name: gone
 SELECT format('%s.%s.%s', w.schema, w.table, w.column) AS what FROM unnest({schemas}::text[], {tables}::text[], {columns}::text[]) w(schema, "table", "column")

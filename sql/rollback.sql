@@ -10,6 +10,11 @@ INSERT INTO {back} SELECT {either_pk} FROM {source} s FULL JOIN {retired} d ON {
 SELECT EXISTS (SELECT FROM pg_class c WHERE c.oid = to_regclass({retired_text}) AND (c.oid = {source_oid}::bigint::oid OR EXISTS (
          SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid AND x.relname = ANY ({indexes}::text[]))))
 
+-- name: tried
+-- Whether an attempt failed since the cut-over: it may have brought changes into the original already.
+SELECT count(*) > 1 FROM runbook.action WHERE migration = {migration} AND (step, action) = ('rollback', 'swap') AND state IN ('started', 'failed')
+   AND id > (SELECT max(id) FROM runbook.action WHERE migration = {migration} AND (step, action, state) = ('cutover', 'swap', 'done'))
+
 -- name: dropped
 -- Partitions of the plan, or added since, that are no table any more, by no other name either; or that were made anew since: `then`
 -- has the tables that the cut-over made, NULL in a restored database.

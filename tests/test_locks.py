@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -656,3 +657,39 @@ def test_what_was_changed_since_the_plan_is_named_and_taking_it_back_is_enough(c
         migration.walk(run, migration.FORWARD, first="approval", last="swap")
     sql(undone)
     migration.walk(run, migration.FORWARD, first="approval")
+
+
+MEANWHILE = {  # what 00 stops for, or the swap would lose, made after the plan
+    "CREATE TABLE kids (extra int) INHERITS (users)": ("DROP TABLE kids", "inheritance of public.kids"),
+    "CREATE TABLE base (id uuid NOT NULL); ALTER TABLE users INHERIT base": ("ALTER TABLE users NO INHERIT base", "inheritance of public.base"),
+    "CREATE TABLE history (u users)": ("DROP TABLE history", "its rows in column u of public.history"),
+    "CREATE SUBSCRIPTION feed CONNECTION 'dbname=nowhere' PUBLICATION p WITH (connect = false); "
+    "INSERT INTO pg_subscription_rel SELECT oid, 'users'::regclass, 'r', NULL FROM pg_subscription": (
+        "DELETE FROM pg_subscription_rel; ALTER SUBSCRIPTION feed SET (slot_name = NONE); DROP SUBSCRIPTION feed", "subscription feed"),
+    "ALTER TABLE appointments ALTER user_id DROP NOT NULL": ("ALTER TABLE appointments ALTER user_id SET NOT NULL", "constraint appointments_user_id_fkey of public.appointments"),
+}  # fmt: skip
+
+
+def test_what_stops_the_plan_stops_the_swap_when_it_came_meanwhile(forward, sql):
+    run = forward("keys check")
+    for done, (undone, said) in MEANWHILE.items():
+        for statement in done.split("; "):
+            sql(statement)
+        with pytest.raises(PlanOutdated, match=re.escape(said)):
+            migration.walk(run, migration.FORWARD, first="approval", last="swap")
+        for statement in undone.split("; "):
+            sql(statement)
+    migration.walk(run, migration.FORWARD, first="approval", last="swap")
+
+
+def test_a_value_of_the_key_that_was_renamed_meanwhile_is_named_before_the_swap(database, sql):
+    sql(
+        "CREATE TYPE state AS ENUM ('new', 'done'); CREATE TABLE jobs (id int PRIMARY KEY, state state NOT NULL); INSERT INTO jobs VALUES (1, 'new'), (2, 'done')"
+    )
+    run = migration.plan(database, "jobs", "state")
+    migration.walk(run, migration.FORWARD, last="keys check")
+    sql("ALTER TYPE state ADD VALUE 'late'; ALTER TYPE state RENAME VALUE 'done' TO 'finished'")
+    with pytest.raises(PlanOutdated, match=r"public\.state has no 'done' any more, .* give the value its name back"):
+        migration.walk(run, migration.FORWARD, first="approval", last="swap")
+    sql("ALTER TYPE state RENAME VALUE 'finished' TO 'done'")
+    migration.walk(run, migration.FORWARD, first="approval", last="swap")
