@@ -87,6 +87,8 @@ def told(error: BaseException) -> str:
     diag = error.diag if isinstance(error, psycopg.Error) else None
     if type(error) in (psycopg.OperationalError, psycopg.InterfaceError) and not (diag and diag.message_primary):
         return "The connection to the server was lost."
+    if isinstance(error, psycopg.errors.IdleInTransactionSessionTimeout):
+        return "The server ended the session, for this machine fell silent while others waited for its locks; nothing of that transaction was kept."
     if diag is None or not diag.message_primary:
         return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
     detail, hint = diag.message_detail or "", diag.message_hint or ""

@@ -231,7 +231,8 @@ def exclusive(
     First SHARE UPDATE EXCLUSIVE, for which no reader or writer waits, on the `logs`, too, which the application's triggers
     write, and on the TOAST of what is `dropped`: autovacuum yields to it after deadlock_timeout, and never would within a
     shorter wait. Then ACCESS EXCLUSIVE on `ours`, which only the runbook uses: what is in the way there is waited for while
-    the application goes on. synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s.
+    the application goes on. synchronous_commit local: with remote_apply and a busy standby locks were held for 30 s. A client that
+    stops without dying (a machine that sleeps, a network that swallows) loses them after some seconds.
     """
     deadlock_ms = int(session.value("locks.deadlock_timeout"))
     eviction_ms = deadlock_ms + 2000
@@ -253,7 +254,8 @@ def exclusive(
             # lock_timeout counts for each table; statement_timeout for all of them. Below half of deadlock_timeout: who waits for us
             # in the other order must not be told of a deadlock, for we let go before.
             timeout = sql.Literal(f"{max(1, min(patience.lock_timeout_ms, deadlock_ms // 2 - 1))}ms")
-            session.connection.execute(sql.SQL("SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}").format(timeout))
+            bounded = "SET LOCAL lock_timeout = {0}; SET LOCAL statement_timeout = {0}; SET LOCAL idle_in_transaction_session_timeout = '3s'"
+            session.connection.execute(sql.SQL(bounded).format(timeout))
             asked = time.monotonic()
             session.run(block)
             had = time.monotonic()

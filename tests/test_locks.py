@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 import psycopg
 import pytest
 
-from runbook import changes, cutover, partition, restore, rollback
+from runbook import changes, cutover, locks, partition, restore, rollback
 from runbook.database import target
-from runbook.errors import LockNotGranted, PlanBlocked, PlanOutdated
+from runbook.errors import LockNotGranted, PlanBlocked, PlanOutdated, told
 from runbook.statements import rendered
 from tests import migration, servers, traffic
 
@@ -639,6 +639,20 @@ def test_whoever_asks_an_identity_for_a_number_by_name_gets_one_that_nobody_else
     assert len(taken) == len(set(taken)) > 0
     sql("INSERT INTO orders (region) SELECT 'north' FROM generate_series(1, 2000)")
     assert sql("SELECT min(id) > %s FROM orders WHERE id > 500", [max(taken)]) == [(True,)]
+
+
+@pytest.mark.long
+def test_whoever_falls_silent_under_the_locks_loses_them(clinic, forward, sql):
+    """A machine that sleeps, a network that swallows: nothing tells the server, and its check of connections is for statements."""
+    run = forward("approval")
+    with transaction(clinic) as reader, ThreadPoolExecutor(1) as pool, pytest.raises(psycopg.Error) as caught:
+        patience = locks.Patience(60, 300)
+        with run.database.session("swap") as session, locks.exclusive(session, patience, [run.names["source"]]):
+            reading = pool.submit(reader.execute, "SET statement_timeout = '20s'; SELECT count(*) FROM users")
+            reading.result(30)
+            session.run("locks.now")
+    assert "fell silent while others waited" in told(caught.value)
+    migration.walk(run, migration.FORWARD, first="swap")
 
 
 @pytest.mark.parametrize(
