@@ -14,7 +14,7 @@ from runbook.errors import RunbookError
 
 Value: TypeAlias = sql.Composable | tuple[str, ...] | str | int | float | bool | list[str] | list[int] | list[str | None] | None
 PACKAGE = Path(__file__).parent
-TYPE = r"(?:\"[^\"]+\"|\w+)(?:\.(?:\"[^\"]+\"|\w+))?(?: varying)?"
+TYPE = r"(?:\"[^\"]+\"|\w+)(?:\.(?:\"[^\"]+\"|\w+))?(?: varying)?(?:\(\d+\))?"
 ELEMENT = r"(?:'(?:[^']|'')*'|NULL)::"
 ARRAY = re.compile(
     rf"(?P<body>\$(?P<tag>\w*)\$.*?\$(?P=tag)\$)|(?P<open>\()?(?P<array>ARRAY\[{ELEMENT}(?P<type>{TYPE})(?:, {ELEMENT}(?P=type))*\])(?(open)\))::",
