@@ -248,10 +248,13 @@ UNION ALL
 SELECT 'grant', 'owner on ' || r.object,
        format('REVOKE ALL ON %s FROM %I', r.object, pg_get_userbyid(r.relowner))
        || coalesce(format('; GRANT %s ON %s TO %I', string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type), r.object, pg_get_userbyid(r.relowner)), ''),
-       NULL, NULL, NULL, NULL
+       -- As the retired table it is to take what is written meanwhile: until the way back the owner has what was taken from it.
+       CASE r.kind WHEN 'r' THEN format('GRANT %s ON %s TO %I', m.missing, r.object, pg_get_userbyid(r.relowner)) END,
+       CASE r.kind WHEN 'r' THEN format('REVOKE %s ON %s FROM %I', m.missing, r.object, pg_get_userbyid(r.relowner)) END, NULL, NULL
   FROM relation r LEFT JOIN LATERAL aclexplode(r.relacl) a ON a.grantee = r.relowner
- WHERE r.relacl IS NOT NULL GROUP BY r.object, r.relowner, r.kind
-HAVING count(a.privilege_type) < (SELECT count(*) FROM aclexplode(acldefault(r.kind, r.relowner)) d WHERE d.grantee = r.relowner)
+ CROSS JOIN LATERAL (SELECT string_agg(d.privilege_type, ', ' ORDER BY d.privilege_type) FROM aclexplode(acldefault(r.kind, r.relowner)) d
+                      WHERE d.grantee = r.relowner AND NOT EXISTS (SELECT FROM aclexplode(r.relacl) o WHERE (o.grantee, o.privilege_type) = (d.grantee, d.privilege_type))) m(missing)
+ WHERE r.relacl IS NOT NULL AND m.missing IS NOT NULL GROUP BY r.object, r.relowner, r.kind, m.missing
 UNION ALL
 SELECT CASE WHEN x.grantor = s.relowner THEN 'grant' ELSE 'grant of another' END, 'columns of ' || w.grantee || ' ' || x.privilege_type || w.of,
        w.first || format('GRANT %s (%s) ON %s TO %s%s', x.privilege_type, x.columns, s.qualified, w.who, w.option) || w.last, NULL, NULL,

@@ -35,6 +35,34 @@ def owner(clinic, sql) -> str:
     sql(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
 
+@pytest.fixture
+def orders(server, database, sql) -> dict[str, str]:
+    """A table of a role without login, and the URL of a member of it, who migrates; with the names of both and of the database."""
+    name = sql("SELECT current_database()")[0][0]
+    me, group = f"mig_{name}", f"app_{name}"
+    sql(f"CREATE ROLE {group} NOLOGIN; CREATE ROLE {me} LOGIN; GRANT {group} TO {me}; GRANT CREATE ON DATABASE {name} TO {me};"
+        f" GRANT USAGE, CREATE ON SCHEMA public TO {me}, {group};"
+        " CREATE TABLE orders (id bigserial PRIMARY KEY, region text NOT NULL, v text);"
+        " INSERT INTO orders (region) SELECT (ARRAY['de', 'fr', 'us'])[1 + n % 3] FROM generate_series(1, 300) n;"
+        f" ALTER TABLE orders OWNER TO {group}")  # fmt: skip
+    yield {"url": database.replace("postgres@", f"{me}@"), "me": me, "group": group, "database": name}
+    sql(f"DROP OWNED BY {me}, {group} CASCADE; DROP ROLE {me}, {group}")
+
+
+def test_an_owner_that_may_only_add_rows_has_a_way_back(orders, sql):
+    """Its table is append-only, but what was inserted since must be written into the original all the same."""
+    sql(f"REVOKE UPDATE, DELETE, TRUNCATE ON orders FROM {orders['group']}")
+    rights = "SELECT relacl::text FROM pg_class WHERE oid = 'orders'::regclass"
+    before = sql(rights)
+    run = migration.forward(orders["url"], table="orders", key="region", partitions={"o_de": ["de"], "o_rest": "default"})
+    assert sql(rights) == before
+    sql(f"SET ROLE {orders['group']}; INSERT INTO orders (region) VALUES ('de'), ('fr'); RESET ROLE; UPDATE orders SET v = 'x' WHERE id = 1;"
+        " DELETE FROM orders WHERE id = 2")  # fmt: skip
+    migration.back(run)
+    assert sql(rights) == before
+    assert sql("SELECT count(*), count(v) FROM orders") == [(301, 1)]
+
+
 def test_the_owner_needs_no_superuser(owner, sql):
     me = owner.split("//")[1].split("@")[0]
     sql(f"SET ROLE {me}; CREATE MATERIALIZED VIEW roles AS SELECT role, count(*) FROM users GROUP BY role;"
