@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ from runbook import advice, asked, catalog, drift, findings, ledger, locks, matv
 from runbook.database import Database, target
 from runbook.division import MOST, as_key, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
-from runbook.facts import Named
+from runbook.facts import Finding, Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, forget, resolve
 from runbook.plan import Plan, fit, stored
@@ -146,7 +146,7 @@ class Draft:
                 )
             action = session.value(
                 "ledger.begin_action", migration=number, step="plan", action="check",
-                operator=operator(),
+                operator=session.plain(operator()),
             )  # fmt: skip
             ledger.Action(run, session, action).finish(
                 f"Plan {self.plan.hash[:12]} for {self.plan.full_name} by {self.plan.key} is frozen.",
@@ -176,7 +176,8 @@ def draft(**given: Any) -> Draft:
                 return _in_force(ledger.Run(database, row["id"], stored(row), row["state"]), parameters)
         try:
             with session.transaction("REPEATABLE READ"), session.qualified():
-                return _decide(session, found, parameters, database)
+                made = _decide(session, found, parameters, database)
+                return replace(made, plan=_storable(session, made.plan))
         except psycopg.errors.InsufficientPrivilege as error:
             who = session.row("catalog.reader", oid=found)
             me, table = who["me"], who["table"]
@@ -193,6 +194,14 @@ def draft(**given: Any) -> Draft:
                 f"{me} may not read all that the plan rests on ({error.diag.message_primary}): GRANT SELECT ON {table} TO {me}; or,"
                 f" as every later step needs it, make {me} a member of the table's owner."
             ) from None
+
+
+def _storable(session: Session, plan: Plan) -> Plan:
+    """The plan with its findings as the ledger can keep them: what has a hash must come back as it was."""
+    kept = [
+        Finding.model_validate({name: session.plain(text) for name, text in each.model_dump().items()}) for each in plan.findings
+    ]
+    return plan.model_copy(update={"findings": tuple(kept)})
 
 
 def _under_way(session: Session, migration: int) -> bool:

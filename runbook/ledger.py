@@ -64,8 +64,9 @@ class Action:
     def finish(self, sentence: str, rows: int | None = None, **facts: Any) -> Evidence:
         """Record the action as done; repeated calls keep the last."""
         self.evidence = Evidence(sentence, rows, facts)
-        said = json.dumps(facts, default=str)
-        self.session.run("ledger.end_action", id=self.id, state="done", sentence=sentence, rows=rows, evidence=said)
+        said = self.session.plain(json.dumps(facts, default=str, ensure_ascii=False))  # an escape not every encoding takes
+        kept = self.session.plain(sentence)
+        self.session.run("ledger.end_action", id=self.id, state="done", sentence=kept, rows=rows, evidence=said)
         return self.evidence
 
 
@@ -154,7 +155,8 @@ class Run:
                 self._refuse_out_of_order(session, step, done)
                 if "cutover.swap" not in done:
                     self.refuse_outdated(session)
-            number = session.value("ledger.begin_action", migration=self.migration, step=step, action=action, operator=operator())
+            who = session.plain(operator())
+            number = session.value("ledger.begin_action", migration=self.migration, step=step, action=action, operator=who)
             doing = Action(self, session, number)
             try:
                 yield doing
@@ -170,7 +172,7 @@ class Run:
         sentence = redact(told(error), known_secrets())
         try:
             with self.database.session("ledger") as session:
-                session.run("ledger.fail_action", id=number, sentence=sentence[:2000])
+                session.run("ledger.fail_action", id=number, sentence=session.plain(sentence[:2000]))
         except Exception:
             return
 

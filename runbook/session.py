@@ -19,6 +19,7 @@ from psycopg import sql
 
 from runbook.redaction import known_secrets, redact
 from runbook.statements import Value, statement
+from runbook.words import plain
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class Session:
         """Which database this is, for the record."""
         there = self.connection.info
         return f"{there.dbname} at {there.host}, port {there.port}"
+
+    def plain(self, text: str) -> str:
+        """A text of our own as this database's encoding can keep it."""
+        return plain(text, self.connection.info.parameter_status("server_encoding") or "UTF8")
 
     @property
     def alone(self) -> bool:

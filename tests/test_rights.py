@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict
 
 import runbook
-from runbook import backup, cli, cutover, embedded, monitor, verify
+from runbook import backup, cli, cutover, embedded, monitor, points, verify
 from runbook.database import target
 from runbook.errors import ApprovalMissing, BadInput, PlanBlocked
 from tests import migration, servers
@@ -394,11 +394,20 @@ def test_a_database_of_another_encoding_is_read_as_any(server, encoding):
         connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
         try:
             url = server.url(name)
-            with psycopg.connect(url, client_encoding="UTF8") as own:
-                own.execute("CREATE TABLE things (id int PRIMARY KEY, kind text NOT NULL)")
-                own.execute("INSERT INTO things SELECT n, (ARRAY['x', 'y'])[1 + n % 2] FROM generate_series(1, 40) n")
-            run = migration.forward(url, table="things", key="kind")
+            with psycopg.connect(url, client_encoding="UTF8", autocommit=True) as own:
+                own.execute(
+                    'CREATE TABLE things (id int PRIMARY KEY, kind text NOT NULL, größe int CONSTRAINT "größe_éß" CHECK (größe > 0))'
+                )
+                own.execute("INSERT INTO things SELECT n, (ARRAY['é', 'y'])[1 + n % 2] FROM generate_series(1, 40) n")
+                own.execute(
+                    "CREATE TABLE parts (id int PRIMARY KEY, thing int REFERENCES things); INSERT INTO parts VALUES (1, 2)"
+                )
+            run = migration.forward(url, table="things", key="kind", partitions={"things_é": ["é"], "things_rest": "default"})
             verify.check(run)
+            points.show(run)
+            with psycopg.connect(url, client_encoding="UTF8") as own:
+                kept = own.execute("SELECT string_agg(a::text, '') FROM runbook.action a").fetchone()
+                assert kept and "größe" in kept[0] and ("…" in kept[0]) == (encoding == "SQL_ASCII")
             migration.back(run)
         finally:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
