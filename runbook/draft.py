@@ -222,6 +222,10 @@ def _in_force(run: ledger.Run, given: Parameters) -> Draft:
 def _decide(session: Session, found: int, parameters: Parameters, database: Database) -> Draft:
     row = session.row("catalog.table", oid=found)
     table = catalog.table_of(row)
+    if row["partitioned"] and parameters.restore_from == "source":  # of what else it is nothing would be to the point
+        raise PlanBlocked(
+            f'{table.schema_name}.{table.name} is partitioned already. To refill it from a backup, set restore_from = "backup".'
+        )
     columns = catalog.columns_of(session, found)
     by_name = {column.name: column for column in columns}
     if parameters.key not in by_name:

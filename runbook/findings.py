@@ -35,13 +35,7 @@ def worst_first(found: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def _table(plan: Plan, row: dict[str, Any]) -> Iterator[Finding]:
     name = plan.full_name
-    if row["partitioned"] and plan.restore_from == "source":
-        yield Finding.blocker(
-            name,
-            f"{name} is partitioned already.",
-            'To refill it from a backup, set restore_from = "backup".',
-        )
-    elif row["is_partition"]:
+    if row["is_partition"]:
         yield Finding.blocker(name, f"{name} is itself a partition.", "Name its root.")
     elif row["inheritance"] and not row["partitioned"]:
         yield Finding.blocker(name, f"{name} takes part in inheritance.", "Take it out first: ALTER TABLE … NO INHERIT.")

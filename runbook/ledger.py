@@ -283,8 +283,13 @@ def of(database: Database, table: str, *, ended: bool = False) -> Run:
     with database.session("open") as session, locks.attended(database):
         if not kept(session):
             raise OutOfOrder(f"{table} has no plan on {database.name}: run 00_plan first.")
-        _, schema, name = drift.find(session, table, database.name)
+        found, schema, name = drift.find(session, table, database.name)
         row = session.run("ledger.last_migration", source=f"{schema}.{name}").fetchone()
+        former = session.value("ledger.moved", oid=found, source=f"{schema}.{name}") if row is None else None
+    if former:
+        raise OutOfOrder(
+            f"{schema}.{name} was {former} when it was partitioned, and its plan is known by that name only: move or rename it back."
+        )
     if row is None or (row["state"] == "rolled back" and not ended):
         raise OutOfOrder(f"{schema}.{name} has no open plan on {database.name}: run 00_plan first.")
     return Run(database, row["id"], stored(row), row["state"])

@@ -365,6 +365,7 @@ SELECT pg_describe_object(d.classid, d.objid, d.objsubid) AS object
                               'pg_publication_rel'::regclass, 'pg_rewrite'::regclass, 'pg_proc'::regclass)
         AND NOT (d.classid = 'pg_class'::regclass AND (d.objid = {oid}  -- a generated column, on 14
                  OR d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = {oid})
+                 OR d.objid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = {oid})  -- which is said, and must not be dropped
                  OR (SELECT relkind FROM pg_class WHERE oid = d.objid) IN ('S', 't')))
         -- defaults, triggers and checks of other tables that name it; whatever takes numbers from its identity sequences
         OR d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}

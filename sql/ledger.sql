@@ -56,6 +56,14 @@ SELECT source FROM runbook.migration m WHERE state = 'open' AND source_oid = {oi
    AND to_regclass(format('%I.%I', plan -> 'table' ->> 'schema_name', plan -> 'table' ->> 'name')) IS NULL
    AND EXISTS (SELECT FROM runbook.action a WHERE a.migration = m.id AND a.step <> 'plan')
 
+-- name: moved
+-- The name under which a table was partitioned that has another since: it is known by its partitions.
+SELECT source FROM runbook.migration m WHERE state IN ('open', 'finished') AND source <> {source}
+   AND to_regclass(format('%I.%I', plan -> 'table' ->> 'schema_name', plan -> 'table' ->> 'name')) IS NULL
+   AND EXISTS (SELECT FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN jsonb_array_elements(plan -> 'partitions') p ON p ->> 'name' = c.relname
+                WHERE i.inhparent = {oid})
+ ORDER BY id DESC LIMIT 1
+
 -- name: replace_open
 UPDATE runbook.migration SET state = 'replaced' WHERE source = {source} AND state = 'open'
 

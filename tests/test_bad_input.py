@@ -149,6 +149,29 @@ def test_a_table_that_cannot_be_partitioned_as_asked(clinic: str, sql: Sql, chan
     assert dump(clinic) == before
 
 
+def test_nobody_is_told_to_drop_what_holds_rows(clinic: str, sql: Sql) -> None:
+    """A partition or a child is no obstacle that could be made anew; and a partitioned table that was moved is told by its name of then."""
+    sql("CREATE TABLE parts (id int, k text, PRIMARY KEY (id, k)) PARTITION BY LIST (k); CREATE TABLE parts_a PARTITION OF parts FOR VALUES IN ('a');"
+        " INSERT INTO parts SELECT n, 'a' FROM generate_series(1, 100) n; CREATE TABLE more_users () INHERITS (users)")  # fmt: skip
+    for asked, said in (
+        ({"table": "parts", "key": "k"}, "public.parts is partitioned already"),
+        ({}, "public.users takes part in inheritance"),
+    ):
+        with pytest.raises(PlanBlocked, match=said) as caught:
+            migration.plan(clinic, **asked)
+        assert "Drop" not in str(caught.value) and is_a_sentence(str(caught.value))
+    sql("DROP TABLE more_users")
+    run = migration.forward(clinic)
+    verify.check(run)
+    migration.walk(run, migration.END)
+    sql("CREATE SCHEMA app; ALTER TABLE users SET SCHEMA app")
+    with pytest.raises(OutOfOrder, match=r"app\.users was public\.users when it was partitioned, .*move or rename it back"):
+        ledger.of(run.database, "users")
+    with pytest.raises(PlanBlocked, match=r"app\.users is partitioned already") as caught:
+        migration.plan(clinic)
+    assert "Drop" not in str(caught.value)
+
+
 def test_what_papermill_injects_and_the_plan_does_not_have_is_refused(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every notebook after 00; the way back is the answer to it."""
     migration.plan(clinic)
