@@ -207,6 +207,8 @@ def _rights(session: Session, plan: Plan) -> Iterator[Finding]:
             f"{me} may not make temporary tables, by which rows are looked at and tried.",
             f"GRANT TEMPORARY ON DATABASE {may['own_database']} TO {me};",
         )
+    missing = session.rows("catalog.rights_missing", oid=plan.table.oid, anew=plan.restore_from == "source")
+    yield from map(Finding.model_validate, missing)
     for reference in plan.references:
         if not may["superuser"] and not session.value("catalog.owned", oid=sql.SQL("to_regclass({})").format(
                 sql.Literal(reference.identifier.as_string(session.connection)))):  # fmt: skip

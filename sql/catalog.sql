@@ -548,6 +548,59 @@ SELECT pg_has_role(c.relowner, 'USAGE') AS owner, pg_get_userbyid(c.relowner) AS
        pg_has_role('pg_read_all_stats', 'USAGE') AS sees_activity, current_setting('transaction_read_only')::boolean AS read_only
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid}
 
+-- name: rights_missing
+-- Of what the owner has, or should have, by its table: each right for want of which a later step would be refused, with the GRANT
+-- that gives it. A superuser's never; `anew` where tables are made, as no repair does.
+WITH source AS (
+  SELECT c.*, format('%I.%I', n.nspname, c.relname) AS qualified, quote_ident(n.nspname) AS schema_name, quote_ident(pg_get_userbyid(c.relowner)) AS owner_name,
+         quote_ident(current_user) AS me, pg_has_role(c.relowner, 'USAGE') AS member, c.relowner = (SELECT oid FROM pg_roles WHERE rolname = current_user) AS own,
+         (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser, current_setting('server_version_num')::int AS version
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid})
+SELECT 'blocker' AS level, s.qualified AS object, format('%s, whom what is made for %s is given to, may not create in schema %s.', s.owner_name, s.qualified, s.schema_name) AS sentence,
+       format('GRANT CREATE ON SCHEMA %s TO %s;', s.schema_name, s.owner_name) AS way_out
+  FROM source s WHERE {anew} AND s.member AND NOT s.own AND NOT s.superuser AND NOT has_schema_privilege(s.relowner, s.relnamespace, 'CREATE')
+UNION ALL
+SELECT 'blocker', s.qualified, format('%s is a member of %s that may not SET ROLE to it, and so cannot give it what is made for %s.', s.me, s.owner_name, s.qualified),
+       format('GRANT %s TO %s WITH SET TRUE;', s.owner_name, s.me)
+  FROM source s WHERE {anew} AND s.member AND NOT pg_has_role(s.relowner, CASE WHEN s.version >= 160000 THEN 'SET' ELSE 'MEMBER' END)
+UNION ALL
+SELECT DISTINCT 'blocker', a.atttypid::regtype::text, format('%s may not use the type %s, which %s has.', s.me, a.atttypid::regtype, s.qualified),
+       format('GRANT USAGE ON TYPE %s TO %s;', coalesce((SELECT e.oid::regtype FROM pg_type e WHERE e.typarray = a.atttypid), a.atttypid::regtype), s.me)
+  FROM source s JOIN pg_attribute a ON a.attrelid = s.oid AND a.attnum > 0 AND NOT a.attisdropped WHERE {anew} AND NOT has_type_privilege(a.atttypid, 'USAGE')
+UNION ALL
+SELECT DISTINCT 'blocker', t.spcname::text, format('%s may not create in the tablespace %s, where %s lies.', s.me, t.spcname, r.oid::regclass), format('GRANT CREATE ON TABLESPACE %I TO %s;', t.spcname, s.me)
+  FROM source s JOIN pg_class r ON r.oid = s.oid OR r.oid IN (SELECT indexrelid FROM pg_index WHERE indrelid = s.oid) JOIN pg_tablespace t ON t.oid = r.reltablespace
+ WHERE {anew} AND NOT has_tablespace_privilege(t.oid, 'CREATE')
+UNION ALL
+SELECT 'blocker', l.lanname, format('%s may not use the language %s, which functions of the runbook are written in.', s.me, l.lanname), format('GRANT USAGE ON LANGUAGE %I TO %s;', l.lanname, s.me)
+  FROM source s, pg_language l WHERE l.lanname IN ('plpgsql', 'sql') AND NOT has_language_privilege(l.oid, 'USAGE')
+UNION ALL
+SELECT 'blocker', s.qualified, format('%s may not %s %s.', s.me, r.what, s.qualified), format('GRANT %s ON %s TO %s;', r.gives, s.qualified, s.me)
+  FROM source s CROSS JOIN LATERAL (VALUES
+       ('lock', CASE WHEN s.version >= 170000 THEN 'MAINTAIN' ELSE 'UPDATE' END, 'UPDATE, DELETE, TRUNCATE' || CASE WHEN s.version >= 170000 THEN ', MAINTAIN' ELSE '' END),
+       ('make triggers on', 'TRIGGER', 'TRIGGER'),
+       ('make anew the foreign keys that reference', 'REFERENCES', CASE WHEN EXISTS (SELECT FROM pg_constraint WHERE confrelid = s.oid AND contype = 'f') THEN 'REFERENCES' ELSE 'SELECT' END)
+       ) r(what, gives, needs) WHERE s.member AND NOT has_table_privilege(s.oid, r.needs)
+UNION ALL
+-- By ON UPDATE CASCADE its owner updates it, whoever changed the row that it refers to.
+SELECT DISTINCT 'blocker', c.oid::regclass::text, format('%s may not %s %s, which references %s.', w.who, r.what, c.oid::regclass, s.qualified),
+       format('GRANT %s ON %s TO %s;', r.needs, c.oid::regclass, w.who)
+  FROM source s JOIN pg_constraint k ON k.confrelid = s.oid AND k.contype = 'f' AND k.conrelid <> s.oid
+ CROSS JOIN LATERAL (SELECT k.conrelid UNION SELECT relid FROM pg_partition_tree(k.conrelid)) t(oid) JOIN pg_class c ON c.oid = t.oid
+ CROSS JOIN (VALUES ('read', 'SELECT', true), ('update', 'UPDATE', true), ('make triggers on', 'TRIGGER', false)) r(what, needs, as_owner)
+ CROSS JOIN LATERAL (SELECT CASE WHEN r.as_owner THEN quote_ident(pg_get_userbyid(c.relowner)) ELSE s.me END) w(who)
+ WHERE pg_has_role(c.relowner, 'USAGE')
+   AND NOT CASE WHEN r.as_owner THEN has_table_privilege(c.relowner, c.oid, r.needs) ELSE has_table_privilege(c.oid, r.needs) END
+UNION ALL
+SELECT DISTINCT 'blocker', p.oid::regprocedure::text, format('%s may not execute %s, which a check, an index or a generated column of %s calls.', s.me, p.oid::regprocedure, s.qualified),
+       format('GRANT EXECUTE ON FUNCTION %s TO %s;', p.oid::regprocedure, s.me)
+  FROM source s CROSS JOIN pg_depend d JOIN pg_proc p ON d.refclassid = 'pg_proc'::regclass AND p.oid = d.refobjid
+ WHERE {anew} AND (d.classid = 'pg_constraint'::regclass AND d.objid IN (SELECT oid FROM pg_constraint WHERE conrelid = s.oid)
+                   OR d.classid = 'pg_class'::regclass AND d.objid IN (SELECT indexrelid FROM pg_index WHERE indrelid = s.oid)
+                   OR d.classid = 'pg_attrdef'::regclass AND d.objid IN (SELECT f.oid FROM pg_attrdef f JOIN pg_attribute a ON (a.attrelid, a.attnum) = (f.adrelid, f.adnum)
+                                                                          WHERE f.adrelid = s.oid AND a.attgenerated <> ''))
+   AND NOT has_function_privilege(p.oid, 'EXECUTE')
+
 -- name: owned
 SELECT pg_has_role(c.relowner, 'USAGE') AS owned FROM pg_class c WHERE c.oid = {oid}
 
