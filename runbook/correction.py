@@ -23,6 +23,8 @@ from runbook.workers import gaps, parallel
 
 BRIEFLY_MS = 50  # so long a trigger of the application's waits for a row while we hold others: far below deadlock_timeout
 BUDGET_S = 120
+# Triggers of the application read as anywhere: no policy binds us on a table that we own, 00 sees to that, and the checks ask without.
+CORRECTING = {"runbook__correcting": "on", "row_security": "on"}
 
 
 @contextmanager
@@ -35,7 +37,12 @@ def explained(run: Run, reference: Reference) -> Iterator[None]:
         raise
     except psycopg.Error as error:
         name, again = f"{reference.schema_name}.{reference.table}", "then run 04_foreign_keys again."
-        if function := function_of(error):
+        if (function := function_of(error)) and isinstance(error, psycopg.errors.InsufficientPrivilege) and not raised(error):
+            raise PromiseBroken(
+                f"{function}, which is run when {reference.role_column} of {name} is filled in, wants a right that the migrating role lacks"
+                f" (42501: {error.diag.message_primary}): GRANT it, or make the function SECURITY DEFINER; {again}"
+            ) from None
+        if function:
             said = "" if raised(error) else f": {error.diag.message_primary}"
             raise PromiseBroken(
                 f"{function} does not let {reference.role_column} of {name} be filled in ({error.sqlstate}{said}). Let it pass an update where"
@@ -73,7 +80,7 @@ def fill_in(
         place = {"first": sql.Literal(f"({each[0]},0)"), "last": sql.Literal(f"({each[1]},0)")}
 
         def update(query: str, limit_ms: int) -> int:
-            with worker.transaction(lock_timeout=f"{limit_ms}ms", runbook__correcting="on", synchronous_commit="off"):
+            with worker.transaction(lock_timeout=f"{limit_ms}ms", synchronous_commit="off", **CORRECTING):
                 return worker.run(query, **(own | place)).rowcount
 
         try:
@@ -108,7 +115,7 @@ def drain(run: Run, session: Session, reference: Reference, batch_rows: int = 20
             return corrected
 
         def some() -> int:
-            with session.transaction(lock_timeout=f"{BRIEFLY_MS}ms", runbook__correcting="on"):
+            with session.transaction(lock_timeout=f"{BRIEFLY_MS}ms", **CORRECTING):
                 return session.run("foreign_keys.correct_some", **own, size=batch_rows).rowcount
 
         rows = locks.persist(run.database, session, locks.Patience(BUDGET_S, BRIEFLY_MS), reference.table, some)
@@ -139,7 +146,9 @@ def correct_last(run: Run, session: Session) -> int:
                 f"rows of {reference.table} that refer to a row whose {run.plan.key} has just changed, more than can be corrected under the locks"
             )
         with explained(run, reference):
+            session.connection.execute("SET LOCAL row_security = on")
             rows += session.run("foreign_keys.correct_last", **own).rowcount
+            session.connection.execute("SET LOCAL row_security = off")
         session.run("foreign_keys.clear_log", **names(run, reference))
     return rows
 
@@ -149,7 +158,7 @@ def stuck(session: Session, own: dict[str, sql.Composable]) -> int:
     their locks: a row that somebody has just written is none of them."""
     for _ in range(20):
         try:
-            with session.transaction("REPEATABLE READ", lock_timeout=f"{BRIEFLY_MS}ms", runbook__correcting="on"):
+            with session.transaction("REPEATABLE READ", lock_timeout=f"{BRIEFLY_MS}ms", **CORRECTING):
                 rows = sql.Literal(session.value("foreign_keys.stuck", **own))
                 if rows == sql.Literal("{}"):
                     return 0

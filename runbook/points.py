@@ -59,7 +59,7 @@ def shown(rows: list[dict[str, Any]], columns: list[str]) -> Any:
 @contextmanager
 def stage(run: Run, session: Session) -> Iterator[None]:
     """A transaction that is rolled back, in which nobody is waited for long; names are looked for where the table is."""
-    with session.transaction(lock_timeout="300ms"):
+    with session.transaction(lock_timeout="300ms", row_security="on"):  # as the application's triggers would read
         own = session.value("queries.own_path")  # where its functions look for others
         session.run("queries.path", path=f"{run.names['schema'].as_string(None)}, public, {own}".rstrip(", "))
         yield

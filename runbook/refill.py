@@ -40,7 +40,7 @@ def put_back(action: Action) -> Evidence:
     """
     run, session = action.run, action.session
     try:
-        with session.transaction(lock_timeout="5s"):
+        with session.transaction(lock_timeout="5s", row_security="on"):  # for the application's triggers
             rows = session.run("repair.put_back", **run.names).rowcount
             fires = triggers(session, run.plan)
             if fires and (session.value("repair.changed", **_names(run)) or session.value("repair.missing", **run.names)):
@@ -68,7 +68,10 @@ def fill_round(session: Session, reference: Reference, own: dict[str, sql.Compos
     try:
         for first in range(0, end, blocks):
             place = {"first": f"({first},0)", "last": f"({first + blocks},0)"}
-            with suppress(errors.LockNotAvailable, errors.DeadlockDetected), session.transaction(lock_timeout=f"{BRIEFLY_MS}ms"):
+            with (
+                suppress(errors.LockNotAvailable, errors.DeadlockDetected),
+                session.transaction(lock_timeout=f"{BRIEFLY_MS}ms", row_security="on"),
+            ):
                 filled = session.run("repair.fill_range", **own, **place).rowcount
                 progress.add(filled)
                 rows += filled

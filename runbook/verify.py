@@ -243,7 +243,7 @@ def _total(sums: Collection[dict[str, Any]]) -> tuple[int, int]:
 
 def crud(run: Run) -> pd.DataFrame:
     """Insert, change, delete and what must be refused, tried on real rows in one transaction that is rolled back."""
-    with _look(run, "crud") as look, look.session.transaction(lock_timeout="300ms"):
+    with _look(run, "crud") as look, look.session.transaction(lock_timeout="300ms", row_security="on"):
         for query in ("verify.all_immediate", "verify.create_trials", "verify.trials"):
             look.ask(query)
         raise psycopg.Rollback

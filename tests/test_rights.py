@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 import runbook
 from runbook import backup, cli, cutover, embedded, monitor, points, verify
 from runbook.database import target
-from runbook.errors import ApprovalMissing, BadInput, PlanBlocked
+from runbook.errors import ApprovalMissing, BadInput, PlanBlocked, PromiseBroken
 from tests import migration, servers
 
 OWNED = ("users", "appointments", "doctors", "active_users")
@@ -100,6 +100,29 @@ def test_each_right_that_a_later_step_needs_is_named_before(orders, server, sql)
     finally:
         sql("GRANT USAGE ON LANGUAGE plpgsql TO PUBLIC; DROP TABLE lines, orders")
         sql(f"DROP TABLESPACE {space}")
+
+
+def test_the_applications_triggers_may_read_what_policies_guard(orders, sql):
+    """A policy that lets us read everything is no filter, and by our own wish to be told of filters nothing of theirs must fail."""
+    group = orders["group"]
+    sql(f"CREATE TABLE lines (id int PRIMARY KEY, order_id bigint REFERENCES orders); INSERT INTO lines SELECT n, n FROM generate_series(1, 30) n;"
+        f" CREATE TABLE tenants (id int); ALTER TABLE tenants ENABLE ROW LEVEL SECURITY; CREATE POLICY every ON tenants USING (true); CREATE TABLE secrets (id int);"
+        f" CREATE FUNCTION au() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM FROM public.tenants; PERFORM FROM public.secrets; RETURN NEW; END $$;"
+        f" CREATE TRIGGER au BEFORE INSERT OR UPDATE ON lines FOR EACH ROW EXECUTE FUNCTION au();"
+        f" CREATE TRIGGER au BEFORE INSERT OR UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION au();"
+        f" GRANT SELECT ON tenants TO {group}; ALTER TABLE lines OWNER TO {group}")  # fmt: skip
+    run = migration.forward(orders["url"], "columns", table="orders", key="region")
+    with pytest.raises(
+        PromiseBroken, match=r"au\(\), .* lacks \(42501: permission denied for table secrets\): GRANT it"
+    ) as refused:
+        migration.walk(run, migration.FORWARD, first="fill")
+    assert "DISABLE TRIGGER" not in str(refused.value)
+    sql(f"GRANT SELECT ON secrets TO {group}")
+    migration.walk(run, migration.FORWARD, first="fill")
+    verify.check(run)
+    points.show(run)
+    assert not any("row-level" in str(each) for each in run.finished("application", "points").facts["points"])
+    migration.back(run)
 
 
 def test_the_owner_needs_no_superuser(owner, sql):
