@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from runbook import dependents, partition, possible
@@ -12,6 +13,7 @@ from runbook.division import Division
 from runbook.facts import Finding
 from runbook.plan import Plan
 from runbook.session import Session
+from runbook.statements import spelled
 from runbook.words import counted
 
 LEVELS = ("blocker", "warning", "note")
@@ -82,13 +84,36 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
 
 
 def _watched(session: Session) -> Iterator[Finding]:
-    for row in session.rows("catalog.event_triggers"):
+    watching = session.rows("catalog.event_triggers")
+    names = [spelled((row["name"],)) for row in watching]
+    if watching and (refused := _given_away(session)):
+        yield Finding.blocker(
+            ", ".join(names),
+            f"New tables are given to another role by an event trigger ({', '.join(names)}), so that the ledger could not be kept: {refused}.",
+            f"{' '.join(f'ALTER EVENT TRIGGER {name} DISABLE;' for name in names)} meanwhile.",
+        )
+    for row in watching:
         yield Finding.note(
             row["name"],
             f"The event trigger {row['name']} runs whenever something is created, altered or dropped, and by what it refuses a step would be"
             " stopped, the way back, too.",
             f"Look at {row['function']}; a rehearsal (`runbook rehearse`) tries all but the swap.",
         )
+
+
+def _given_away(session: Session) -> str:
+    """What becomes of a table in the ledger's schema where it does not stay ours; tried with the role's own path, and taken back."""
+    try:
+        with session.connection.transaction(force_rollback=True):
+            session.connection.execute("SET LOCAL search_path TO DEFAULT")
+            session.run("ddl.create_schema_if_none", schema=("runbook",))
+            session.run("catalog.try_table")
+            owner = session.value("catalog.tried_owner")
+            return f"a new table is owned by {owner}" if owner else ""
+    except psycopg.errors.InsufficientPrivilege as error:
+        return str(error.diag.message_primary) if partition.event_trigger(session, error) else ""
+    except psycopg.Error:  # as on a standby: another finding's
+        return ""
 
 
 def _unpruned(session: Session, plan: Plan) -> Iterator[Finding]:

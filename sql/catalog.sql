@@ -346,6 +346,12 @@ ORDER BY 1, 2
 SELECT e.evtname AS name, e.evtfoid::regprocedure::text AS function FROM pg_event_trigger e
  WHERE e.evtenabled <> 'D' AND e.evtevent IN ('ddl_command_start', 'ddl_command_end', 'sql_drop') ORDER BY 1
 
+-- name: try_table
+CREATE TABLE runbook.tried_by_00 ()
+
+-- name: tried_owner
+SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = 'runbook.tried_by_00'::regclass AND pg_get_userbyid(relowner) <> current_user
+
 -- name: pruning
 SHOW enable_partition_pruning
 
@@ -600,6 +606,15 @@ SELECT DISTINCT 'blocker', p.oid::regprocedure::text, format('%s may not execute
                    OR d.classid = 'pg_attrdef'::regclass AND d.objid IN (SELECT f.oid FROM pg_attrdef f JOIN pg_attribute a ON (a.attrelid, a.attnum) = (f.adrelid, f.adnum)
                                                                           WHERE f.adrelid = s.oid AND a.attgenerated <> ''))
    AND NOT has_function_privilege(p.oid, 'EXECUTE')
+UNION ALL
+-- Two that work side by side, who looks on, and one that writes down what failed; a superuser is not held to it.
+SELECT 'blocker', session_user, format('%s may have no more than %s sessions at a time, and the steps need four.', quote_ident(session_user), r.rolconnlimit),
+       format('ALTER ROLE %I CONNECTION LIMIT 4; or more.', session_user)
+  FROM pg_roles r WHERE r.rolname = session_user AND NOT r.rolsuper AND r.rolconnlimit BETWEEN 0 AND 3
+UNION ALL
+SELECT 'blocker', d.datname, format('%I takes no more than %s sessions at a time, and the steps need four beside the application''s.', d.datname, d.datconnlimit),
+       format('ALTER DATABASE %I CONNECTION LIMIT -1; or some more.', d.datname)
+  FROM pg_database d JOIN pg_roles r ON r.rolname = session_user WHERE d.datname = current_database() AND NOT r.rolsuper AND d.datconnlimit BETWEEN 0 AND 3
 
 -- name: owned
 SELECT pg_has_role(c.relowner, 'USAGE') AS owned FROM pg_class c WHERE c.oid = {oid}

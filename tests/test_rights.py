@@ -102,6 +102,27 @@ def test_each_right_that_a_later_step_needs_is_named_before(orders, server, sql)
         sql(f"DROP TABLESPACE {space}")
 
 
+@pytest.mark.parametrize("definer", ["", "SECURITY DEFINER"])
+def test_what_would_give_our_tables_away_or_leave_us_too_few_sessions_is_named_in_the_plan(orders, sql, definer):
+    me, group, database = orders["me"], orders["group"], orders["database"]
+    sql(f"""CREATE FUNCTION give() RETURNS event_trigger LANGUAGE plpgsql {definer} AS $$ DECLARE each record; BEGIN
+              FOR each IN SELECT * FROM pg_event_trigger_ddl_commands() WHERE object_type = 'table' AND schema_name <> 'pg_temp' LOOP
+                EXECUTE format('ALTER TABLE %s OWNER TO {group}', each.object_identity);
+              END LOOP; END $$;
+            CREATE EVENT TRIGGER "give it" ON ddl_command_end WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION give();
+            ALTER ROLE {me} CONNECTION LIMIT 3; ALTER DATABASE {database} CONNECTION LIMIT 3""")
+    with pytest.raises(PlanBlocked) as refused:
+        migration.plan(orders["url"], table="orders", key="region")
+    sql('DROP EVENT TRIGGER "give it"')
+    for said in (
+        'ALTER EVENT TRIGGER "give it" DISABLE; meanwhile.',
+        f"ALTER ROLE {me} CONNECTION LIMIT 4;",
+        f"ALTER DATABASE {database} CONNECTION LIMIT -1;",
+    ):
+        assert said in str(refused.value)
+    assert sql("SELECT to_regnamespace('runbook')") == [(None,)]
+
+
 def test_the_applications_triggers_may_read_what_policies_guard(orders, sql):
     """A policy that lets us read everything is no filter, and by our own wish to be told of filters nothing of theirs must fail."""
     group = orders["group"]
