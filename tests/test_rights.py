@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict
 
 import runbook
-from runbook import backup, cli, cutover, embedded, monitor, points, verify
+from runbook import backup, cli, cutover, embedded, ledger, monitor, points, verify
 from runbook.database import target
 from runbook.errors import ApprovalMissing, BadInput, PlanBlocked, PromiseBroken
 from tests import migration, servers
@@ -488,6 +488,7 @@ def test_a_database_of_another_encoding_is_read_as_any(server, encoding):
             run = migration.forward(url, table="things", key="kind", partitions={"things_é": ["é"], "things_rest": "default"})
             verify.check(run)
             points.show(run)
+            assert ledger.of(run.database, "things").plan == run.plan
             with psycopg.connect(url, client_encoding="UTF8") as own:
                 kept = own.execute("SELECT string_agg(a::text, '') FROM runbook.action a").fetchone()
                 assert kept and "größe" in kept[0] and ("…" in kept[0]) == (encoding == "SQL_ASCII")

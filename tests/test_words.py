@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runbook.words import counted, ended
+from runbook.words import counted, ended, plain
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,18 @@ def test_one_row_is_no_rows(number: int, many: str, said: str) -> None:
 )
 def test_a_question_keeps_its_mark_and_gets_no_full_stop(text: str, said: str) -> None:
     assert ended(text) == said
+
+
+@pytest.mark.parametrize(
+    ("encoding", "kept"),
+    [
+        ("UTF8", "Größe “Ж” …"),
+        ("SQL_ASCII", "Größe “Ж” …"),
+        ("LATIN1", "Größe '?' ..."),
+        ("WIN1252", "Größe “?” …"),
+        ("KOI8R", "Gr??e 'Ж' ..."),
+        ("EUC_TW", "Größe 'Ж' ..."),
+    ],
+)
+def test_what_an_encoding_cannot_keep_is_kept_in_ascii(encoding: str, kept: str) -> None:
+    assert plain("Größe “Ж” …", encoding) == kept
