@@ -14,7 +14,7 @@ from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit, with_key
-from runbook.references import added, itself, logged, names, tables
+from runbook.references import added, itself, logged, names, refuse_lost, tables
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import statement, trusted
@@ -95,6 +95,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
     if action.run.plan.restore_from == "backup":
         return repair.add_columns(action, lock_timeout_ms, budget_s)
     run, session = action.run, action.session
+    refuse_lost(run, session)
     _refuse_orphans(run, session)
     for reference in added(run):
         patience = locks.Patience(budget_s, lock_timeout_ms)
@@ -145,6 +146,7 @@ def fill(action: Action, batch_rows: int = 2000) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return repair.fill(action, batch_rows)
     run, session, total = action.run, action.session, 0
+    refuse_lost(run, session)
     for reference in added(run):
         own, missed = names(run, reference), 0
         with explained(run, reference):
@@ -246,6 +248,7 @@ def check(action: Action) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return repair.check_keys(action)
     run, session = action.run, action.session
+    refuse_lost(run, session)
     for reference in added(run):
         own = names(run, reference)
         with explained(run, reference):

@@ -13,7 +13,7 @@ from runbook.changes import BACK, Rewritten
 from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.growth import half_detached
 from runbook.ledger import Run
-from runbook.references import added, logged, names
+from runbook.references import added, gained, names
 from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
@@ -272,7 +272,7 @@ def refuse_renamed(run: Run, session: Session, again: str = "then run 90_rollbac
             continue
         wanted = [
             *reference.columns,
-            *([reference.role_column] if reference in added(run) and logged(run, session, reference) else []),
+            *([reference.role_column] if reference in added(run) and gained(run, session, reference) else []),
         ]
         where = {"schemas": [place[0]] * len(wanted), "tables": [place[1]] * len(wanted)}
         if gone := [row["what"] for row in session.rows("catalog.gone", **where, columns=wanted)]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from psycopg import sql
 
+from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import equal, fit, identifiers
@@ -152,6 +153,24 @@ def tables(run: Run, reference: Reference, session: Session | None = None) -> li
 def logged(run: Run, session: Session, reference: Reference) -> bool:
     """Whether 04 has been here: the column, its triggers and this log come in one transaction, so where the log is, they are."""
     return bool(session.value("catalog.there", name=spelled(names(run, reference)["reference_log"])))
+
+
+def gained(run: Run, session: Session, reference: Reference) -> bool:
+    """Whether 04 gave it its role column, also where somebody dropped the log since: then the ledger knows, and only of what was
+    done, for a column of that name that was there before made 04 fail."""
+    there = logged(run, session, reference)
+    return there or (run.plan.restore_from == "source" and bool(session.value("foreign_keys.gained", **names(run, reference))))
+
+
+def refuse_lost(run: Run, session: Session) -> None:
+    """Raises PromiseBroken, naming them, where logs are there no more that the migration needs."""
+    logs = [names(run, each)["reference_log"] for each in added(run) if gained(run, session, each)]
+    lost = [each for each in map(spelled, [run.names["log"], *logs]) if not session.value("catalog.there", name=each)]
+    if lost:
+        raise PromiseBroken(
+            f"{', '.join(lost)}, which the migration of {run.plan.full_name} needs, {'is' if len(lost) == 1 else 'are'} there no more: somebody"
+            " dropped or renamed it. Roll back with 90_rollback, then plan again with 00_plan."
+        )
 
 
 def hand_over(run: Run, session: Session) -> None:

@@ -29,7 +29,7 @@ from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.facts import Matview, Reference
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
 from runbook.plan import fit
-from runbook.references import added, logged
+from runbook.references import added, gained
 from runbook.references import names as reference_names
 from runbook.session import Session
 from runbook.sheet import Listing, Sheet, nothing
@@ -222,7 +222,7 @@ def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> 
     patience, going = locks.Patience(budget_s, lock_timeout_ms), "" if gone_back else losses.on_roles(run, session)
     _validate(_as_it_is(run, session), session, lock_timeout_ms, budget_s)
     # A role column that this migration did not add is the application's own.
-    mine = [each for each in added(run) if logged(run, session, each)]
+    mine = [each for each in added(run) if gained(run, session, each)]
 
     def attempt() -> Evidence:
         tables, shadow = swapping.unlogged(run, session), swapping.standing(session, [run.names["shadow"]])

@@ -49,6 +49,11 @@ SELECT n.nspname::text AS schema, c.relname::text AS name, k.convalidated AS val
   LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conname = {constraint_text}
  WHERE c.relkind = 'r' ORDER BY 1, 2
 
+-- name: gained
+-- Whether 04 came to the end of its columns, and nothing has taken them away since.
+SELECT EXISTS (SELECT FROM runbook.action a WHERE a.migration = {migration} AND (a.step, a.action) = ('foreign_keys', 'columns') AND a.state IN ('done', 'undone')
+   AND NOT EXISTS (SELECT FROM runbook.action b WHERE b.migration = a.migration AND (b.step, b.action, b.state) = ('rollback', 'clean', 'done') AND b.id > a.id))
+
 -- name: partitioned
 SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass({reference_text})
 
