@@ -17,12 +17,12 @@ from runbook.plan import fit, with_key
 from runbook.references import added, itself, logged, names, refuse_lost, tables
 from runbook.session import Session
 from runbook.sheet import Sheet
-from runbook.statements import statement, trusted
+from runbook.statements import rendered, statement, trusted
 from runbook.words import counted
 
 
 def log_table(run: Run, reference: Reference) -> Statements:
-    """The reference's own log; made outside the short transaction."""
+    """The reference's own log, made with its column: where it is, the way back takes the column for ours."""
     yield statement("foreign_keys.create_log", **names(run, reference))
     yield statement(f"foreign_keys.create_{'row_' if reference.leaves else ''}log_function", **names(run, reference))
 
@@ -49,8 +49,10 @@ def _switch_on(run: Run, reference: Reference) -> Statements:
 def script(run: Run) -> Statements:
     """The whole step for tables that nobody writes to."""
     for reference in added(run):
+        yield rendered("BEGIN")
         yield from log_table(run, reference)
         yield from column(run, reference)
+        yield rendered("COMMIT")
         yield statement("foreign_keys.fill_all", **names(run, reference))
         yield statement("foreign_keys.clear_log", **names(run, reference))
         if not reference.not_null and not _required_late(run):

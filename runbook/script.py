@@ -12,7 +12,7 @@ from runbook.draft import draft
 from runbook.errors import BadInput
 from runbook.ledger import Run, kept, of
 from runbook.sheet import Sheet
-from runbook.statements import Value, closed_schema, spelled, statement
+from runbook.statements import Value, closed_schema, rendered, spelled, statement
 
 HEAD = r"""\set ON_ERROR_STOP on
 -- For psql, and for a table that nobody writes to meanwhile. It stops at the first error; what it did until then, `runbook rollback`
@@ -58,9 +58,11 @@ def _statements(run: Run) -> Statements:
         plan=run.plan.model_dump_json(), hash=run.plan.hash,
     )  # fmt: skip
     yield from _noted(run, "plan", "check")
+    yield rendered("BEGIN")  # a backup that nobody has noted, the way back would leave
     yield from backup.script(run)
     sums = sql.SQL("(SELECT jsonb_build_object('sums', jsonb_agg(to_jsonb(s))) FROM ({}) s)").format(backup.sums(run))
     yield from _noted(run, "backup", "make", evidence=sums)
+    yield rendered("COMMIT")
     yield from _noted(run, "backup", "check")
     yield from partition.create(run)
     yield from changes.switch_on(run)
