@@ -206,6 +206,11 @@ def script(run: Run, noted: Iterable[sql.Composed] = ()) -> Statements:
     """The whole step as one transaction for psql, with what is `noted` of it, then the validation."""
     yield rendered("BEGIN")
     yield from swapping.lock_statements(run)
+    logs = {run.plan.full_name: run.names["log"]}
+    logs |= {f"{each.schema_name}.{each.table}": references.names(run, each)["reference_log"] for each in references.added(run)}
+    for name, log in logs.items():
+        said = f"{name} was written to while the script ran, by somebody or by a trigger, and the script follows nobody: run `runbook rollback`, then the script anew while nobody writes."
+        yield statement("cutover.refuse_written", log=log, said=said)
     yield from swapping.swap_statements(run)
     yield from noted
     yield rendered("COMMIT")

@@ -54,7 +54,6 @@ def script(run: Run) -> Statements:
         yield from column(run, reference)
         yield rendered("COMMIT")
         yield statement("foreign_keys.fill_all", **names(run, reference))
-        yield statement("foreign_keys.clear_log", **names(run, reference))
         if not reference.not_null and not _required_late(run):
             yield _validate(run, reference)
 

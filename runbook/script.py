@@ -15,8 +15,8 @@ from runbook.sheet import Sheet
 from runbook.statements import Value, closed_schema, rendered, spelled, statement
 
 HEAD = r"""\set ON_ERROR_STOP on
--- For psql, and for a table that nobody writes to meanwhile. It stops at the first error; what it did until then, `runbook rollback`
--- takes back. Afterwards the ledger (schema runbook) knows of it: `runbook run --from verify`, `runbook rollback` and `runbook finish`
+-- For psql, and for a table that nobody writes to meanwhile. It stops at the first error, and before the swap where somebody wrote all
+-- the same; what it did until then, `runbook rollback` takes back. Afterwards the ledger (schema runbook) knows of it: `runbook run --from verify`, `runbook rollback` and `runbook finish`
 -- go on from there, with the same parameters."""
 
 

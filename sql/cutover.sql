@@ -3,6 +3,14 @@
 -- name: drop_key
 ALTER TABLE {table} DROP CONSTRAINT {constraint}
 
+-- name: refuse_written
+-- Under the locks of the script, which replays nothing: what is in a log would be in no copy, and the way back would take it.
+DO $written$ BEGIN
+  IF EXISTS (SELECT FROM {log}) THEN
+    RAISE EXCEPTION USING MESSAGE = {said};
+  END IF;
+END $written$
+
 -- name: refuse_moves
 -- PostgreSQL 14 moves a row to another partition by a delete, and ON DELETE CASCADE would take what references it along.
 CREATE FUNCTION {keep_function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

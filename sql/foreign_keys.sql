@@ -119,7 +119,11 @@ WITH target AS (
 UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid = target.place
 
 -- name: fill_all
-UPDATE {reference} r SET {role_column} = {s_key} FROM {source} s WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key}
+-- The log has then what others wrote, and nothing else.
+BEGIN;
+SET LOCAL runbook.correcting = 'on';
+UPDATE {reference} r SET {role_column} = {s_key} FROM {source} s WHERE {r_is_s} AND r.{role_column} IS DISTINCT FROM {s_key};
+COMMIT
 
 -- name: collect_logged
 -- The same of the rows that the log knows of, where these are many.

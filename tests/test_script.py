@@ -82,6 +82,25 @@ def test_a_script_that_stopped_half_way_is_taken_back_whole(clinic: str) -> None
     assert dump(clinic, "--exclude-schema=runbook") == before
 
 
+@pytest.mark.parametrize(
+    ("written", "place"),
+    [
+        ("UPDATE users SET first_name = 'late' WHERE role = 'admin'", "\nBEGIN;\n"),
+        pytest.param("UPDATE appointments SET notes = 'late'", "\nBEGIN;\nSET LOCAL", marks=pytest.mark.long),
+    ],
+)
+def test_what_somebody_writes_while_the_script_runs_stops_it_before_the_swap(clinic: str, written: str, place: str) -> None:
+    """Before its last transaction, or before a referencing table is filled in."""
+    script = printed(clinic)
+    at = script.rindex(place, 0, script.rindex("\nBEGIN;\n") + 8)
+    with pytest.raises(AssertionError, match=rf"ERROR:  public.{written.split()[1]} was written to while the script ran"):
+        client("psql", "--no-psqlrc", "--quiet", clinic, text=f"{script[:at]}\n{written};\n{script[at:]}")
+    assert f"{written.split()[1]}_retired" not in (there := dump(clinic))
+    assert there.count("late") > 0
+    migration.back(ledger.of(target(clinic), "users"))
+    assert "late" in dump(clinic)
+
+
 def test_printing_the_script_changes_nothing(clinic: str) -> None:
     before = dump(clinic)
     printed(clinic)
