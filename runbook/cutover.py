@@ -52,7 +52,7 @@ def swap(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> E
     references_logged = foreign_keys.remembered(run)
 
     def attempt() -> Evidence:
-        references.refuse_lost(run, session)
+        references.require_intact(run, session)
         foreign_keys.refuse_gaps(run, session, references_logged)
         _catch_up(run, session, patience)
         statements = list(swapping.swap_statements(run))

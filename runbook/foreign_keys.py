@@ -14,7 +14,7 @@ from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit, with_key
-from runbook.references import added, itself, logged, names, refuse_lost, tables
+from runbook.references import added, itself, logged, names, require_intact, tables
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement, trusted
@@ -96,7 +96,7 @@ def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 12
     if action.run.plan.restore_from == "backup":
         return repair.add_columns(action, lock_timeout_ms, budget_s)
     run, session = action.run, action.session
-    refuse_lost(run, session)
+    require_intact(run, session)
     _refuse_orphans(run, session)
     for reference in added(run):
         patience = locks.Patience(budget_s, lock_timeout_ms)
@@ -147,7 +147,7 @@ def fill(action: Action, batch_rows: int = 2000) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return repair.fill(action, batch_rows)
     run, session, total = action.run, action.session, 0
-    refuse_lost(run, session)
+    require_intact(run, session)
     for reference in added(run):
         own, missed = names(run, reference), 0
         with explained(run, reference):
@@ -249,7 +249,7 @@ def check(action: Action) -> Evidence:
     if action.run.plan.restore_from == "backup":
         return repair.check_keys(action)
     run, session = action.run, action.session
-    refuse_lost(run, session)
+    require_intact(run, session)
     for reference in added(run):
         own = names(run, reference)
         with explained(run, reference):

@@ -162,8 +162,9 @@ def gained(run: Run, session: Session, reference: Reference) -> bool:
     return there or (run.plan.restore_from == "source" and bool(session.value("foreign_keys.gained", **names(run, reference))))
 
 
-def refuse_lost(run: Run, session: Session) -> None:
-    """Raises PromiseBroken, naming them, where logs are there no more that the migration needs."""
+def require_intact(run: Run, session: Session) -> None:
+    """Raises PromiseBroken, naming them, where logs are there no more that the migration needs, or a table inherits from a
+    referencing one since 00 looked: what is required of the role column would be required of its rows, which no trigger fills in."""
     logs = [names(run, each)["reference_log"] for each in added(run) if gained(run, session, each)]
     lost = [each for each in map(spelled, [run.names["log"], *logs]) if not session.value("catalog.there", name=each)]
     if lost:
@@ -171,6 +172,12 @@ def refuse_lost(run: Run, session: Session) -> None:
             f"{', '.join(lost)}, which the migration of {run.plan.full_name} needs, {'is' if len(lost) == 1 else 'are'} there no more: somebody"
             " dropped or renamed it. Roll back with 90_rollback, then plan again with 00_plan."
         )
+    for reference in added(run):
+        for row in session.rows("foreign_keys.heirs", **names(run, reference)):
+            raise PromiseBroken(
+                f"{row['name']} inherits from {row['parent']} since the plan: {reference.role_column} would be required of its rows too, which"
+                f" {reference.name} does not reach. ALTER TABLE {row['name']} NO INHERIT {row['parent']}; then run this notebook again."
+            )
 
 
 def hand_over(run: Run, session: Session) -> None:

@@ -43,11 +43,19 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger}
 -- name: tables
 -- Those that hold its rows now: partitions come and go. By pg_inherits, for which nothing is locked.
 WITH RECURSIVE tree AS (
-  SELECT to_regclass({reference_text})::oid AS oid UNION ALL SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid)
+  SELECT to_regclass({reference_text})::oid AS oid UNION ALL
+  SELECT i.inhrelid FROM tree t JOIN pg_class p ON p.oid = t.oid AND p.relkind = 'p' JOIN pg_inherits i ON i.inhparent = p.oid)
 SELECT n.nspname::text AS schema, c.relname::text AS name, k.convalidated AS validated
   FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
   LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conname = {constraint_text}
  WHERE c.relkind = 'r' ORDER BY 1, 2
+
+-- name: heirs
+-- Tables that inherit from it and are no partitions: its foreign keys and triggers do not reach them, its columns do.
+SELECT format('%I.%I', n.nspname, c.relname) AS name, format('%I.%I', o.nspname, p.relname) AS parent
+  FROM pg_class p JOIN pg_namespace o ON o.oid = p.relnamespace JOIN pg_inherits i ON i.inhparent = p.oid
+  JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE p.oid = to_regclass({reference_text}) AND p.relkind = 'r' ORDER BY 1
 
 -- name: gained
 -- Whether 04 came to the end of its columns, and nothing has taken them away since.
@@ -63,7 +71,8 @@ SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference
 -- name: trigger_states
 -- The log's triggers on the table and its partitions: what differs from what was remembered may have gone unlogged.
 WITH RECURSIVE tree AS (
-  SELECT to_regclass({reference_text})::oid AS oid UNION ALL SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid)
+  SELECT to_regclass({reference_text})::oid AS oid UNION ALL
+  SELECT i.inhrelid FROM tree t JOIN pg_class p ON p.oid = t.oid AND p.relkind = 'p' JOIN pg_inherits i ON i.inhparent = p.oid)
 SELECT jsonb_object_agg(tree.oid, (SELECT string_agg(concat_ws(' ', tgname, tgenabled, g.xmin), ', ' ORDER BY tgname) FROM pg_trigger g
                                     WHERE g.tgrelid = tree.oid AND g.tgname IN ({insert_text}, {update_text}))) AS states
   FROM tree WHERE oid IS NOT NULL

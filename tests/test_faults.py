@@ -556,3 +556,16 @@ def test_logs_that_somebody_dropped_leave_nothing_on_referencing_tables(database
         following(run)
     migration.back(run)
     assert dump(database, "--exclude-schema=runbook") == before
+
+
+def test_a_table_that_inherits_from_a_referencing_one_is_named_and_does_not_lead_round(database: str, sql: Any) -> None:
+    sql(ORDERS)
+    run = migration.plan(database, "orders", "state", unique="global")
+    for first, last, following in (("backup", "restore check", foreign_keys.add_columns), ("columns", "approval", cutover.swap)):
+        migration.walk(run, migration.FORWARD, first=first, last=last)
+        sql("CREATE TABLE heir () INHERITS (items)")
+        with pytest.raises(PromiseBroken, match=r"public\.heir inherits from public\.items since the plan: .* NO INHERIT"):
+            following(run)
+        sql("ALTER TABLE heir NO INHERIT items; DROP TABLE heir")
+    migration.walk(run, migration.FORWARD, first="swap")
+    assert sql("SELECT count(*) FROM items JOIN orders ON (id, state) = (order_id, order_state)") == [(40,)]
