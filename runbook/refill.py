@@ -80,6 +80,31 @@ def fill_round(session: Session, reference: Reference, own: dict[str, sql.Compos
     return rows
 
 
+def twice(session: Session, run: Run) -> str:
+    """What names a row of the table and stands in more than one partition, as a sentence; else nothing."""
+    if run.plan.key in run.plan.primary_key:
+        return ""
+    keys = [row["key"] for row in session.rows("repair.twice", **run.names)]
+    listed = f"{', '.join(keys[:5])}{' and others' if len(keys) > 5 else ''}"
+    by = f"{run.plan.full_name} has rows of the same {', '.join(run.plan.primary_key)} in more than one partition"
+    return f"{by}: {listed}." if keys else ""
+
+
+def refuse_stuck(run: Run, session: Session, reference: Reference, own: dict[str, sql.Composable], wrong: int) -> None:
+    """Raises PromiseBroken for rows that get no role in any round, and says why: others hold them, or a trigger undoes it."""
+    rows, one = counted(wrong, "row"), wrong == 1
+    with session.transaction():
+        free = session.value("repair.free", **own)
+    if free:
+        raise PromiseBroken(
+            f"{rows} of {reference.table} {'keeps' if one else 'keep'} another {reference.role_column} than the row in {run.plan.full_name}, whatever"
+            f" is set: a trigger or a rule of {reference.table} undoes the update. Disable it, then run 04_foreign_keys again."
+        )
+    raise PromiseBroken(
+        f"{rows} of {reference.table} {'stays' if one else 'stay'} held by others: end these sessions, then run 04_foreign_keys again."
+    )
+
+
 def triggers(session: Session, plan: Plan) -> list[str]:
     """What fires for each row that is put back."""
     return [row["name"] for row in session.rows("repair.triggers", oid=plan.table.oid)]

@@ -154,6 +154,8 @@ def _findings(session: Session, plan: Plan) -> Iterator[Finding]:
             " and one that changes the row stops 03.",
             f"Where that would be wrong, ALTER TABLE {spelled((plan.table.schema_name, plan.table.name))} DISABLE TRIGGER … while 03 runs.",
         )  # fmt: skip
+    if doubled := refill.twice(session, run):
+        yield Finding.blocker(plan.full_name, doubled, f"Delete those that are wrong; {backup} may tell which.")
     missing = session.value("repair.missing", **run.names)
     yield Finding.note(
         plan.full_name, f"{counted(missing, 'row')} of {backup} {'is' if missing == 1 else 'are'} missing in {plan.full_name}."
@@ -243,10 +245,10 @@ def fill(action: Action, batch_rows: int) -> Evidence:
         while wrong := session.value("repair.wrong", **own):
             time.sleep(0.1 * rounds)
             rounds += 1
+            if rounds == 2 and (doubled := refill.twice(session, run)):
+                raise PromiseBroken(f"{doubled} Delete those that are wrong, then run 04_foreign_keys again.")
             if rounds > ROUNDS:
-                raise PromiseBroken(
-                    f"{counted(wrong, 'row')} of {reference.table} {'stays' if wrong == 1 else 'stay'} held by others: end these sessions, then run 04 again."
-                )
+                refill.refuse_stuck(run, session, reference, own, wrong)
             total += refill.fill_round(session, reference, own, wrong, max(1, batch_rows // 50))
         try:
             for each in _validations(run, reference):

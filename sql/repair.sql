@@ -30,6 +30,10 @@ SELECT s.{key}::text AS value, count(*) AS rows FROM {backup} s
  WHERE {partition_of} = '(no partition)' AND NOT EXISTS (SELECT FROM {source} d WHERE {d_is_s})
  GROUP BY 1 ORDER BY 2 DESC LIMIT 10
 
+-- name: twice
+-- Rows that only the partition key tells from one another: what refers to them by the old key could be given any of theirs.
+SELECT ROW({s_pk})::text AS key, count(*) AS rows FROM {source} s GROUP BY {s_pk} HAVING count(*) > 1 ORDER BY 1 LIMIT 6
+
 -- name: put_back
 -- The rows of the backup that the table lacks; those that it has are newer and stay. Its own triggers fire, and are not to change them.
 INSERT INTO {source} ({columns}) OVERRIDING SYSTEM VALUE
@@ -106,3 +110,8 @@ UPDATE {reference} r SET {role_column} = target.value FROM target WHERE r.ctid =
 
 -- name: wrong
 SELECT count(*) FROM {reference} w JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
+
+-- name: free
+-- Of these the rows that nobody holds.
+SELECT count(*) FROM (SELECT FROM {reference} w JOIN {source} v ON {w_is_v} WHERE w.{role_column} IS DISTINCT FROM v.{key}
+   FOR NO KEY UPDATE OF w SKIP LOCKED) free

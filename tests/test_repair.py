@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from click.testing import CliRunner
 
 import runbook
-from runbook import cli, foreign_keys
+from runbook import cli, foreign_keys, repair
 from runbook.errors import BadInput, OutOfOrder, PlanBlocked, PromiseBroken
 from tests.traffic import COUNTING, counting_elsewhere
 from tests.walk import CLINIC_FILE, REPAIR, dump, walk
@@ -147,6 +148,7 @@ def test_a_finished_repair_leaves_the_strict_form(clinic: str, sql: Sql) -> None
     assert sql(default) == [("'user'::character varying",)]
 
 
+TWICE = "INSERT INTO users SELECT (jsonb_populate_record(b, '{\"role\": \"user\"}')).* FROM users_backup b WHERE role = 'admin'"
 BROKEN: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("", {"key": "email"}, BadInput, "partitioned by list (role), and a repair by email was asked for"),
     ("", {"backup": "nothing"}, BadInput, "public.nothing is not there"),
@@ -158,6 +160,7 @@ BROKEN: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ALTER TABLE users_backup ALTER id TYPE text", {}, BadInput, 'public.users_backup.id cannot be compared with public.users.id (operator does not exist: text = uuid): ALTER TABLE "public"."users_backup" ALTER "id" TYPE'),
     ("ALTER TABLE appointments ADD user_role integer", {}, BadInput, "public.appointments.user_role cannot be compared with public.users.role"),
     ("ALTER TABLE users DROP CONSTRAINT users_pkey", {}, PlanBlocked, "has no primary key"),
+    (f"INSERT INTO users SELECT * FROM users_backup WHERE role = 'admin'; {TWICE}", {}, PlanBlocked, "public.users has rows of the same id in more than one partition: ("),
     ("DELETE FROM users_backup WHERE role = 'admin'", {}, PlanBlocked, "2 rows of public.appointments refer to rows that"),
 ]  # fmt: skip
 
@@ -171,6 +174,26 @@ def test_a_repair_that_cannot_be_done(
     with pytest.raises(error, match=re.escape(said)):
         walk(clinic, *REPAIR, **{**PLANNED, **given})
     assert dump(clinic) == before
+
+
+@pytest.mark.long
+def test_rows_that_get_no_role_are_told_with_what_keeps_them(clinic: str, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "ROUNDS", 3)
+    sql(f"{BY_HAND}; {FEW}")
+    sql("CREATE FUNCTION undo() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        " CREATE TRIGGER undo BEFORE UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION undo()")  # fmt: skip
+    with pytest.raises(PromiseBroken, match="a trigger or a rule of appointments undoes the update"):
+        walk(clinic, *REPAIR[:3], **PLANNED)
+    sql("DROP FUNCTION undo CASCADE")
+    with psycopg.connect(clinic) as other:
+        other.execute("SELECT FROM appointments FOR UPDATE")
+        with pytest.raises(PromiseBroken, match="of appointments stay held by others"):
+            walk(clinic, "04_foreign_keys", **PLANNED)
+    sql(TWICE)
+    with pytest.raises(PromiseBroken, match=r"public.users has rows of the same id in more than one partition: \("):
+        walk(clinic, "04_foreign_keys", **PLANNED)
+    sql("DELETE FROM users_patients WHERE id IN (SELECT id FROM users_admins)")
+    walk(clinic, "04_foreign_keys", **PLANNED)
 
 
 def test_a_key_that_still_points_at_the_old_table_is_said(clinic: str, sql: Sql) -> None:
