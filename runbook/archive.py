@@ -211,6 +211,9 @@ def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path,
         try:
             manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
             Manifest.model_validate(manifest, strict=True)
+            if linked := [path for path in (entry, entry / "manifest.json") if path.is_symlink()]:  # it may be another tomorrow
+                said.append(f"{linked[0].relative_to(runs).as_posix()} was replaced by a link.")
+                continue
             yield entry, manifest, sha256(entry / "manifest.json")
         except FileNotFoundError:
             said.append(f"{entry.name} has no manifest.json: it was removed, or the folder was added.")

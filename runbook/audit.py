@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
 from runbook.database import target
@@ -50,7 +50,7 @@ def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), seal
         after, entry = manifest["run"], manifest["previous"]
     if page := list_of_runs(runs):
         if (there := runs / "index.html").is_file() and sha256(there) == page:
-            said += [] if said else _audit_list(there, [manifest for _, manifest, _ in found if manifest["sealed"]])
+            said += [] if said else _audit_list(there, [manifest for _, manifest, _ in found])
         else:
             said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
     known, heads, plans, sealing = set(digests.values()), list(heads), set(plans), set(sealing)
@@ -96,10 +96,15 @@ def _differs(runs: Path, entry: dict[str, str], digests: dict[str, str], after: 
     return []
 
 
-def _audit_list(page: Path, sealed: list[dict[str, Any]]) -> Iterator[str]:
-    """Whether the list of the runs says what their manifests do: HEAD vouches for it, and nothing for HEAD's own line of it."""
-    rows = re.findall(r"<tr>.*?</tr>", page.read_bytes().decode("utf-8", "replace"), re.DOTALL)
-    for manifest in sealed:
+def _audit_list(page: Path, manifests: list[dict[str, Any]]) -> Iterator[str]:
+    """Whether the list of the runs has those that are there, and says what their manifests do: HEAD vouches for it, and nothing for
+    HEAD's own line of it."""
+    text = page.read_bytes().decode("utf-8", "replace")
+    listed = set(map(unquote, re.findall(r'href="([^"/]*)/manifest\.json"', text)))
+    for run in sorted(listed - {manifest["run"] for manifest in manifests}):
+        yield f"index.html lists {run}, which has no manifest here: it was removed."
+    rows = re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+    for manifest in filter(lambda each: each["sealed"], manifests):
         row = next((row for row in rows if f'href="{quote(manifest["run"])}/manifest.json"' in row), "")
         facts = [manifest.get(name, "") for name in ("table", "operator", "host", "database_user", "approved_by")]
         said = [*map(html.escape, [*map(str, facts), manifest.get("plan_hash", "")[:12]]), f">{manifest.get('state', '')}</span>"]

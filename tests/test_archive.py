@@ -278,6 +278,13 @@ def swap(runs: Path, names: list[str]) -> None:
     (runs / "x").rename(runs / names[1])
 
 
+def cut(runs: Path, names: list[str]) -> None:
+    """The last run goes, and HEAD names the one before it, and the list that is there."""
+    shutil.rmtree(runs / names[2])
+    before = f"{sha256(runs / names[1] / 'manifest.json')}  {names[1]}/manifest.json"
+    (runs / "HEAD").write_text(f"{before}\n{(runs / 'HEAD').read_text().splitlines()[1]}\n")
+
+
 def forge(runs: Path, names: list[str]) -> None:
     """A failed run becomes a good one, its files' sums set right."""
     path = runs / names[1] / "manifest.json"
@@ -309,6 +316,9 @@ def smuggle(runs: Path, names: list[str]) -> None:
         (drop(0), ["{0} is missing: it was removed, though {1} names it."]),
         (drop(1), ["{1} is missing: it was removed, though {2} names it."]),
         (drop(2), ["{2} is missing: it was removed, though HEAD names it."]),
+        (cut, ["index.html lists {2}, which has no manifest here: it was removed."]),
+        (lambda runs, names: link(runs / names[1], runs.parent / "elsewhere"), ["{1} was replaced by a link."]),
+        (lambda runs, names: link(runs / names[2] / "manifest.json", runs.parent / "elsewhere"), ["{2}/manifest.json was replaced by a link."]),
         (forge, ["{1}/manifest.json was changed: it is not the one that {2} names."]),
         (smuggle, ["20200101T000000Z-more is not in the chain that ends in HEAD: it was added, or runs were re-ordered."]),
         (swap, ["{0} holds the record of {1}: it was renamed, or exchanged with another.",
@@ -342,7 +352,7 @@ def test_the_ledger_vouches_for_the_last_run_even_if_the_chain_was_made_anew(
 ) -> None:
     runs, names, heads = record
     shutil.rmtree(runs / names[2])
-    (runs / "HEAD").write_text(f"{heads[1]}  {names[1]}/manifest.json\n{sha256(runs / 'index.html')}  index.html\n")
+    (runs / "HEAD").write_text(f"{heads[1]}  {names[1]}/manifest.json\n{sha256(index(runs))}  index.html\n")
     assert audit(runs) == []
     assert audit(runs, heads) == [f"No run here has the manifest {heads[2]}, which the ledger names."]
 
