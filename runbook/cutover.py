@@ -37,6 +37,7 @@ def require_approval(action: Action, approved_by: str = "") -> Evidence:
 
 
 @recorded("cutover", "swap")
+@references.understood("05_cutover")
 def swap(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Swap the names in one short transaction; until it commits the application sees its table as before.
 
@@ -53,6 +54,7 @@ def swap(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> E
 
     def attempt() -> Evidence:
         references.require_intact(run, session)
+        _refuse_taken(run, session)
         foreign_keys.refuse_gaps(run, session, references_logged)
         _catch_up(run, session, patience)
         statements = list(swapping.swap_statements(run))
@@ -77,6 +79,17 @@ def swap(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> E
 
     with restore.from_the_copy(run):
         return locks.persist(run.database, session, patience, run.plan.full_name, attempt)
+
+
+def _refuse_taken(run: Run, session: Session) -> None:
+    """Raises PromiseBroken, naming them, for names that the swap gives and that were free when it was planned."""
+    schema, wanted = run.plan.table.schema_name, [run.plan.retired, *(each.name for each in run.plan.partitions)]
+    wanted += [index.retired_name for index in run.plan.indexes] + [retired for _, retired in swapping.identity_sequences(run)]
+    if taken := [f"{schema}.{row['name']}" for row in session.rows("draft.free", schema=schema, names=wanted)]:
+        raise PromiseBroken(
+            f"The swap of {run.plan.full_name} needs {'a name that is' if len(taken) == 1 else 'names that are'} taken by now: {', '.join(taken)}."
+            " Rename what has it, then run 05_cutover again."
+        )
 
 
 def _record(
@@ -142,6 +155,7 @@ def _replay_last(run: Run, session: Session, patience: locks.Patience) -> int:
 
 
 @recorded("cutover", "validate")
+@references.understood("05_cutover")
 def validate_foreign_keys(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Validate every key that the swap added NOT VALID: SHARE UPDATE EXCLUSIVE, readers and writers go on. Then materialized
     views are made anew."""

@@ -8,7 +8,7 @@ from runbook import attaching, backup, changes, cutover, foreign_keys, locks, lo
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.references import added, names
+from runbook.references import added, names, understood
 from runbook.session import Session
 from runbook.sheet import Listing, Sheet, nothing
 from runbook.statements import spelled, statement
@@ -105,6 +105,7 @@ def _older_sessions(run: Run, session: Session) -> str:
 
 
 @recorded("finish", "drop")
+@understood("91_finish")
 def drop(
     action: Action, drop_backup: bool = False, keep_fill: bool = False, lock_timeout_ms: int = 300, budget_s: float = 120
 ) -> Evidence:

@@ -14,7 +14,7 @@ from runbook.errors import PromiseBroken
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import fit, with_key
-from runbook.references import added, itself, logged, names, require_intact, tables
+from runbook.references import added, itself, logged, names, require_intact, tables, understood
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import rendered, statement, trusted
@@ -90,6 +90,7 @@ def _validate(run: Run, reference: Reference) -> sql.Composed:
 
 
 @recorded("foreign_keys", "columns")
+@understood("04_foreign_keys")
 def add_columns(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Add the role columns, each with its log, and mark the rows that need another value than the default. Raises PromiseBroken
     for rows that refer to nothing, by a key that 05 would have to validate, before anything is changed."""
@@ -141,6 +142,7 @@ def refuse_gaps(run: Run, session: Session, known: dict[str, dict[str, str]]) ->
 
 
 @recorded("foreign_keys", "fill")
+@understood("04_foreign_keys")
 def fill(action: Action, batch_rows: int = 2000) -> Evidence:
     """Correct the role of every row whose user is not of the most frequent one, `batch_rows` at once: 2,000 are so few that the
     application waits for one of our row locks some tens of milliseconds at most."""
@@ -244,6 +246,7 @@ def keys(run: Run) -> pd.DataFrame:
 
 
 @recorded("foreign_keys", "check")
+@understood("04_foreign_keys")
 def check(action: Action) -> Evidence:
     """Raises unless every row of every referencing table has its user's role, those still logged excepted."""
     if action.run.plan.restore_from == "backup":

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate
 
+import psycopg
 from psycopg import sql
 
-from runbook.errors import PromiseBroken
+from runbook.errors import PromiseBroken, function_of
 from runbook.facts import Reference
-from runbook.ledger import Run
+from runbook.ledger import Action, Evidence, P, Run
 from runbook.plan import equal, fit, identifiers
 from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
+
+
+def understood(
+    notebook: str,
+) -> Callable[[Callable[Concatenate[Action, P], Evidence]], Callable[Concatenate[Action, P], Evidence]]:
+    """Makes a function of an open action say what is to be done where the server refuses what it did not when all was planned: a
+    name, a right or a column is another now. Raises PromiseBroken; what a function of the application raises is its own."""
+    again = "again." if notebook == "90_rollback" else "again; or roll back with 90_rollback."
+
+    def decorate(do: Callable[Concatenate[Action, P], Evidence]) -> Callable[Concatenate[Action, P], Evidence]:
+        @wraps(do)
+        def doing(action: Action, /, *args: P.args, **kwargs: P.kwargs) -> Evidence:
+            try:
+                return do(action, *args, **kwargs)
+            except (psycopg.ProgrammingError, psycopg.DataError) as error:
+                if not error.sqlstate or function_of(error):
+                    raise
+                raise PromiseBroken(
+                    f"The server refused {notebook} of {action.run.plan.full_name} ({error.sqlstate}: {error.diag.message_primary}): somebody altered"
+                    f" since the plan what is named there. Take that back, then run {notebook} {again}"
+                ) from None
+
+        return doing
+
+    return decorate
 
 
 def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
@@ -163,7 +191,7 @@ def gained(run: Run, session: Session, reference: Reference) -> bool:
 
 
 def require_intact(run: Run, session: Session) -> None:
-    """Raises PromiseBroken, naming them, where logs are there no more that the migration needs, or a table inherits from a
+    """Raises PromiseBroken, naming them, where logs or role columns are there no more, or a table inherits from a
     referencing one since 00 looked: what is required of the role column would be required of its rows, which no trigger fills in."""
     logs = [names(run, each)["reference_log"] for each in added(run) if gained(run, session, each)]
     lost = [each for each in map(spelled, [run.names["log"], *logs]) if not session.value("catalog.there", name=each)]
@@ -173,6 +201,12 @@ def require_intact(run: Run, session: Session) -> None:
             " dropped or renamed it. Roll back with 90_rollback, then plan again with 00_plan."
         )
     for reference in added(run):
+        gone = {"schemas": [reference.schema_name], "tables": [reference.table], "columns": [reference.role_column]}
+        for row in session.rows("catalog.gone", **gone) if gained(run, session, reference) else ():
+            raise PromiseBroken(
+                f"{row['what']}, which 04_foreign_keys added, is there no more: rename it back and run this notebook again; where it was dropped,"
+                " add a column of that name and roll back with 90_rollback."
+            )
         for row in session.rows("foreign_keys.heirs", **names(run, reference)):
             raise PromiseBroken(
                 f"{row['name']} inherits from {row['parent']} since the plan: {reference.role_column} would be required of its rows too, which"

@@ -29,7 +29,7 @@ from runbook.errors import NotEqual, OutOfOrder, PromiseBroken
 from runbook.facts import Matview, Reference
 from runbook.ledger import STEPS, Action, Evidence, Run, recorded
 from runbook.plan import fit
-from runbook.references import added, gained
+from runbook.references import added, gained, understood
 from runbook.references import names as reference_names
 from runbook.session import Session
 from runbook.sheet import Listing, Sheet, nothing
@@ -99,6 +99,7 @@ def unswap_statements(run: Run, views: Iterable[Matview] = ()) -> Statements:
 
 
 @recorded("rollback", "swap", again=True)
+@understood("90_rollback")
 def swap_back(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Replay what changed since the cut-over into the original, compare, and swap the names back in one short transaction.
 
@@ -201,6 +202,7 @@ def _as_it_is(run: Run, session: Session) -> Run:
 
 
 @recorded("rollback", "clean", again=True)
+@understood("90_rollback")
 def clean(action: Action, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evidence:
     """Take away what the migration made: role columns, triggers, shadow, logs; validate the old foreign keys again."""
     run, session = action.run, action.session

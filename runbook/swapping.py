@@ -140,14 +140,15 @@ def rename(run: Run, *, retire: bool) -> Statements:
     for index in plan.indexes:
         old, new = (index.name, index.retired_name) if retire else (index.retired_name, index.name)
         yield statement("cutover.rename_index", index=(schema, old), to=(new,))
-    for own, retired in _identity_sequences(run):
+    for own, retired in identity_sequences(run):
         old, new = (own, retired) if retire else (retired, own)
         yield statement("cutover.rename_sequence", sequence=(schema, old), to=(new,))
     if retire:
         yield statement("ddl.rename", table=plan.source, to=run.names["retired_name"])
 
 
-def _identity_sequences(run: Run) -> Iterator[tuple[str, str]]:
+def identity_sequences(run: Run) -> Iterator[tuple[str, str]]:
+    """Of each its name, and the one that it retires by."""
     for column in run.plan.columns:
         if column.identity and column.identity_sequence:
             yield column.identity_sequence, fit(f"{column.identity_sequence}_retired")
@@ -156,7 +157,7 @@ def _identity_sequences(run: Run) -> Iterator[tuple[str, str]]:
 def positions(run: Run, *, retire: bool) -> Statements:
     """After the names have changed: the identity sequences in use go on where the others stand."""
     schema = run.plan.table.schema_name
-    for own, retired in _identity_sequences(run):
+    for own, retired in identity_sequences(run):
         to = spelled((schema, own))
         if retire:
             other = sql.Identifier(schema, retired)

@@ -569,3 +569,76 @@ def test_a_table_that_inherits_from_a_referencing_one_is_named_and_does_not_lead
         sql("ALTER TABLE heir NO INHERIT items; DROP TABLE heir")
     migration.walk(run, migration.FORWARD, first="swap")
     assert sql("SELECT count(*) FROM items JOIN orders ON (id, state) = (order_id, order_state)") == [(40,)]
+
+
+def test_names_that_are_taken_or_gone_are_told_before_the_locks(database: str, sql: Any) -> None:
+    sql(ORDERS)
+    run = migration.plan(database, "orders", "state", unique="global")
+    migration.walk(run, migration.FORWARD, last="columns")
+    sql("ALTER TABLE items RENAME order_state TO other")
+    with pytest.raises(
+        PromiseBroken, match=r"public\.items\.order_state, which 04_foreign_keys added, is there no more: rename it back"
+    ):
+        foreign_keys.fill(run)
+    sql("ALTER TABLE items RENAME other TO order_state")
+    migration.walk(run, migration.FORWARD, first="fill", last="approval")
+    for change, name, back in (
+        ("CREATE TABLE orders_retired ()", "orders_retired", "DROP TABLE orders_retired"),
+        ("CREATE TABLE orders_new ()", "orders_new", "DROP TABLE orders_new"),
+        ("CREATE INDEX orders_pkey_retired ON pays (order_id)", "orders_pkey_retired", "DROP INDEX orders_pkey_retired"),
+        ("CREATE SEQUENCE orders_id_seq_retired", "orders_id_seq_retired", "DROP SEQUENCE orders_id_seq_retired"),
+    ):
+        sql(change)
+        with pytest.raises(
+            PromiseBroken, match=rf"needs a name that is taken by now: public\.{name}\. Rename .* run 05_cutover again"
+        ):
+            cutover.swap(run)
+        sql(back)
+    sql("ALTER TABLE pays DROP order_state")
+    with pytest.raises(PromiseBroken, match=r"public\.pays\.order_state.*add a column of that name and roll back"):
+        cutover.swap(run)
+    sql("ALTER TABLE pays ADD order_state st")
+    migration.back(run)
+
+
+@pytest.mark.long
+def test_what_the_server_refuses_because_of_others_is_a_sentence_with_a_way_out(database: str, sql: Any) -> None:
+    sql(ORDERS)
+    name = sql("SELECT current_database()")[0][0]
+    sql(
+        f"CREATE ROLE mere_{name} LOGIN; GRANT CREATE ON DATABASE {name} TO mere_{name}; GRANT ALL ON SCHEMA public TO mere_{name}"
+    )
+    for table in ("orders", "items", "pays"):
+        sql(f"ALTER TABLE {table} OWNER TO mere_{name}")
+    run = migration.plan(database.replace("postgres@", f"mere_{name}@"), "orders", "state", unique="global")
+    migration.walk(run, migration.FORWARD, last="restore check")
+    changes = [
+        ("ALTER TABLE items OWNER TO postgres", f"ALTER TABLE items OWNER TO mere_{name}"),
+        ("ALTER TABLE items ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+         "ALTER TABLE items DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY"),
+    ]  # fmt: skip
+    for do, undo in changes:
+        sql(do)
+        with pytest.raises(PromiseBroken, match=r"refused 04_foreign_keys of public\.orders \(42501: .*90_rollback"):
+            migration.walk(run, migration.FORWARD, first="columns", last="keys check")
+        sql(undo)
+    migration.walk(run, migration.FORWARD, first="columns", last="approval")
+    for do, undo in changes:
+        sql(do)
+        with pytest.raises(PromiseBroken, match=r"refused 05_cutover of public\.orders \(42501: .*90_rollback"):
+            cutover.swap(run)
+        if "OWNER" in do:
+            with pytest.raises(
+                PromiseBroken, match=r"refused 90_rollback of public\.orders \(42501: .* then run 90_rollback again\.$"
+            ):
+                rollback.clean(run)
+        sql(undo)
+    migration.walk(run, migration.FORWARD, first="swap")
+    verify.check(run)
+    migration.walk(run, migration.END, last="approval")
+    sql("ALTER TYPE st RENAME VALUE 'new' TO 'fresh'")
+    with pytest.raises(PromiseBroken, match=r"refused 91_finish of public\.orders \(22P02: "):
+        migration.END["drop"](run)
+    sql("ALTER TYPE st RENAME VALUE 'fresh' TO 'new'")
+    migration.END["drop"](run)
+    sql(f"DROP OWNED BY mere_{name} CASCADE; DROP ROLE mere_{name}")
