@@ -206,8 +206,7 @@ def compare(run: Run) -> pd.DataFrame:
         if reason := _no_way_back(run):
             look.judge(promise, "", reason, None)
         else:
-            asked = (each.as_string(look.session.connection) for each in comparing.queries(run, look.session, changes.BACK))
-            look.judge_by(promise, ";\n\n".join(asked), rows)
+            look.judge_by(promise, comparing.question(run, look.session).as_string(look.session.connection), rows)
         if run.plan.restore_from == "backup":
             look.ask("verify.missing_of_backup")
         else:

@@ -328,6 +328,14 @@ SELECT string_agg(format('%I = $%s', c.name, c.place), ' AND ' ORDER BY c.place)
 HAVING i.i ->> 'tail' = format('btree (%s)', string_agg(quote_ident(c.name), ', ' ORDER BY c.place))
  ORDER BY (i.i ->> 'primary')::boolean DESC, i.place
 
+-- name: equal
+-- One statement, one snapshot. Rows whose change waits in the log for the way back are left out on both sides; after a TRUNCATE nothing
+-- can be said.
+SELECT r.rows, r.hash, o.rows AS retired_rows, o.hash AS retired_hash,
+       CASE WHEN NOT EXISTS (SELECT FROM {log} k WHERE ({k_keys}) IS NULL) THEN (r.rows, r.hash) = (o.rows, o.hash) END AS ok
+  FROM (SELECT count(*) AS rows, coalesce(sum({d_hash}), 0) AS hash FROM {partitioned} d WHERE {d_counts}) r
+ CROSS JOIN (SELECT count(*) AS rows, coalesce(sum({s_hash}), 0) AS hash FROM ONLY {plain} s WHERE {s_counts}) o
+
 -- name: same_as_backup
 -- One statement, one snapshot.
 SELECT (SELECT (count(*), coalesce(sum({s_hash}), 0)) FROM {backup} s) = (SELECT (count(*), coalesce(sum({d_hash}), 0)) FROM {source} d) AS same

@@ -131,6 +131,34 @@ def test_the_commands_answer_as_recorded_wherever_the_server_sits_and_whatever_w
     assert page.count("Could not be tried</summary>") == list(tried.values()).count("not tried")
 
 
+def test_that_both_tables_are_equal_can_be_asked_at_any_later_time(
+    forward: Callable[..., Migration], tmp_path: Path, sql: Callable[..., Any]
+) -> None:
+    migration = forward()
+    verify.check(migration)
+    page = (record(tmp_path / "runs", migration) / "certificate.html").read_text()
+    (command,) = re.findall(r"Every row equals the retired table.*?Ask again</summary><pre>(.*?)</pre>", page, re.DOTALL)
+    environment = {"PATH": f"{wheel(18) / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+    def answer() -> str:
+        return subprocess.check_output(["sh", "-c", html.unescape(command)], env=environment, text=True).splitlines()[2][-1]
+
+    assert answer() == "t"
+    for write in (
+        "INSERT INTO users (email, password, first_name, last_name) SELECT n || '@later.example', '', '', '' FROM generate_series(1, 3) n",
+        "UPDATE users SET role = 'admin' WHERE email = '1@later.example'",
+        "UPDATE users SET phone = '1' WHERE role = 'doctor'",
+        "DELETE FROM users WHERE email = '2@later.example'",
+    ):
+        sql(write)
+        assert answer() == "t", write
+    sql("ALTER TABLE users_patients DISABLE TRIGGER runbook_log_back")
+    sql(
+        "UPDATE users SET phone = 'unseen' WHERE id = (SELECT min(id::text)::uuid FROM users_patients WHERE email NOT LIKE '%@later.example')"
+    )
+    assert answer() == "f"
+
+
 def test_the_promises_are_there_for_machines_too(made: Made) -> None:
     _, migration, folder = made
     suite = ElementTree.parse(folder / "promises.xml").getroot()
