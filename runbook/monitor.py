@@ -187,7 +187,7 @@ def check(
         ),
         (
             log > max_log_mib,
-            f"The log of the way back has {log:,.0f} MiB (max_log_mib is {max_log_mib:,}): end it with 91_finish, or take it with"
+            f"The log of the way back has {log:,.1f} MiB (max_log_mib is {max_log_mib:,}): end it with 91_finish, or take it with"
             " 90_rollback.",
         ),
     ]

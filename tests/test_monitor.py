@@ -94,7 +94,7 @@ def test_dead_rows_a_long_log_and_old_code_pass_their_thresholds(migrated, sql):
         monitor.check(migrated)
     with pytest.raises(PromiseBroken, match=r"1 row needed the fill trigger since yesterday \(max_filled_rows is 0\)"):
         monitor.check(migrated, max_dead_percent=100, max_filled_rows=0)
-    with pytest.raises(PromiseBroken, match=r"The log of the way back has \d+ MiB \(max_log_mib is 0\)"):
+    with pytest.raises(PromiseBroken, match=r"The log of the way back has \d+\.\d MiB \(max_log_mib is 0\)"):
         monitor.check(migrated, max_dead_percent=100, max_log_mib=0)
 
 
