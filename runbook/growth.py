@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 
 from runbook import catalog, division, drift
-from runbook.errors import BadInput
+from runbook.errors import BadInput, PromiseBroken
 from runbook.facts import Column, Fact, Finding, Key, Partition
 from runbook.findings import worst_first
 from runbook.ledger import Run
@@ -58,7 +58,7 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
     """Read the tree and its default partition's rows; what is there already is not added again. Bad bounds are a blocker, in
     the server's own words."""
     plan, found = run.plan, list[Finding]()
-    tree = session.rows("additions.tree", oid=oid)
+    tree = require_partitions(run, session, oid)
     default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
     drift.require(session, plan, [((plan.table.schema_name, plan.table.name), plan.key)])
     key = next(column for column in catalog.columns_of(session, oid) if column.name == plan.key)
@@ -97,6 +97,21 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
         keys=tuple(Key.model_validate(row | {"schema_name": row["schema"]}) for row in keys),
         findings=worst_first(found),
     )  # fmt: skip
+
+
+def require_partitions(run: Run, session: Session, oid: int) -> list[Row]:
+    """The table's partitions; raises PromiseBroken when somebody took the last one away, or made a plain table of its name."""
+    name, tree = run.plan.full_name, session.rows("additions.tree", oid=oid)
+    if not session.value("foreign_keys.partitioned", reference_text=spelled(run.plan.source)):
+        raise PromiseBroken(
+            f"{name} is not partitioned any more, so it is another table than was cut over: plan it anew with 00_plan."
+        )
+    if not tree:
+        raise PromiseBroken(
+            f"{name} has no partition any more, and every row is refused: attach one that was detached, or make one by CREATE TABLE …"
+            f" PARTITION OF {spelled(run.plan.source)}; then run this again."
+        )
+    return tree
 
 
 def half_detached(session: Session, oid: int) -> str:

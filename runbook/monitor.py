@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from itertools import takewhile
 from typing import Any
 
 import pandas as pd
 import psycopg
+from psycopg import sql
 
 from runbook import queries
 from runbook.application import filled
 from runbook.errors import OutOfOrder, PromiseBroken
-from runbook.growth import half_detached, ranges_of
+from runbook.growth import half_detached, ranges_of, require_partitions
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.points import stage
 from runbook.session import Session
-from runbook.statements import spelled
+from runbook.statements import spelled, trusted
 from runbook.words import counted
 
 MIB = 1024 * 1024
@@ -26,12 +29,13 @@ FEW_DEAD = 1000  # below it a share says nothing: of a small partition the trial
 def look(action: Action, file: str = "") -> Evidence:
     """See how the partitions fare: sizes, rows, scans, pruning, what has no partition of its own, what the way back costs.
 
-    Only reads, after 91_finish too. Raises OutOfOrder before the cut-over: there are no partitions to look at.
+    Only reads, after 91_finish too. Raises OutOfOrder before the cut-over, and PromiseBroken when there are no partitions any more.
     """
     run, session = action.run, action.session
     if not run.partitioned:
         raise OutOfOrder(f"{run.plan.full_name} is not partitioned yet: 08_monitor is for the time after 05_cutover.")
     root = spelled(run.plan.source)
+    require_partitions(run, session, session.value("verify.oid", root=root))
     with session.qualified():
         leaves = session.rows("monitor.partitions", root=root)
     rest = [(leaf["schema"], leaf["name"]) for leaf in leaves if leaf["bound"] == "DEFAULT"]
@@ -65,13 +69,43 @@ def _told(facts: dict[str, Any]) -> str:
 
 
 def _missing(run: Run, session: Session) -> list[str]:
-    """The plan's partitions that are there no more, by name or by bound; by range old ones may go."""
-    if run.plan.partition_by == "range" or run.plan.takes_any_value:
-        return []
+    """The plan's partitions of which no partition of today takes the rows: by list their values, by hash their remainders, by range
+    now; and a DEFAULT one that is there no more. By range old ones may go."""
+    plan, root = run.plan, spelled(run.plan.source)
     with session.qualified():
-        tree = session.rows("additions.tree", oid=session.value("verify.oid", root=spelled(run.plan.source)))
-    there = {row[what] for row in tree for what in ("name", "bound")}
-    return [each.name for each in run.plan.partitions if each.name not in there and each.bound not in there]
+        rules = session.rows("restore.partition_rules", parent=root)
+        if any(row["is_default"] for row in rules):
+            return []
+        if plan.partition_by == "hash":
+            bounds = [row["bound"] for row in session.rows("additions.tree", oid=session.value("verify.oid", root=root))]
+            return [each.name for each in plan.partitions if not _covered(each.bound, bounds)]
+        taken = sql.SQL(" OR ").join(trusted(row["rule"]) for row in rules)
+        found = session.rows("monitor.untaken", **run.names, taken=taken, **_samples(run, session))
+    untaken = {row["name"] for row in found}
+    return [each.name for each in plan.partitions if each.name in untaken or each.bound == "DEFAULT"]
+
+
+def _samples(run: Run, session: Session) -> dict[str, Any]:
+    """Values of which the plan's partitions took each: by list all, by range, of a time, now."""
+    plan = run.plan
+    if plan.partition_by == "list":
+        pairs = [(each.name, value) for each in plan.partitions for value in each.values]
+    else:
+        key = next(column for column in plan.columns if column.name == plan.key)
+        named = {"names": [each.name for each in plan.partitions], "bounds": [each.bound for each in plan.partitions]}
+        rows = session.rows("monitor.current", **ranges_of(session, key, []), **named)
+        pairs = [(row["name"], row["value"]) for row in rows]
+    return {"names": [name for name, _ in pairs], "values": [value for _, value in pairs]}
+
+
+def _covered(bound: str, bounds: list[str]) -> bool:
+    """Whether partitions by hash take a whole remainder: one may have been divided by hand, by a multiple of the modulus."""
+    modulus, remainder = map(int, re.findall(r"\d+", bound))
+    shares = Fraction(0)
+    for other, rest in (map(int, re.findall(r"\d+", each)) for each in bounds):
+        if (rest - remainder) % min(modulus, other) == 0:
+            shares += Fraction(modulus, max(modulus, other))
+    return shares >= 1
 
 
 def _ahead(run: Run, session: Session) -> int | None:
@@ -146,12 +180,15 @@ def check(
             if leaf["dead"] > FEW_DEAD and 100 * leaf["dead"] > max_dead_percent * (leaf["dead"] + leaf["rows"])]  # fmt: skip
     share, log, new = seen["pruning_percent"], (seen["log_bytes"] or 0) / MIB, seen["new_values"]
     ahead, missing = seen.get("ahead"), seen.get("missing") or []
+    addable = run.plan.partition_by != "hash" and not any(
+        each.bound == "DEFAULT" for each in run.plan.partitions if each.name in missing
+    )
     passed = [
         (bool(seen.get("half_detached")), seen.get("half_detached", "")),
         (
             bool(missing),
             f"{', '.join(missing)} of the plan {'is' if len(missing) == 1 else 'are'} there no more, and such a row is refused: attach it, or"
-            " make it again with 20_add_partitions.",
+            f" make it again{' with 20_add_partitions' if addable else ''}.",
         ),
         (
             ahead is not None and ahead < min_ahead,

@@ -37,3 +37,14 @@ SELECT a.evidence -> 'values' AS "values" FROM runbook.action a
 -- The partitions that begin after now, up to where they end; the last one first.
 SELECT schema, name FROM unnest({schemas}::text[], {names}::text[], {lows}::text[], {highs}::text[]) r (schema, name, low, high)
  WHERE coalesce(low::{type} > {now}, low IS NOT NULL AND {now} IS NULL) AND high::{type} <= {ends}::text::{type} ORDER BY low::{type} DESC
+
+-- name: untaken
+-- Whose value no partition takes; the rules name the key only.
+SELECT p.name FROM unnest({names}::text[], {values}::text[]) p (name, value)
+ WHERE (SELECT {taken} FROM (SELECT p.value::{key_type} AS {key}) placed) IS NOT TRUE
+
+-- name: current
+-- Of ranges of time the one in which now lies.
+SELECT name, {now}::text AS value FROM unnest({names}::text[], {bounds}::text[]) p (name, bound)
+ CROSS JOIN LATERAL (SELECT nullif(substring(bound FROM 'FROM \(''?(.*?)''?\) TO '), 'MINVALUE') AS low, nullif(substring(bound FROM ' TO \(''?(.*?)''?\)$'), 'MAXVALUE') AS high) r
+ WHERE {now} IS NOT NULL AND bound <> 'DEFAULT' AND coalesce(low::{type} <= {now}, true) AND coalesce(high::{type} > {now}, true)

@@ -8,7 +8,7 @@ from base64 import b64decode
 import pytest
 from click.testing import CliRunner
 
-from runbook import application, charts, finish, monitor, verify
+from runbook import additions, application, charts, finish, monitor, verify
 from runbook.cli import main
 from runbook.errors import OutOfOrder, PromiseBroken
 from runbook.ledger import of
@@ -123,6 +123,53 @@ def test_a_partition_of_the_plan_that_is_gone_is_named(migrated, sql):
     seen(migrated)
     with pytest.raises(PromiseBroken, match=r"users_doctors of the plan is there no more, and such a row is refused"):
         monitor.check(migrated)
+
+
+def test_what_no_partition_takes_any_more_is_named_however_it_is_divided(forward, clinic, sql):
+    """And what was divided by hand, so that each value is taken still, is not."""
+    run = forward(partitions={"users_all": ["user", "doctor", "admin"], "users_rest": "default"})
+    sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey; ALTER TABLE users DETACH PARTITION users_all;"
+        " CREATE TABLE users_some PARTITION OF users FOR VALUES IN ('user'); CREATE TABLE users_more PARTITION OF users FOR VALUES IN ('doctor', 'admin')")  # fmt: skip
+    assert seen(run)["missing"] == []
+    assert "No threshold is passed" in monitor.check(run).sentence
+    sql("ALTER TABLE users DETACH PARTITION users_rest")
+    assert seen(run)["missing"] == ["users_rest"]
+    sql("ALTER TABLE users DETACH PARTITION users_more")
+    seen(run)
+    with pytest.raises(
+        PromiseBroken, match=r"users_all, users_rest of the plan are there no more, and .* attach it, or make it again\."
+    ):
+        monitor.check(run)
+
+
+@pytest.mark.parametrize(("given", "division"), [
+    ("int", {"partition_by": "hash", "modulus": 2}),
+    ("date", {"partition_by": "range", "partitions": {"logs_0": ["2000-01-01", "2900-01-01"], "logs_1": ["2900-01-01", None]}}),
+])  # fmt: skip
+def test_a_remainder_and_the_present_are_asked_for_and_no_partition_at_all_is_a_sentence(
+    database, sql, tmp_path, given, division
+):
+    sql(f"CREATE TABLE logs (id int PRIMARY KEY, at {given} NOT NULL)")
+    run = migration.forward(database, table="logs", key="at", **division)
+    sql("ALTER TABLE logs DETACH PARTITION logs_0")
+    assert seen(run)["missing"] == ["logs_0"]
+    with pytest.raises(PromiseBroken, match="logs_0 of the plan is there no more, and such a row is refused: attach it"):
+        monitor.check(run)
+    if given == "int":
+        sql("CREATE TABLE logs_00 PARTITION OF logs FOR VALUES WITH (MODULUS 4, REMAINDER 0)")
+        assert seen(run)["missing"] == ["logs_0"], "half of it"
+        sql("CREATE TABLE logs_02 PARTITION OF logs FOR VALUES WITH (MODULUS 4, REMAINDER 2); DROP TABLE logs_1")
+        assert seen(run)["missing"] == ["logs_1"]
+        sql("DROP TABLE logs_00, logs_02")
+    else:
+        sql("DROP TABLE logs_1")
+    for what in ("has no partition any more, and every row is refused: attach one", "is not partitioned any more"):
+        with pytest.raises(PromiseBroken, match=rf"public\.logs {what}"):
+            monitor.look(run)
+        if given == "date":
+            with pytest.raises(PromiseBroken, match=rf"public\.logs {what}"):
+                additions.draft(run, every="year")
+        sql("DROP TABLE logs; CREATE TABLE logs (id int PRIMARY KEY, at date)")
 
 
 @pytest.mark.long
