@@ -12,7 +12,7 @@ from psycopg import sql
 from runbook import attaching, catalog, cutover, locks, unique
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
 from runbook.facts import Finding
-from runbook.growth import Addition, Growth, decide, in_the_way, left_behind, stands
+from runbook.growth import Addition, Growth, decide, in_the_way, left_behind, require_partitions, stands
 from runbook.ledger import Action, Evidence, Run
 from runbook.parameters import resolve
 from runbook.sheet import Sheet
@@ -48,10 +48,13 @@ class Draft:
 
     def upkeep(self) -> Sheet:
         """How one partition is emptied, vacuumed, re-indexed, detached and attached, and what that locks."""
-        plan, one = self.run.plan, self.run.plan.partitions[0]
-        leaf = sql.Identifier(plan.table.schema_name, one.name)
+        plan = self.run.plan
+        with self.run.database.session("add.upkeep") as session, session.qualified():
+            there = require_partitions(self.run, session, self.growth.oid)  # of the plan's the first may have gone
+        one = next((row for row in there if row["oid"] == self.growth.sibling), there[0])
+        leaf = sql.Identifier(one["schema"], one["name"])
         guards = [unique.names(plan, guard, self.run.staging) for guard in plan.guards]
-        return Sheet([statement("additions.upkeep", root=plan.source, leaf=leaf, bound=trusted(one.bound)),
+        return Sheet([statement("additions.upkeep", root=plan.source, leaf=leaf, bound=trusted(one["bound"])),
                       *(statement("unique.forget_detached", **each) for each in guards),
                       *(statement("unique.take_attached", **each, attached=leaf) for each in guards)])  # fmt: skip
 

@@ -517,6 +517,15 @@ def test_guards_follow_a_partition_that_is_detached_and_attached(forward, sql):
         sql(insert(email, "user"))
 
 
+def test_the_statements_for_one_partition_name_one_that_is_there(forward, sql):
+    run = forward()
+    sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey; ALTER TABLE users DETACH PARTITION users_patients;"
+        " CREATE SCHEMA old; ALTER TABLE users_doctors SET SCHEMA old")  # fmt: skip
+    shown = repr(additions.draft(run, add=NURSES).upkeep())
+    assert "users_patients" not in shown and 'DELETE FROM "old"."users_doctors"' in shown
+    assert """ATTACH PARTITION "old"."users_doctors" FOR VALUES IN ('doctor')""" in shown
+
+
 def test_a_run_that_died_before_the_validation_is_made_good_by_the_next(clinic, sql):
     run = migration.forward(clinic, partitions=REST)
     sql(f"{insert('nurse@x', 'nurse')}; INSERT INTO appointments (user_id, doc_id, scheduled_at)"
