@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from runbook import changes
 from runbook.changes import Way
 from runbook.errors import NotEqual
 from runbook.ledger import Run
+from runbook.plan import equal
 from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
@@ -32,8 +34,9 @@ class Comparison:
     waiting: int
 
 
-def exactly(run: Run, session: Session, way: Way) -> Comparison:
-    """Compare origin and copy in one REPEATABLE READ snapshot, leaving out the keys that still wait in the log.
+def exactly(run: Run, session: Session, way: Way, apart: Sequence[sql.Identifier] = ()) -> Comparison:
+    """Compare origin and copy in one REPEATABLE READ snapshot, leaving out the keys that still wait in the log, and of the plain table
+    those that stand `apart`, in partitions that were detached.
 
     In any snapshot these are equal, under full load, so the check is exact: the partitions' sums add up to the plain
     table's. Raises NotEqual, naming partitions, counts and the first keys that differ. Both sides are read at the same
@@ -44,7 +47,7 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
         changes.hold(run, session, way)
         snapshot = session.value("restore.export_snapshot")
         waiting = changes.length(run, session, way)
-        partitioned, plain = queries(run, session, way)
+        partitioned, plain = queries(run, session, way, apart)
         reading: list[Session] = []
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(_sums_beside, run, snapshot, plain, reading) if alone else None
@@ -63,7 +66,7 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
                 {name: {"rows": rows, "hash": str(value)} for name, (rows, value) in mine.items()},
                 waiting,
             )
-        names = _names(run, session, way)
+        names = _names(run, session, way, apart)
         theirs = _sums(session.rows("restore.sums_of_plain_by_partition", **names))
         differing = session.rows("restore.differing", **names, limit=20)
     parts = [
@@ -78,14 +81,26 @@ def exactly(run: Run, session: Session, way: Way) -> Comparison:
     )
 
 
-def question(run: Run, session: Session) -> sql.Composed:
+def detached(run: Run, session: Session) -> list[sql.Identifier]:
+    """Partitions that somebody detached since the cut-over and kept: what they took along is not lost."""
+    added = statement("verify.added", **run.names)
+    rows = session.rows("verify.detached", **run.names, known=statement("verify.known", **run.names, added=added))
+    return [sql.Identifier(row["schema"], row["name"]) for row in rows]
+
+
+def total(sums: Collection[dict[str, Any]]) -> tuple[int, int]:
+    """Rows and hash of all partitions together."""
+    return sum(each["rows"] for each in sums), sum(int(each["hash"]) for each in sums)
+
+
+def question(run: Run, session: Session, apart: Sequence[sql.Identifier] = ()) -> sql.Composed:
     """One statement by which anybody can ask at any later time whether the result equals the retired table."""
-    return statement("verify.equal", **_names(run, session, changes.BACK, later=True))
+    return statement("verify.equal", **_names(run, session, changes.BACK, apart, later=True))
 
 
-def queries(run: Run, session: Session, way: Way) -> tuple[sql.Composed, sql.Composed]:
+def queries(run: Run, session: Session, way: Way, apart: Sequence[sql.Identifier] = ()) -> tuple[sql.Composed, sql.Composed]:
     """The two statements whose sums are compared: of every partition, and of the plain table."""
-    names = _names(run, session, way)
+    names = _names(run, session, way, apart)
     leaves = session.rows("restore.leaves", parent=spelled(names["partitioned"]))
     each = (
         statement("restore.sums_of_leaf", **names, leaf_name=row["name"], leaf=(row["schema"], row["name"])) for row in leaves
@@ -111,7 +126,9 @@ def _sums(rows: list[dict[str, Any]]) -> Sums:
     return {row["partition"]: (row["rows"], int(row["hash"])) for row in rows if row["rows"]}
 
 
-def _names(run: Run, session: Session, way: Way, later: bool = False) -> dict[str, sql.Composable]:
+def _names(
+    run: Run, session: Session, way: Way, apart: Sequence[sql.Identifier] = (), *, later: bool = False
+) -> dict[str, sql.Composable]:
     plan = run.plan
     root = run.names["shadow" if way is changes.FORWARD else "source"]
     names = {
@@ -124,6 +141,9 @@ def _names(run: Run, session: Session, way: Way, later: bool = False) -> dict[st
     for row in ("s", "d"):
         still = statement("restore.not_waiting", log=names["log"], row_is_k=names[f"{row}_is_k"])
         names[f"{row}_counts"] = sql.SQL("true") if empty else still
+    a_is_s = equal("a", plan.primary_key, "s", plan.primary_key, plan.key_equals)
+    elsewhere = [statement("verify.not_apart", **names, leaf=leaf, a_is_s=a_is_s) for leaf in apart]
+    names["s_counts"] = sql.SQL("\n   AND ").join([names["s_counts"], *elsewhere])
     return names
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psycopg import errors
 
-from runbook import attaching, backup, changes, cutover, foreign_keys, locks, losses, matviews, swapping
+from runbook import attaching, backup, changes, cutover, foreign_keys, locks, losses, matviews, swapping, verify
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PromiseBroken
 from runbook.ledger import Action, Evidence, Run, recorded
@@ -64,7 +64,13 @@ def _require(action: Action, approved_by: str, unneeded_for_h: int, force_strict
     run = action.run
     action.session.run("ledger.withdraw", migration=run.migration, step="finish", action="approval")
     if run.finished("verify", "check") is None:
-        raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.")
+        broken = [each.promise for each in verify.seen(run) if each.verdict == verify.FAIL]
+        found = (
+            f" It found broken: {'; '.join(broken[:10])}{f'; and {len(broken) - 10} more' if len(broken) > 10 else ''}."
+            if broken
+            else ""
+        )
+        raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.{found}")
     if run.plan.restore_from == "source" and (bad := cutover.unsound(run, action.session)):
         raise OutOfOrder(
             f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: if 20_add_partitions was stopped,"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import subprocess
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import psycopg
 from runbook import backup, changes, postgres, references, unique
 from runbook import compare as comparing
 from runbook.errors import BadInput, NotEqual, PromiseBroken
+from runbook.growth import require_partitions
 from runbook.ledger import Evidence, Run
 from runbook.session import Session
 from runbook.statements import Value, spelled, statement, trusted
@@ -91,7 +92,9 @@ def _look(run: Run, part: str) -> Iterator[Look]:
     with run.action("verify", part, again=True) as action:
         names: dict[str, Value] = {**run.names, "root": spelled(run.plan.source), "d_hash": run.plan.hashed("d")}
         names |= {each: statement(f"verify.{each}", **run.names) for each in ("unique_keys", "added")}
+        names["known"] = statement("verify.known", **names)
         names["grown"] = statement("verify.grown", **names)
+        require_partitions(run, action.session, action.session.value("verify.oid", **names))
         look = Look(action.session, names, part == "crud")
         try:
             yield look
@@ -200,13 +203,15 @@ def compare(run: Run) -> pd.DataFrame:
         promise, seen = "Every row equals the retired table's, to the byte", []
 
         def rows() -> str:
-            seen.append(comparing.exactly(run, look.session, changes.BACK))
-            return seen[0].sentence
+            seen.append(comparing.exactly(run, look.session, changes.BACK, apart))
+            kept = ", ".join(each.as_string().replace('"', "") for each in apart)
+            return seen[0].sentence + (f" What {kept} took along, detached since, is left out." if apart else "")
 
         if reason := _no_way_back(run):
             look.judge(promise, "", reason, None)
         else:
-            look.judge_by(promise, comparing.question(run, look.session).as_string(look.session.connection), rows)
+            apart = comparing.detached(run, look.session)
+            look.judge_by(promise, comparing.question(run, look.session, apart).as_string(look.session.connection), rows)
         if run.plan.restore_from == "backup":
             look.ask("verify.missing_of_backup")
         else:
@@ -228,16 +233,11 @@ def _against_backup(run: Run, look: Look, seen: list[comparing.Comparison]) -> s
     if "archive" in made.facts:
         return f"{made.facts['archive']} has the sha256 {made.facts['sha256']}; an archive is not compared with the result"
     if seen and not seen[0].waiting and run.plan.null_value is None:  # all rows of the result were summed a moment ago
-        same = _total(seen[0].sums.values()) == _total(made.facts["sums"])
+        same = comparing.total(seen[0].sums.values()) == comparing.total(made.facts["sums"])
     else:
         same = look.ask("verify.same_as_backup")[0]["same"]
     since = "no row differs from the result" if same else look.ask("verify.writes_since")[0]["since"]
     return f"{counted(made.rows or 0, 'row')}, as its evidence says; {since}"
-
-
-def _total(sums: Collection[dict[str, Any]]) -> tuple[int, int]:
-    rows, hashes = zip(*((each["rows"], int(each["hash"])) for each in sums), strict=True) if sums else ((), ())
-    return sum(rows), sum(hashes)
 
 
 def crud(run: Run) -> pd.DataFrame:

@@ -36,35 +36,47 @@ SELECT c.relname AS name, coalesce(p.relname, '') AS parent, t.level,
 SELECT jsonb_array_elements_text(a.evidence -> 'partitions') FROM runbook.action a
  WHERE a.migration = {migration} AND a.step = 'add' AND a.action LIKE 'attach %' AND a.state = 'done'
 
+-- name: known
+-- The plan's partitions, and what 20 added since: others came by hand.
+SELECT p ->> 'name' FROM runbook.migration m CROSS JOIN jsonb_array_elements(m.plan -> 'partitions') p WHERE m.id = {migration} UNION {added}
+
 -- name: grown
--- The migration, with what 20 added since among the plan's partitions: their values are not kept, and rows they had none.
-SELECT m.id, m.plan || jsonb_build_object('partitions', m.plan -> 'partitions' || coalesce(a.added, '[]')) AS plan
+-- The migration, with the partitions of today: the plan's that are there, and what came since, by 20 or by hand: their values are not
+-- kept, and rows they had none.
+SELECT m.id, m.plan || jsonb_build_object('partitions', (
+       SELECT coalesce(jsonb_agg(coalesce(p.part, jsonb_build_object('name', c.relname, 'values', '[]'::jsonb, 'rows', NULL, 'bound', pg_get_expr(c.relpartbound, c.oid)))
+                ORDER BY p.place, c.oid), '[]')
+         FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = m.plan -> 'table' ->> 'schema_name'
+         LEFT JOIN jsonb_array_elements(m.plan -> 'partitions') WITH ORDINALITY p(part, place) ON p.part ->> 'name' = c.relname
+        WHERE t.level > 0 AND (t.isleaf OR p.part IS NOT NULL))) AS plan
   FROM runbook.migration m
-  LEFT JOIN LATERAL (
-       SELECT jsonb_agg(jsonb_build_object('name', a.name, 'values', '[]'::jsonb, 'rows', NULL, 'bound', pg_get_expr(c.relpartbound, c.oid)) ORDER BY a.place) AS added
-         FROM (SELECT added.name, row_number() OVER () AS place FROM ({added}) added(name)) a
-         JOIN pg_class c ON c.oid = to_regclass(format('%I.%I', m.plan -> 'table' ->> 'schema_name', a.name)) AND c.relispartition) a ON true
 
 -- name: leaves
 SELECT count(*) FILTER (WHERE isleaf) AS leaves FROM pg_partition_tree({root})
 
 -- name: partitions
+-- What came or went by hand is named: whether each row is there still, and in its place, others ask. A partition by another name is
+-- neither: 91 and 90 know it by its own.
+WITH now AS ({tree}),
+     was AS (SELECT k.name, p.part ->> 'bound' AS bound, now.name IS NULL AS gone, now.name IS NULL AND EXISTS (
+                    SELECT FROM now o WHERE o.level > 0 AND lower(translate(p.part ->> 'bound', ' ''', '')) = lower(translate(o.bound, ' ''', ''))) AS renamed
+               FROM ({known}) k(name) LEFT JOIN now ON now.level > 0 AND now.name = k.name::name
+               LEFT JOIN LATERAL (SELECT p FROM runbook.migration m, jsonb_array_elements(m.plan -> 'partitions') p WHERE m.id = {migration} AND p ->> 'name' = k.name) p(part) ON true),
+     told AS (SELECT (SELECT string_agg(name, ', ' ORDER BY name) FROM was WHERE renamed) AS renamed,
+                     (SELECT string_agg(name, ', ' ORDER BY name) FROM was WHERE gone AND NOT renamed) AS gone,
+                     (SELECT string_agg(name, ', ' ORDER BY name) FROM now WHERE level > 0 AND NOT EXISTS (
+                       SELECT FROM was w WHERE w.name::name = now.name OR w.renamed AND lower(translate(w.bound, ' ''', '')) = lower(translate(now.bound, ' ''', '')))) AS came)
 SELECT 'It is partitioned as planned' AS promise,
-       concat((SELECT 'there is no ' || string_agg(p.name, ', ' ORDER BY p.name) || ', unless by another name: ' FROM (
-                 SELECT p ->> 'name' AS name FROM jsonb_array_elements(m.plan -> 'partitions') p UNION SELECT p FROM ({added}) a(p)) p
-                WHERE p.name <> ALL (array_agg(coalesce(now.name::text, '')))),
-              string_agg(now.name || ' ' || now.bound, '; ' ORDER BY now.level, now.name)) AS seen,
-       coalesce(bool_and(now.level > 0 OR lower(now.bound) = lower(format('PARTITION BY %s (%I)', m.plan ->> 'partition_by', m.plan ->> 'key')))
-         AND array_agg(now.name ORDER BY now.name) FILTER (WHERE now.level > 0)
-           = (SELECT array_agg(p.name ORDER BY p.name) FROM (
-                SELECT (p ->> 'name')::name AS name FROM jsonb_array_elements(m.plan -> 'partitions') p
-                UNION SELECT p::name FROM ({added}) a(p)) p)
+       concat('there is no ' || told.renamed || ', unless by another name: ', 'gone since: ' || told.gone || '; ', 'came since: ' || told.came || '; ',
+              (SELECT string_agg(now.name || ' ' || now.bound, '; ' ORDER BY now.level, now.name) FROM now)) AS seen,
+       coalesce((SELECT lower(now.bound) = lower(format('PARTITION BY %s (%I)', m.plan ->> 'partition_by', m.plan ->> 'key')) FROM now WHERE level = 0), false)
+         AND told.renamed IS NULL
+         -- by hash a remainder that is gone is taken by nothing but what its partition was divided into
+         AND (m.plan ->> 'partition_by' <> 'hash' OR told.gone IS NULL OR told.came IS NOT NULL)
          -- by list every row is looked at; the other bounds must read as planned
-         AND bool_and(now.level = 0 OR m.plan ->> 'partition_by' = 'list' OR EXISTS (
-               SELECT FROM jsonb_array_elements(m.plan -> 'partitions') p WHERE p ->> 'name' = now.name
-                  AND lower(translate(p ->> 'bound', ' ''', '')) = lower(translate(now.bound, ' ''', '')))
-               OR now.name IN (SELECT p::name FROM ({added}) a(p))), false) AS ok
-  FROM runbook.migration m LEFT JOIN ({tree}) now ON true WHERE m.id = {migration} GROUP BY m.id
+         AND NOT EXISTS (SELECT FROM now JOIN was ON was.name::name = now.name AND now.level > 0 WHERE m.plan ->> 'partition_by' <> 'list'
+                            AND lower(translate(was.bound, ' ''', '')) <> lower(translate(now.bound, ' ''', ''))) AS ok
+  FROM runbook.migration m CROSS JOIN told WHERE m.id = {migration}
 
 -- name: columns
 -- The partition key is NOT NULL now, if it was not before, unless a partition takes NULL.
@@ -89,7 +101,8 @@ WITH planned AS (
          name text, "unique" boolean, "primary" boolean, columns text[], tail text, constraint_type text, everywhere boolean, leaf_names jsonb)
    CROSS JOIN LATERAL (
          SELECT m.plan -> 'table' ->> 'name', i.name WHERE i.everywhere
-         UNION ALL SELECT key, value FROM jsonb_each_text(i.leaf_names) WHERE m.plan ->> 'restore_from' = 'source') p("table", name)
+         UNION ALL SELECT key, value FROM jsonb_each_text(i.leaf_names) WHERE m.plan ->> 'restore_from' = 'source'
+            AND key IN (SELECT c.relname FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid)) p("table", name)
    WHERE m.id = {migration}),
 now AS (
   SELECT c.relname AS table, x.relname AS name, i.indisunique AS unique, i.indisprimary AS primary, i.indisvalid AS valid,
@@ -137,7 +150,8 @@ SELECT format('No row of %s has a key without its %s', {table_text}, {role_text}
                = cardinality({triggers}::text[]) AS helped) w
 
 -- name: constraints
-SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce(now.definition, 'missing') AS seen,
+SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise,
+       coalesce(now.definition || CASE WHEN now.name <> p.k ->> 'name' THEN format(' (as %s: it was renamed since)', now.name) ELSE '' END, 'missing') AS seen,
        coalesce(now.validated >= (p.k ->> 'validated')::boolean
          AND (replace(now.definition, ' NOT VALID', '') = replace(p.k ->> 'definition', ' NOT VALID', '') OR EXISTS (
               -- or a later migration, of the table that is referred to, gave it the partition key
@@ -149,8 +163,10 @@ SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise, coalesce
  CROSS JOIN LATERAL (SELECT 'Check', c FROM jsonb_array_elements(m.plan -> 'checks') c
                      UNION ALL SELECT 'Foreign key', f FROM jsonb_array_elements(m.plan -> 'outgoing') f
                       WHERE NOT coalesce(m.plan -> 'selves', '[]') @> jsonb_build_array(jsonb_build_object('name', f -> 'name'))) p(kind, k)
-  LEFT JOIN (SELECT name, definition, validated FROM ({checks_now}) c
-             UNION ALL SELECT name, definition, validated FROM ({outgoing_now}) f) now ON now.name = p.k ->> 'name'
+  LEFT JOIN LATERAL (
+       SELECT * FROM (SELECT name, definition, validated FROM ({outgoing_now}) f WHERE name = p.k ->> 'name'
+                      UNION ALL SELECT name, definition, validated FROM ({checks_now}) c WHERE p.kind = 'Check' AND (name = p.k ->> 'name' OR definition = p.k ->> 'definition')) n
+        ORDER BY n.name = p.k ->> 'name' DESC LIMIT 1) now ON true
  WHERE m.id = {migration}
 
 -- name: carried
@@ -175,8 +191,9 @@ SELECT format('The view reads it: %s', v ->> 'name'), CASE WHEN now.name IS NULL
 -- name: guard
 -- One statement, one snapshot: the guard holds the key of every row and nothing else, and its triggers are on everywhere.
 SELECT format('Key %s is unique in the whole table', {name_text}) AS promise,
-       format('%s rows have it, the guard holds %s; it lacks %s; triggers are missing on %s', t.keys, g.keys, t.lacking,
-              coalesce(string_agg(c.relname, ', '), 'no partition')) AS seen,
+       format('%s rows have it, the guard holds %s; it lacks %s; triggers are missing on %s%s', t.keys, g.keys, t.lacking,
+              coalesce(string_agg(c.relname, ', '), 'no partition'),
+              CASE WHEN g.keys > t.keys THEN '; 20_add_partitions shows how it forgets what a detached partition took along' END) AS seen,
        t.keys = g.keys AND t.lacking = 0 AND count(c) = 0 AS ok
   FROM (SELECT count(*) AS keys, count(*) FILTER (WHERE NOT EXISTS (SELECT FROM {guard} g WHERE {g_is_o})) AS lacking
           FROM (SELECT {values} FROM {source} r {where}) o) t
@@ -192,7 +209,7 @@ now AS (
   SELECT c.*, t.level, ARRAY(SELECT o FROM unnest(c.reloptions || ARRAY(SELECT 'toast.' || o FROM pg_class toast, unnest(toast.reloptions) o
                               WHERE toast.oid = c.reltoastrelid)) o ORDER BY o) AS options,
          coalesce((SELECT spcname FROM pg_tablespace WHERE oid = c.reltablespace), '') AS space
-    FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid)
+    FROM pg_partition_tree({root}) t JOIN pg_class c ON c.oid = t.relid WHERE t.level = 0 OR c.relname IN (SELECT k::name FROM ({known}) k(k)))
 SELECT 'Table and partitions have their owner, comment, tablespace and storage options' AS promise,
        coalesce('not so: ' || string_agg(DISTINCT now.relname, ', ') FILTER (WHERE NOT same.ok), 'owner ' || max(p."table" ->> 'owner')) AS seen, bool_and(same.ok) AS ok
   FROM plan p CROSS JOIN now
@@ -217,7 +234,8 @@ UNION ALL
 SELECT format('Index %s keeps its statistics targets, comment and CLUSTER ON', i ->> 'name'),
        coalesce('not so: ' || string_agg(wanted.name, ', ') FILTER (WHERE NOT same.ok), 'with all its partitions'), bool_and(same.ok)
   FROM plan p CROSS JOIN jsonb_array_elements(p.plan -> 'indexes') i
- CROSS JOIN LATERAL (SELECT i ->> 'name', true WHERE (i ->> 'everywhere')::boolean UNION ALL SELECT value, false FROM jsonb_each_text(i -> 'leaf_names')) wanted(name, root)
+ CROSS JOIN LATERAL (SELECT i ->> 'name', true WHERE (i ->> 'everywhere')::boolean UNION ALL
+                     SELECT value, false FROM jsonb_each_text(i -> 'leaf_names') WHERE key IN (SELECT relname FROM now)) wanted(name, root)
   LEFT JOIN (SELECT c.relname AS name, c.oid, x.indisclustered FROM now t JOIN pg_index x ON x.indrelid = t.oid JOIN pg_class c ON c.oid = x.indexrelid) x ON x.name = wanted.name
  CROSS JOIN LATERAL (SELECT coalesce(x.indisclustered = ((i ->> 'clustered')::boolean AND NOT wanted.root)
     AND (wanted.root <> (i ->> 'everywhere')::boolean OR obj_description(x.oid, 'pg_class') IS NOT DISTINCT FROM i ->> 'comment')
@@ -240,12 +258,15 @@ SELECT format('Sequence %s goes on where it stood', c ->> 'identity_sequence') A
  WHERE m.id = {migration} AND c ->> 'identity' <> ''
 
 -- name: logged
--- A trigger that is missing, or not ENABLE ALWAYS, lets changes slip past the way back.
-SELECT 'Every change is logged for the way back' AS promise, coalesce({reason}, 'not on ' || string_agg(c.relname, ', '), 'on every partition') AS seen,
-       CASE WHEN {reason} IS NULL THEN count(*) = 0 END AS ok
+-- A trigger that is missing, or not ENABLE ALWAYS, lets changes slip past the way back; of a partition that came by hand it looks at
+-- every row in any case.
+SELECT 'Every change is logged for the way back' AS promise,
+       coalesce({reason}, 'not on ' || string_agg(c.relname, ', ') FILTER (WHERE k.known AND NOT k.logged),
+                'on every partition' || coalesce('; for ' || string_agg(c.relname, ', ') FILTER (WHERE NOT k.known) || ', made by hand, 90_rollback looks at every row', '')) AS seen,
+       CASE WHEN {reason} IS NULL THEN bool_and(k.logged OR NOT k.known) END AS ok
   FROM pg_partition_tree({root}) p JOIN pg_class c ON c.oid = p.relid
- WHERE 2 > (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled = 'A'
-               AND t.tgname IN ('runbook_log_back', 'runbook_log_truncate'))
+ CROSS JOIN LATERAL (SELECT p.level = 0 OR c.relname IN (SELECT k::name FROM ({known}) k(k)) AS known,
+                            2 = (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled = 'A' AND t.tgname IN ('runbook_log_back', 'runbook_log_truncate')) AS logged) k
 
 -- name: bounds
 -- What the server asks of a row before it takes it into a partition; of an only DEFAULT one nothing.
@@ -335,6 +356,17 @@ SELECT r.rows, r.hash, o.rows AS retired_rows, o.hash AS retired_hash,
        CASE WHEN NOT EXISTS (SELECT FROM {log} k WHERE ({k_keys}) IS NULL) THEN (r.rows, r.hash) = (o.rows, o.hash) END AS ok
   FROM (SELECT count(*) AS rows, coalesce(sum({d_hash}), 0) AS hash FROM {partitioned} d WHERE {d_counts}) r
  CROSS JOIN (SELECT count(*) AS rows, coalesce(sum({s_hash}), 0) AS hash FROM ONLY {plain} s WHERE {s_counts}) o
+
+-- name: detached
+-- Partitions that somebody detached and kept, by their own names.
+SELECT n.nspname AS schema, c.relname AS name
+  FROM runbook.migration m CROSS JOIN ({known}) k(name) JOIN pg_namespace n ON n.nspname = m.plan -> 'table' ->> 'schema_name'
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = k.name::name AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+ WHERE m.id = {migration} AND NOT EXISTS (SELECT FROM jsonb_array_elements_text(m.plan -> 'primary_key') a(name)
+         WHERE a.name NOT IN (SELECT attname FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)) ORDER BY 2
+
+-- name: not_apart
+NOT EXISTS (SELECT FROM {leaf} a WHERE {a_is_s} AND NOT EXISTS (SELECT FROM {partitioned} d WHERE {d_is_s}))
 
 -- name: same_as_backup
 -- One statement, one snapshot.
