@@ -549,6 +549,29 @@ def test_a_default_that_only_the_applications_sessions_know_is_not_tried(databas
     assert verdicts(run)["A row that leaves tenant out gets its default"] == "not tried"
 
 
+def test_what_a_trigger_misses_that_only_the_applications_sessions_set_is_not_tried(
+    database: str, sql: Callable[..., Any]
+) -> None:
+    """In an expression or a statement of its own; what it does to rows that no partition takes is a fault still."""
+    sql("""
+        CREATE TABLE docs (id int PRIMARY KEY, tenant text NOT NULL); INSERT INTO docs SELECT n, substr('ab', n % 2 + 1, 1) FROM generate_series(1, 9) n;
+        CREATE TABLE heard (what text);
+        CREATE FUNCTION au() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+          IF TG_OP = 'DELETE' THEN INSERT INTO heard VALUES (current_setting('app.tenant')); RETURN OLD; END IF;
+          IF current_setting('app.tenant') IS NULL THEN RAISE 'no tenant'; END IF; RETURN NEW; END $$;
+        CREATE TRIGGER au BEFORE INSERT OR UPDATE OR DELETE ON docs FOR EACH ROW EXECUTE FUNCTION au()""")
+    run = migration.forward(database, table="docs", key="tenant")
+    verify.check(run)
+    seen = {each.promise: each for each in verify.seen(run) if each.tried}
+    for promise in ("A changed tenant moves the row", "A row can be deleted"):
+        assert seen[promise].verdict == "not tried"
+        assert seen[promise].seen == '42704: unrecognized configuration parameter "app.tenant", in au()'
+    sql("CREATE OR REPLACE FUNCTION au() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO docs VALUES (99, 'none'); RETURN OLD; END $$;"
+        " DROP TRIGGER au ON docs; CREATE TRIGGER au BEFORE DELETE ON docs FOR EACH ROW EXECUTE FUNCTION au()")  # fmt: skip
+    tried = verify.crud(run).set_index("promise")
+    assert tried.loc["A row can be deleted", "verdict"] == "fail"
+
+
 @pytest.mark.long
 def test_a_table_of_nothing_but_its_key(database: str) -> None:
     execute(database, "CREATE TABLE days (day date PRIMARY KEY DEFAULT current_date)", "INSERT INTO days VALUES (DEFAULT)")
