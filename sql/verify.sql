@@ -301,6 +301,9 @@ BEGIN
     SELECT string_agg(quote_literal(v), ', ') INTO listed FROM jsonb_array_elements_text(part -> 'values') v;
     IF listed IS NULL THEN
       EXECUTE format('SELECT quote_literal(%I::text) FROM ONLY %I.%I LIMIT 1', plan ->> 'key', plan -> 'table' ->> 'schema_name', part ->> 'name') INTO listed;
+      IF listed IS NULL THEN  -- by range the lower bound is one
+        listed := quote_literal(nullif(substring(part ->> 'bound' FROM ' FROM \(''?(.*?)''?\) TO '), 'MINVALUE'));
+      END IF;
     END IF;
     look_up := concat_ws(' OR ', quote_ident(plan ->> 'key') || ' IN (' || listed || ')',
                          CASE WHEN part -> 'values' @> 'null' THEN format('%I IS NULL', plan ->> 'key') END);
@@ -393,7 +396,8 @@ SET CONSTRAINTS ALL IMMEDIATE
 -- What an application does, tried on real rows. A trial is a list of statements; $1 is what the one before found, $2 a
 -- value that hardly any row has. The exception at its end undoes it. Rows are named by their place: nobody's data leave
 -- the server. Nobody can refer to a row that is picked, nor let go of it: it is locked, and so are those that refer to it; each
--- statement sees what is there then. `refusal` is the error that a trial must end with, `key_name` the constraint that has to be its cause.
+-- statement sees what is there then. `refusal` is the error that a trial must end with ('kept': that of a row
+-- which is referred to), `key_name` the constraint that has to be its cause.
 CREATE FUNCTION pg_temp.trials() RETURNS TABLE (promise text, sql text, seen text, ok boolean) LANGUAGE plpgsql AS $trials$
 #variable_conflict use_column
 DECLARE
@@ -402,6 +406,7 @@ DECLARE
   ours text[] := ARRAY(SELECT r ->> 'name' FROM runbook.migration m, jsonb_array_elements(m.plan -> 'references') r
                         WHERE m.id = {migration} AND (r ->> 'adds_column')::boolean);
   own_schemas text := (SELECT concat_ws('|', 'pg_temp', 'runbook_', nullif(m.plan ->> 'guard_schema', '')) FROM runbook.migration m WHERE m.id = {migration});
+  hashed boolean := (SELECT m.plan ->> 'partition_by' = 'hash' FROM runbook.migration m WHERE m.id = {migration});
   guarded text[] := ARRAY(SELECT g ->> 'index' FROM runbook.migration m, jsonb_array_elements(m.plan -> 'guards') g WHERE m.id = {migration});
 BEGIN
   -- Of a partition that lists no values: one that a row of it has.
@@ -445,7 +450,8 @@ BEGIN
                       WHERE v IS NOT NULL GROUP BY p, place) v ON true
                GROUP BY 1) v),
     reference AS (
-      SELECT r ->> 'name' AS key_name, r ->> 'table' AS table_name, r ->> 'composite' AS composite, (r ->> 'adds_column')::boolean AS adds_column,
+      SELECT r ->> 'name' AS key_name, r ->> 'table' AS table_name, r ->> 'composite' AS composite,
+             r ->> 'composite' NOT LIKE '%ON DELETE CASCADE%' AND r ->> 'composite' NOT LIKE '%ON DELETE SET %' AS keeps, (r ->> 'adds_column')::boolean AS adds_column,
              r.place, k.names, k.joined, k.present, a.columns, a.replaced, format('s.%I = $2::%s', r.r -> 'referenced' ->> 0, a.type) AS known,
              format('%s AND r.%I = s.%I', k.joined, r ->> 'role_column', t.key) AS in_step
         FROM t CROSS JOIN jsonb_array_elements(t.plan -> 'references') WITH ORDINALITY r(r, place)
@@ -474,10 +480,12 @@ BEGIN
            CASE WHEN plan -> 'findings' @> jsonb_build_array(jsonb_build_object('object', concat(plan -> 'table' ->> 'schema_name', '.', plan -> 'table' ->> 'name', '.', key, ' DEFAULT'))) THEN
              ARRAY['SELECT ''{{"seen": "no partition takes it, as the plan says"}}''::jsonb']
            ELSE ARRAY[
-             format(pick, root, CASE plan ->> 'partition_by' WHEN 'list' THEN format('s.%I = %s', key, "default") ELSE 'true' END),
+             format(CASE WHEN free IS NULL THEN '%2$s' ELSE 'SELECT coalesce((%1$s), (%2$s))' END, format(pick, root, concat_ws(' AND ', own, free)), format(pick, root, own)),
              format('WITH gone AS (DELETE FROM %s s WHERE %s RETURNING *) INSERT INTO %1$s AS s (%3$s) OVERRIDING SYSTEM VALUE SELECT %3$s FROM gone'
                     ' RETURNING jsonb_build_object(''seen'', ''it lies in '' || s.tableoid::regclass, ''ok'', true)', root, here, without_key)] END, NULL, NULL, NULL, NULL
-      FROM t, pick WHERE "default" NOT LIKE '%nextval(%' AND without_key IS NOT NULL  -- that would count
+      FROM t CROSS JOIN pick CROSS JOIN LATERAL (SELECT CASE plan ->> 'partition_by' WHEN 'list' THEN format('s.%I = %s', key, "default") ELSE 'true' END) o(own)
+     CROSS JOIN (SELECT string_agg(format('NOT EXISTS (SELECT FROM %s r WHERE %s)', names, joined), ' AND ') FROM reference) f(free)  -- the row will have another key
+     WHERE "default" NOT LIKE '%nextval(%' AND without_key IS NOT NULL  -- that would count
     UNION ALL
     SELECT 2, 1, format('A changed %s moves the row', key),
            CASE WHEN another IS NOT NULL THEN ARRAY[
@@ -499,13 +507,15 @@ BEGIN
            CASE WHEN adds_column THEN fault END, NULL, NULL, NULL
       FROM t CROSS JOIN pick CROSS JOIN reference r LEFT JOIN target ON true
     UNION ALL
-    SELECT 4, r.place, format('A row can be deleted, and its rows of %s go as %s says', table_name, key_name),
+    SELECT 4, r.place, format(CASE WHEN keeps THEN 'A row to which rows of %s refer cannot be deleted, as %s says' ELSE 'A row can be deleted, and its rows of %s go as %s says' END,
+                              table_name, key_name),
            ARRAY[format(pick, root, format('EXISTS (SELECT FROM %s r WHERE %s)', names, joined)),
                  format('WITH held AS (SELECT r.ctid, r.tableoid FROM %s r JOIN %s s ON %s WHERE %s FOR UPDATE OF r)'
                         ' SELECT $1 || jsonb_build_object(''before'', count(*), ''rows'', array_agg(ctid)::text, ''places'', array_agg(concat(tableoid, ctid))::text) FROM held', names, root, joined, here),
                  format('DELETE FROM %s s WHERE %s RETURNING $1', root, here),
-                 format('SELECT jsonb_build_object(''seen'', format(''%%s rows referred to it, %%s do still'', $1 ->> ''before'', count(*)), ''ok'', count(*) = 0)'
-                        ' FROM %s r WHERE r.ctid = ANY (($1 ->> ''rows'')::tid[]) AND concat(r.tableoid, r.ctid) = ANY (($1 ->> ''places'')::text[])', names)], NULL, NULL, NULL, NULL
+                 format('SELECT jsonb_build_object(''seen'', format(''%%s rows referred to it, %%s do still'', $1 ->> ''before'', count(*)), ''ok'', count(*) = 0 AND %L)'
+                        ' FROM %s r WHERE r.ctid = ANY (($1 ->> ''rows'')::tid[]) AND concat(r.tableoid, r.ctid) = ANY (($1 ->> ''places'')::text[])', NOT keeps, names)],
+           NULL, CASE WHEN keeps THEN 'kept' END, key_name, NULL
       FROM t, pick, reference r
     UNION ALL
     SELECT 4, 0, 'A row can be deleted',
@@ -532,7 +542,8 @@ BEGIN
       FROM t CROSS JOIN pick LEFT JOIN target ON true WHERE plan -> 'guards' <> '[]'
     UNION ALL
     SELECT 7, 0, format('A %s that no partition takes is refused', key),
-           CASE WHEN NOT (plan ->> 'takes_any_value')::boolean THEN
+           CASE WHEN plan ->> 'partition_by' <> 'hash' AND NOT EXISTS (SELECT FROM pg_partition_tree({root}) l JOIN pg_class c ON c.oid = l.relid
+                      WHERE l.level = 1 AND pg_get_expr(c.relpartbound, c.oid) = 'DEFAULT') THEN
              ARRAY[format('INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE VALUES (%s) RETURNING jsonb_build_object(''seen'', ''it was accepted'', ''ok'', %s)',
                           root, columns, only_key, CASE plan ->> 'partition_by' WHEN 'list' THEN 'false' ELSE 'NULL::boolean' END)] END,
            NULL, '23514', '', labels
@@ -542,9 +553,10 @@ BEGIN
     promise := trial.promise;
     sql := array_to_string(trial.steps, E';\n\n');
     seen := CASE WHEN trial.steps IS NOT NULL THEN 'there is no row, or no value, to try it with'
-                 WHEN trial.refusal IS NULL THEN 'no value of another partition is known' ELSE 'the default partition takes any value' END;
+                 WHEN trial.part < 7 THEN 'no value of another partition is known'
+                 WHEN hashed THEN 'by hash every value has a partition' ELSE 'the default partition takes any value' END;
     ok := NULL;
-    FOREACH value IN ARRAY CASE WHEN trial.refusal IS NULL THEN ARRAY[NULL::text] ELSE unheard_of || trial.labels END LOOP
+    FOREACH value IN ARRAY CASE WHEN coalesce(trial.refusal, 'kept') = 'kept' THEN ARRAY[NULL::text] ELSE unheard_of || trial.labels END LOOP
       BEGIN
         took := '{{}}';
         FOREACH step IN ARRAY coalesce(trial.steps, '{{}}') LOOP
@@ -562,10 +574,11 @@ BEGIN
         theirs := regexp_replace(substring(context FROM '(?n)^(?:PL/pgSQL|PL/Python|PL/Perl|SQL) function (.*)$'), ' (line [0-9]|statement [0-9]|during ).*$', '');
         theirs := CASE WHEN theirs !~ ('^"?(' || own_schemas || ')') THEN theirs END;
         said := CASE WHEN raised THEN theirs || ' raised an error' ELSE concat(SQLERRM, ', in ' || theirs) END;
-        IF SQLSTATE = trial.refusal AND (cause = trial.key_name OR trial.key_name IS NULL AND cause = ANY (guarded)) THEN
+        -- from 18 on RESTRICT has an error of its own; the partitions' parts of a key have its name with a number
+        IF trial.refusal = 'kept' AND SQLSTATE IN ('23503', '23001') AND starts_with(cause, left(trial.key_name, 60)) OR SQLSTATE = trial.refusal AND (cause = trial.key_name OR trial.key_name IS NULL AND cause = ANY (guarded)) THEN
           seen := format('refused with %s: %s', SQLSTATE, said);
           ok := true;
-        ELSIF trial.refusal IS NOT NULL AND (SQLSTATE LIKE '22%' OR SQLSTATE IN ('23502', '42601')
+        ELSIF trial.refusal <> 'kept' AND (SQLSTATE LIKE '22%' OR SQLSTATE IN ('23502', '42601')
               OR SQLSTATE = '23514' AND cause = '' AND trial.refusal <> '23514') THEN
           CONTINUE;  -- not a value of this type, or one that has a partition
         ELSIF SQLSTATE <> 'RB000' THEN
