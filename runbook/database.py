@@ -24,7 +24,7 @@ from tqdm import tqdm
 from runbook import embedded, postgres
 from runbook.errors import BadInput, ServerUnavailable
 from runbook.session import Connection, Session, Statement, first_line, noted
-from runbook.statements import Value, statement
+from runbook.statements import Value, spelled, statement
 from runbook.words import ended
 
 OLDEST, NEWEST = 14, 18
@@ -59,7 +59,15 @@ class Database:
                 f"{self.name} cannot be reached: {ended(reason)} Mend that, or correct database; then run this again."
             ) from None
         connection.add_notice_handler(_pass_on)
-        _settle_in(connection, purpose)
+        try:
+            _settle_in(connection, purpose)
+        except psycopg.errors.InsufficientPrivilege as error:
+            who = connection.info.user
+            connection.close()
+            raise BadInput(
+                f"{who} works with another session_replication_role than origin on {self.name}, so that foreign keys and triggers are passed over, and may not set it"
+                f" back ({error.diag.message_primary}): as a superuser ALTER ROLE {spelled((who,))} SET session_replication_role = origin; then run this again."
+            ) from None
         return connection
 
     @cached_property

@@ -13,9 +13,11 @@ SELECT current_setting('max_connections')::int - current_setting('superuser_rese
        - coalesce(current_setting('reserved_connections', true)::int, 0) - sum(numbackends)::int AS free FROM pg_stat_database
 
 -- name: settle
--- The server's process; and where others are at work, no more than this one.
+-- The server's process; and where others are at work, no more than this one. Of a role that works as a replica's keys and triggers would be
+-- passed over; only who may set that is to.
 SELECT pg_backend_pid() AS pid, CASE WHEN NOT alone THEN set_config('max_parallel_workers_per_gather', '0', false) END,
-       CASE WHEN NOT alone THEN set_config('max_parallel_maintenance_workers', '0', false) END FROM ({alone}) others
+       CASE WHEN NOT alone THEN set_config('max_parallel_maintenance_workers', '0', false) END,
+       CASE WHEN current_setting('session_replication_role') <> 'origin' THEN set_config('session_replication_role', 'origin', false) END FROM ({alone}) others
 
 -- name: replica_lag
 SELECT max(extract(epoch FROM replay_lag))::float8 FROM pg_stat_replication

@@ -159,6 +159,22 @@ def test_the_owner_needs_no_superuser(owner, sql):
     assert sql("SELECT count(*) FROM users") == sql("SELECT sum(count)::bigint FROM roles") == [(1001,)]
 
 
+def test_who_works_as_a_replica_does_not_pass_keys_over(owner, clinic, sql):
+    me = owner.split("//")[1].split("@")[0]
+    sql(f"ALTER ROLE {me} SET session_replication_role = replica")
+    with pytest.raises(
+        BadInput, match=rf"{me} works with another session_replication_role .*ALTER ROLE \"{me}\" SET session_rep"
+    ):
+        target(owner)
+    sql(f"ALTER DATABASE {conninfo_to_dict(clinic)['dbname']} SET session_replication_role = replica")
+    there = target(clinic)
+    for _ in range(2):  # also of a connection that rested
+        with there.session() as session:
+            assert session.run(psycopg.sql.SQL("SHOW session_replication_role").format()).fetchone() == {
+                "session_replication_role": "origin"
+            }
+
+
 @pytest.mark.parametrize(
     ("right", "what"),
     [
