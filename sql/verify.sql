@@ -199,7 +199,9 @@ SELECT format('Key %s is unique in the whole table', {name_text}) AS promise,
           FROM (SELECT {values} FROM {source} r {where}) o) t
  CROSS JOIN (SELECT count(*) AS keys FROM {guard}) g
   LEFT JOIN (SELECT c.* FROM pg_partition_tree({root}) p JOIN pg_class c ON c.oid = p.relid
-              WHERE 2 > (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgenabled = 'A' AND t.tgfoid = to_regproc({function_text}))) c ON true
+              WHERE 2 > (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc({function_text})
+                       -- before 16 a partition that came by hand has them, but not ALWAYS
+                       AND (t.tgenabled = 'A' OR t.tgenabled = 'O' AND p.level > 0 AND c.relname NOT IN (SELECT k::name FROM ({known}) k(k))))) c ON true
  GROUP BY t.keys, g.keys, t.lacking
 
 -- name: storage
@@ -574,8 +576,10 @@ BEGIN
         theirs := regexp_replace(substring(context FROM '(?n)^(?:PL/pgSQL|PL/Python|PL/Perl|SQL) function (.*)$'), ' (line [0-9]|statement [0-9]|during ).*$', '');
         theirs := CASE WHEN theirs !~ ('^"?(' || own_schemas || ')') THEN theirs END;
         said := CASE WHEN raised THEN theirs || ' raised an error' ELSE concat(SQLERRM, ', in ' || theirs) END;
-        -- from 18 on RESTRICT has an error of its own; the partitions' parts of a key have its name with a number
-        IF trial.refusal = 'kept' AND SQLSTATE IN ('23503', '23001') AND starts_with(cause, left(trial.key_name, 60)) OR SQLSTATE = trial.refusal AND (cause = trial.key_name OR trial.key_name IS NULL AND cause = ANY (guarded)) THEN
+        -- from 18 on RESTRICT has an error of its own; the refusal has the name of the key's part on the partition
+        IF trial.refusal = 'kept' AND SQLSTATE IN ('23503', '23001') AND EXISTS (
+             SELECT FROM pg_constraint k LEFT JOIN pg_constraint p ON p.oid = k.conparentid
+              WHERE k.contype = 'f' AND k.conname = cause AND trial.key_name IN (k.conname, p.conname)) OR SQLSTATE = trial.refusal AND (cause = trial.key_name OR trial.key_name IS NULL AND cause = ANY (guarded)) THEN
           seen := format('refused with %s: %s', SQLSTATE, said);
           ok := true;
         ELSIF trial.refusal <> 'kept' AND (SQLSTATE LIKE '22%' OR SQLSTATE IN ('23502', '42601')

@@ -263,9 +263,10 @@ def test_a_check_by_another_name_and_a_detached_month_do_not_bar_the_end(databas
     sql("CREATE TABLE logs (id int PRIMARY KEY, at date NOT NULL, CONSTRAINT positive CHECK (id > 0));"
         " INSERT INTO logs SELECT n, date '2026-01-01' + n FROM generate_series(1, 100) n")  # fmt: skip
     run = migration.forward(database, table="logs", key="at", partition_by="range", every="month")
-    sql("ALTER TABLE logs RENAME CONSTRAINT positive TO numbers; ALTER TABLE logs DETACH PARTITION logs_2026_01")
+    sql("ALTER TABLE logs RENAME CONSTRAINT positive TO numbers; ALTER TABLE logs DETACH PARTITION logs_2026_01;"
+        " CREATE TABLE logs_early PARTITION OF logs FOR VALUES FROM ('2020-01-01') TO ('2020-02-01'); INSERT INTO logs VALUES (101, '2020-01-01')")  # fmt: skip
     with pytest.raises(
-        PromiseBroken, match=r"breaks 1 of .* the guard holds 100; .*; 20_add_partitions shows how it forgets what a detached"
+        PromiseBroken, match=r"breaks 1 of .* the guard holds 101; .*; 20_add_partitions shows how it forgets what a detached"
     ):
         verify.check(run)
     sql(statement("unique.forget_detached", **unique.names(run.plan, run.plan.guards[0], run.staging)))
@@ -275,7 +276,7 @@ def test_a_check_by_another_name_and_a_detached_month_do_not_bar_the_end(databas
     finish.require(run, approved_by="ann", unneeded_for_h=0)
     finish.drop(run)
     verify.check(opened(database, "logs"))
-    assert sql("SELECT count(*) FROM logs_2026_01") == [(30,)]
+    assert sql("SELECT (SELECT count(*) FROM logs_2026_01), (SELECT count(*) FROM logs_early)") == [(30, 1)]
 
 
 def test_a_check_that_fails_takes_back_the_one_that_passed(migrated: str) -> None:
