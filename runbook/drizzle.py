@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -78,9 +78,9 @@ class Drizzle:
         return f"{self.use('sql')}`{escaped}`"
 
     def table(self, place: int, table: Table) -> str:
-        make = self.use("pgTable")
-        if table.schema:
-            self.used.discard("pgTable")
+        if not table.schema:
+            make = self.use("pgTable")
+        else:
             variable = f"{_camel(table.schema, 'schema')}PgSchema"
             self.declared[table.schema] = f"export const {variable} = {self.use('pgSchema')}({_quoted(table.schema)});"
             make = f"{variable}.table"
@@ -91,12 +91,11 @@ class Drizzle:
         return "\n".join([head, *columns, "}" + end[0], *end[1:]])
 
     def column(self, place: int, column: Column[Any]) -> str:
-        built = self.type(column)
         said = str(column.server_default.arg) if isinstance(column.server_default, DefaultClause) else None
+        built = self.type(column, SERIAL if said and said.startswith("nextval(") else {})
         builder = built.partition("(")[0]
-        if said and said.startswith("nextval(") and builder in SERIAL:
-            built, said = re.sub(f"^{builder}", self.use(SERIAL[builder]), built), None
-            self.used.discard(builder)
+        if builder in SERIAL.values():
+            said = None
         alone = column.primary_key and len(_table(column).primary_key.columns) == 1
         if not column.nullable and not alone:
             built += ".notNull()"
@@ -118,7 +117,8 @@ class Drizzle:
                 built += f".references({arrow} {self.names[_table(target)]}.{self.names[target]}{options})"
         return built
 
-    def type(self, column: Column[Any]) -> str:
+    def type(self, column: Column[Any], instead: Mapping[str, str]) -> str:
+        """Its builder, or what is written `instead` of that: whatever is used once is imported."""
         kind: Any = column.type
         dimensions = 0
         if isinstance(kind, ARRAY):
@@ -135,7 +135,8 @@ class Drizzle:
         for pattern, form in BUILDERS.items():
             if found := re.fullmatch(pattern, spelt):
                 builder, _, options = form.format(*(each.lower() for each in found.groups())).partition("|")
-                return f"{self.use(builder)}({name}{f', {{ {options} }}' * bool(options)})" + ".array()" * dimensions
+                builder = self.use(instead.get(builder, builder))
+                return f"{builder}({name}{f', {{ {options} }}' * bool(options)})" + ".array()" * dimensions
         made = f"{self.use('customType')}<{{ data: unknown }}>({{ dataType: () => {_quoted(spelt.lower())} }})"
         return f"{made}({name})" + ".array()" * dimensions
 

@@ -14,7 +14,6 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import MetaData, create_engine
 
 from runbook import application, points, verify
 from runbook.drizzle import Drizzle
@@ -23,7 +22,7 @@ from runbook.orm import tables
 from tests import migration
 from tests.app import models
 from tests.conftest import fresh
-from tests.test_application import TYPES
+from tests.test_application import IMPORTS, TYPES, reflected
 
 HERE = Path(__file__).with_name("app")
 REFUSED = "23503 appointments_user_id_fkey"
@@ -51,9 +50,8 @@ def built(server: Any, clinic_template: str, tmp_path_factory: pytest.TempPathFa
         (folder / "after" / "schema.ts").write_text(application.Schema(migration.plan(database)).drizzle[1])
     for database in fresh(server, "template1"):
         with psycopg.connect(database) as connection:
-            connection.execute(TYPES + CIRCLES)  # type: ignore[arg-type]
-        run, circles = migration.plan(database, table="my shop.the orders", key="region"), MetaData()
-        circles.reflect(create_engine(database))
+            connection.execute(TYPES + CIRCLES + IMPORTS)  # type: ignore[arg-type]
+        run, circles = migration.plan(database, table="my shop.the orders", key="region"), reflected(database)
         (folder / "odd.ts").write_text(Drizzle(tables(run, new=True)).text())
         (folder / "circles.ts").write_text(Drizzle(circles).text())
     tool(folder, "npx", "tsc", "-p", ".")

@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine, select
+from sqlalchemy import MetaData, create_engine, select
 from sqlalchemy.orm import Session
 
 from runbook import additions, application, embedded, monitor, points, queries, verify
@@ -323,6 +323,26 @@ def test_any_type_and_any_name_becomes_a_declaration(database, sql):
         "foreignKey({ columns: [table.orderId, table.orderRegion], foreignColumns: [theOrderSchema.id, theOrderSchema.region] })",
     ):
         assert line in new, line
+
+
+IMPORTS = """
+CREATE TABLE customers (id uuid PRIMARY KEY, age integer); CREATE SCHEMA billing;
+CREATE TABLE billing.invoices (no serial PRIMARY KEY, customer_id uuid REFERENCES customers);
+"""
+
+
+def reflected(url: str) -> MetaData:
+    metadata, engine = MetaData(), create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    for schema in (None, "billing"):
+        metadata.reflect(engine, schema)
+    return metadata
+
+
+def test_the_drizzle_schema_imports_what_it_uses_and_nothing_else(database, sql):
+    sql(IMPORTS)
+    text = Drizzle(reflected(database)).text()
+    imported = {name for line in re.findall(r"import \{ (.*) \}", text) for name in line.replace("type ", "").split(", ")}
+    assert imported == {"pgTable", "pgSchema", "uuid", "integer", "serial"}
 
 
 def test_a_role_that_was_given_is_never_corrected(migrated, sql):
