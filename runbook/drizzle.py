@@ -20,6 +20,7 @@ from sqlalchemy import (
     Index,
     MetaData,
     Table,
+    TextClause,
     UniqueConstraint,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, DOMAIN, ENUM
@@ -54,6 +55,7 @@ class Drizzle:
             self.tables = metadata.sorted_tables
         self.used: set[str] = set()
         self.declared: dict[str, str] = {}
+        self.left_out: list[str] = []
         self.names: dict[Any, str] = {}
         taken: set[str] = set()
         for table in self.tables:
@@ -67,7 +69,7 @@ class Drizzle:
         imports = sorted(self.used - {"sql", "AnyPgColumn"}) + ["type AnyPgColumn"] * ("AnyPgColumn" in self.used)
         head = ["import { sql } from 'drizzle-orm';"] * ("sql" in self.used)
         head.append(f"import {{ {', '.join(imports)} }} from 'drizzle-orm/pg-core';")
-        return "\n\n".join(["\n".join(head), *self.declared.values(), *tables]) + "\n"
+        return "\n\n".join(["\n".join(head + self.left_out), *self.declared.values(), *tables]) + "\n"
 
     def use(self, name: str) -> str:
         self.used.add(name)
@@ -175,10 +177,20 @@ class Drizzle:
                 yield f"{self.use('unique')}({_quoted(str(each.name))}).on({listed(each.columns)})"
             elif isinstance(each, CheckConstraint) and isinstance(each.name, str):
                 yield f"{self.use('check')}({_quoted(each.name)}, {self.expression(each.sqltext)})"
-            elif isinstance(each, Index) and all(e in list(table.c) for e in each.expressions) and each.expressions:
-                make, where = self.use("uniqueIndex" if each.unique else "index"), each.dialect_options["postgresql"].get("where")
+            elif isinstance(each, Index):
+                options = each.dialect_options["postgresql"]
+                if options.get("include") or options.get("nulls_not_distinct"):
+                    self.left_out.append(
+                        f"// {each.name} of {table.name} is left out: Drizzle has no INCLUDE and no NULLS NOT DISTINCT."
+                    )
+                    continue
+                make, where = self.use("uniqueIndex" if each.unique else "index"), options.get("where")
                 some = "" if where is None else f".where({self.expression(where)})"
-                yield f"{make}({_quoted(str(each.name))}).on({listed(each.expressions)}){some}"
+                keys = ", ".join(
+                    self.expression(key) if isinstance(key, TextClause) else listed([key]) for key in each.expressions
+                )
+                using = f"using({_quoted(options['using'])}, " if options.get("using") else "on("
+                yield f"{make}({_quoted(str(each.name))}).{using}{keys}){some}"
 
 
 def _actions(key: ForeignKeyConstraint) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     String,
     Table,
+    TextClause,
     UniqueConstraint,
     inspect,
     text,
@@ -86,6 +87,7 @@ def tables(run: Run, *, new: bool) -> MetaData:
                 column.type = PostgresType(spelt[column.name])
             for key in [key for key in table.foreign_key_constraints if key.referred_table not in metadata.tables.values()]:
                 _drop_key(table, key)
+    _as_written(run, {(table.schema or default, table.name): table for table in metadata.tables.values()})
     if new != live:
         _reshape(run, own, new)
     for reference in (*added(run), *plan.own_roles):
@@ -116,6 +118,30 @@ def _drop_key(table: Table, key: ForeignKeyConstraint) -> None:
         element.parent.foreign_keys.discard(element)
 
 
+def _as_written(run: Run, places: dict[tuple[str | None, str], Table]) -> None:
+    """Indexes of more than columns get their keys as the server says them: of an expression, an order, a collation or an operator
+    class reflection or sqlacodegen loses something."""
+    for row in run.frame("application.indexes", tables=[name for _, name in places]).to_dict("records"):
+        if (place := (row["schema"], row["table"])) not in places:
+            continue
+        table = places[place]
+        for index in [each for each in table.indexes if each.name == row["name"]]:
+            table.indexes.discard(index)
+            if all(column in table.c for column in row["columns"]):  # else it is on a role column, in the old schema
+                _index(table, row["name"], index.unique, row["definition"], list(index.columns), dict(index.dialect_kwargs))
+
+
+def _index(table: Table, name: str, unique: bool, definition: str, columns: list[Column[Any]], options: dict[str, Any]) -> None:
+    """Adds an index, of what stands between the parentheses of its definition where these are not merely columns, or where
+    sqlacodegen would take it for `index=True` by its name."""
+    keys = r"(?:^| USING )\w+ \((.*?)\)(?= INCLUDE \(| NULLS NOT | WITH \(| TABLESPACE | WHERE |$)"
+    written = re.findall(keys, definition, re.DOTALL)[0]
+    given = {option: said for option, said in options.items() if said and option != "postgresql_ops"}
+    plain = written.replace('"', "") == ", ".join(column.name for column in columns) and not (given and name.startswith("ix_"))
+    escaped = text(re.sub(r"(?<![:\w\\]):(?=\w)", r"\:", written))
+    table.append_constraint(Index(name, *(columns if plain else [escaped]), unique=unique, **given))
+
+
 def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
     """What partitioning changes, done or undone: keys, the partition key's NOT NULL, the role columns."""
     plan = run.plan
@@ -134,15 +160,20 @@ def _reshape(run: Run, own: dict[tuple[str, str], Table], new: bool) -> None:
             source.append_constraint(UniqueConstraint(*primary, name=name))
     key.nullable = plan.takes_null if new else plan.key_nullable
     for index in plan.indexes:
-        if index.unique and not index.primary and index.columns and plan.key not in index.columns:
+        if index.unique and not index.everywhere:
             columns = [source.c[column] for column in index.columns]
             for there in [each for each in named(source) if each.name == index.name]:
                 (source.indexes if isinstance(there, Index) else source.constraints).discard(there)
             if not new and index.constraint_type == "u":
                 source.append_constraint(UniqueConstraint(*columns, name=index.name))
-            elif not new and index.plain:
+            elif not new:
                 where = re.search(r" WHERE (\(.*\))$", index.tail)
-                Index(index.name, *columns, unique=True, postgresql_where=where[1] if where else None)
+                options = {
+                    "postgresql_where": where and where[1],
+                    "postgresql_include": re.findall(r"[^\s\",()]+", index.include)[1:],
+                    "postgresql_nulls_not_distinct": " NULLS NOT DISTINCT" in index.tail,
+                }
+                _index(source, index.name, True, index.tail, columns, options)
     for reference in (*plan.references, *plan.selves):
         table = own[reference.schema_name, reference.table]
         for there in [each for each in table.foreign_key_constraints if each.name == reference.name]:
@@ -178,6 +209,16 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
                 relationship.constraint = SimpleNamespace(table=key.table, columns=[key.table.c[name] for name in columns])
             super().generate_relationship_name(relationship, global_names, local_names)
             relationship.constraint = key
+
+        def collect_imports_for_constraint(self, constraint: Any) -> None:
+            super().collect_imports_for_constraint(constraint)
+            if isinstance(constraint, Index) and not constraint.columns:
+                self.add_literal_import("sqlalchemy", "text")
+
+        def render_index(self, index: Index) -> str:
+            keys = [repr(each.text) for each in index.expressions if isinstance(each, TextClause)]
+            name = repr(index.name)
+            return str(super().render_index(index)).replace(name, ", ".join([name, *(f"text({each})" for each in keys)]), 1)
 
         def add_import(self, obj: Any) -> None:
             if isinstance(obj, PostgresType):

@@ -22,7 +22,7 @@ from runbook.orm import tables
 from tests import migration
 from tests.app import models
 from tests.conftest import fresh
-from tests.test_application import IMPORTS, TYPES, reflected
+from tests.test_application import IMPORTS, INDEXED, TYPES, reflected
 
 HERE = Path(__file__).with_name("app")
 REFUSED = "23503 appointments_user_id_fkey"
@@ -50,7 +50,7 @@ def built(server: Any, clinic_template: str, tmp_path_factory: pytest.TempPathFa
         (folder / "after" / "schema.ts").write_text(application.Schema(migration.plan(database)).drizzle[1])
     for database in fresh(server, "template1"):
         with psycopg.connect(database) as connection:
-            connection.execute(TYPES + CIRCLES + IMPORTS)  # type: ignore[arg-type]
+            connection.execute(TYPES + CIRCLES + IMPORTS + INDEXED)  # type: ignore[arg-type]
         run, circles = migration.plan(database, table="my shop.the orders", key="region"), reflected(database)
         (folder / "odd.ts").write_text(Drizzle(tables(run, new=True)).text())
         (folder / "circles.ts").write_text(Drizzle(circles).text())

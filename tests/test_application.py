@@ -83,6 +83,45 @@ def test_a_partial_index_stays_one_and_a_truth_is_no_text(database, sql):
     assert schemas(run) == before
 
 
+INDEXED = """
+CREATE TABLE kinds (id int PRIMARY KEY, kind text NOT NULL, mail text);
+CREATE UNIQUE INDEX kinds_mail ON kinds (lower(mail) DESC) INCLUDE (kind) WHERE mail <> ''; CREATE UNIQUE INDEX kinds_once ON kinds (mail);
+CREATE TABLE parts (id int PRIMARY KEY, sku text NOT NULL, tags text[] NOT NULL DEFAULT '{}', kind int REFERENCES kinds);
+CREATE INDEX parts_sku_lower ON parts (lower(sku), (sku || ':x y'::text) DESC); CREATE INDEX ix_parts_tags ON parts USING gin (tags);
+CREATE INDEX parts_desc ON parts (sku DESC) INCLUDE (id); CREATE INDEX parts_sku ON parts (sku COLLATE "C" text_pattern_ops, id);
+CREATE INDEX parts_id ON parts (id, sku);
+INSERT INTO kinds VALUES (1, 'a'), (2, 'b');
+"""
+
+
+def test_the_schemas_have_each_index_as_the_database_has_it(database, sql, tmp_path, monkeypatch):
+    sql(INDEXED)
+    run = migration.plan(database, "kinds", "kind", unique="per_partition")
+    before = schemas(run)
+    drizzle, models = before[False]
+    for line in (
+        "index('parts_sku_lower').on(sql`lower(sku), ((sku || ':x y'::text)) DESC`)", "index('ix_parts_tags').using('gin', sql`tags`)",
+        "index('parts_id').on(table.id, table.sku)", "// parts_desc of parts is left out", "// kinds_mail of kinds is left out",
+    ):  # fmt: skip
+        assert line in drizzle, drizzle
+    assert "kinds_mail" not in "".join(before[True])
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "indexed.py").write_text(models)
+    query = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid IN ('kinds'::regclass, 'parts'::regclass) ORDER BY 1"
+    there = sql(query)
+    sql("CREATE SCHEMA elsewhere; ALTER TABLE kinds SET SCHEMA elsewhere; ALTER TABLE parts SET SCHEMA elsewhere")
+    importlib.import_module("indexed").Base.metadata.create_all(
+        create_engine(database.replace("postgresql://", "postgresql+psycopg://"))
+    )
+    assert sql(query) == there
+    sql("DROP TABLE kinds, parts; ALTER TABLE elsewhere.kinds SET SCHEMA public; ALTER TABLE elsewhere.parts SET SCHEMA public")
+    migration.walk(run, migration.FORWARD)
+    assert schemas(run) == before
+    sql("CREATE INDEX parts_role ON parts (kind, kind_kind)")
+    after = schemas(run)
+    assert after[False] == before[False] and "Index('parts_role', 'kind', 'kind_kind')" in after[True][1]
+
+
 def test_models_can_be_imported_whatever_the_columns_are_called_and_made_of(database, sql, tmp_path, monkeypatch):
     """As those that have the name of a module, and types of which SQLAlchemy knows nothing."""
     sql("CREATE TABLE person (uuid uuid PRIMARY KEY, datetime timestamptz, decimal numeric(4,2) NOT NULL, kind text NOT NULL, place point, seen xid8 NOT NULL, tags text[], list text);"
