@@ -15,7 +15,7 @@ from runbook import partition, references, swapping
 from runbook.errors import OutOfOrder, RunbookError
 from runbook.facts import Reference
 from runbook.ledger import Run
-from runbook.plan import Plan, identifiers
+from runbook.plan import Plan, fit, identifiers
 from runbook.session import Session, noted
 from runbook.statements import spelled, statement, trusted
 from runbook.words import counted
@@ -67,10 +67,10 @@ def stage(run: Run, session: Session) -> Iterator[None]:
 
 
 def copy_table(run: Run, session: Session) -> None:
-    """Before the cut-over: the table to be, with some rows, as a temporary table of the same name."""
+    """The table to be (or the one that it became), with some rows, as a temporary table of the same name."""
     plan, names = run.plan, run.plan.names("pg_temp")
     session.run_all(partition.tables(plan, "pg_temp"))
-    for reference in plan.own_roles:
+    for reference in [] if run.partitioned else plan.own_roles:  # else it has the column
         session.run("foreign_keys.add_own_column", **references.names(run, reference) | {"shadow": names["shadow"]})
     name = next((index.name for index in plan.indexes if index.primary), "key")
     key = trusted(plan.new_primary_constraint)
@@ -86,21 +86,22 @@ def copy_table(run: Run, session: Session) -> None:
 
 
 def _copy_reference(run: Run, session: Session, reference: Reference, its: dict[str, Any]) -> dict[str, Any]:
-    """As `copy_table`, a table that references it, with the composite key and what `legacy_inserts` says; its names."""
-    table, number = sql.Identifier("pg_temp", run.plan.table.name), run.plan.references.index(reference)
+    """As `copy_table`, a table that references it, with the composite key and what `legacy_inserts` says; its names. Of one that
+    references itself the rows that do are in a table of their own."""
+    table, number = sql.Identifier("pg_temp", run.plan.table.name), (*run.plan.references, *run.plan.selves).index(reference)
+    copy = fit(f"{reference.table}_itself") if reference in run.plan.selves else reference.table
     own: dict[str, sql.Composable] = {
-        "reference": sql.Identifier("pg_temp", reference.table),
+        "reference": sql.Identifier("pg_temp", copy),
+        "table": table,
         "source": table,
         "filled": sql.Identifier("pg_temp", "filled"),
     }
-    own["note"] = statement("foreign_keys.note_fill", **own)
+    own |= {"note": statement("foreign_keys.note_fill", **own), "itself": references.itself(run, reference, own["filled"])}
     own |= {each: sql.Identifier("pg_temp", f"{each}_{number}") for each in ("fill_function", "named_function")}
     definition = reference.composite.replace(run.plan.source.as_string(None), table.as_string(None))
-    named = (
-        its | own | {"definition": trusted(definition), "original": reference.identifier, "copy": sql.Identifier(reference.table)}
-    )
+    named = its | own | {"definition": trusted(definition), "original": reference.identifier, "copy": sql.Identifier(copy)}
     session.run("application.copy_reference", **named)
-    if run.plan.legacy_inserts == "fill":
+    if run.plan.legacy_inserts == "fill" and run.state != "finished":
         for each in ("create_filled", "create_fill", "drop_default"):
             session.run(f"foreign_keys.{each}", **named)
     return named
@@ -163,6 +164,7 @@ def show(run: Run) -> Any:
             names = _names(run, session, there)
             tell("locks", POINTS["locks"], names)
             session.run("application.samples", **names)
+            session.run("verify.all_immediate")  # what is rolled back is never checked at a commit
             skipped = {"locks", "moving"} | ({"null_key"} if run.plan.takes_null else set())
             if not there and run.plan.unique == "global":  # the guard is only on the table itself
                 skipped.add("double")
@@ -174,8 +176,9 @@ def show(run: Run) -> Any:
                             tell(name, told, names | {"unique_columns": identifiers(index.columns), "target": target})
                 elif name not in skipped:
                     tell(name, told, names)
-            for reference in references.added(run):
-                its = references.names(run, reference) | {k: names[k] for k in ("table", "frequent")}
+            for reference in (*references.added(run), *run.plan.own_roles):
+                own = reference in run.plan.own_roles
+                its: dict[str, Any] = references.names(run, reference) | {k: names[k] for k in ("table", "frequent")}
                 found = session.rows("application.columns", relation=reference.identifier.as_string(None))
                 columns = [row["name"] for row in found if row["name"] != reference.role_column]
                 always = any(row["always"] for row in found)
@@ -189,8 +192,14 @@ def show(run: Run) -> Any:
                 with session.connection.transaction(force_rollback=True):
                     try:
                         with session.connection.transaction():
-                            its = its if there else _copy_reference(run, session, reference, its)
+                            if own and there:  # a row of its own may have others that refer to it, and CASCADE
+                                copy_table(run, session)
+                            its = _copy_reference(run, session, reference, its) if own or not there else its
+                            session.run("application.defer")  # of those who refer to the row, which comes again
                             session.run("application.take", **its)
+                            if " DEFERRABLE" in reference.composite:
+                                schema = "pg_temp" if own or not there else reference.schema_name
+                                session.run("application.at_once", constraint=(schema, reference.name))
                     except psycopg.Error as error:  # its rows are referenced themselves, or somebody holds them
                         rows.append(
                             {"what changes": f"Inserts into {reference.table} were not tried", "seen": _refusal(error, run.plan)}

@@ -48,6 +48,12 @@ WITH gone AS (DELETE FROM {reference} WHERE ctid = (
              UNION ALL (SELECT ctid FROM {reference} WHERE ({columns_listed}) IS NOT NULL LIMIT 1)) r LIMIT 1) RETURNING *)
 INSERT INTO runbook_its SELECT * FROM gone
 
+-- name: defer
+SET CONSTRAINTS ALL DEFERRED
+
+-- name: at_once
+SET CONSTRAINTS {constraint} IMMEDIATE
+
 -- name: insert
 INSERT INTO {reference} ({its_columns}) {its_overriding}SELECT {its_columns} FROM runbook_its RETURNING {role_column}
 

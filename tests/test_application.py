@@ -214,6 +214,34 @@ def test_what_is_left_of_the_partitions_is_enough_to_show_the_points(migrated, s
         shown(migrated)
 
 
+STAFF = """
+CREATE TABLE staff (id int PRIMARY KEY, dept text NOT NULL, boss int REFERENCES staff ON DELETE CASCADE);
+CREATE TABLE notes (id int PRIMARY KEY, staff_id int NOT NULL REFERENCES staff DEFERRABLE INITIALLY DEFERRED);
+CREATE TABLE lines (note int NOT NULL REFERENCES notes DEFERRABLE INITIALLY DEFERRED);
+INSERT INTO staff SELECT i, CASE WHEN i % 5 = 0 THEN 'b' ELSE 'a' END, CASE WHEN i > 5 THEN 5 END FROM generate_series(1, 50) i;
+INSERT INTO notes SELECT i, i FROM generate_series(1, 50) i; INSERT INTO lines SELECT i FROM generate_series(1, 50) i
+"""
+
+
+def test_deferred_keys_and_those_to_itself_are_shown_too(database, sql):
+    sql(STAFF)
+    run = migration.plan(database, "staff", "dept")
+    for live in (False, True):
+        migration.walk(run, migration.FORWARD) if live else None
+        seen = shown(run)
+        assert "23503" in seen["Another staff_dept than its row's is refused, and never corrected"]["seen"], seen
+        assert "23503" in seen["Another boss_dept than its row's is refused, and never corrected"]["seen"], seen
+        for table, role, given in (("notes", "staff_dept", "b"), ("staff", "boss_dept", "b")):
+            point = seen[f"An insert into {table} that does not name {role}: {points.LEGACY['fill']}"]
+            assert (point["seen"], point["seen then"]) == (given, given), point
+        application.check(run)
+    assert sql("SELECT count(*) FROM staff") == [(50,)] and list(application.filled(run)["rows"]) == [0, 0]
+    verify.check(run)
+    migration.walk(run, migration.END)
+    refused = [each["seen"][:5] for what, each in shown(of(run.database, "staff")).items() if what.startswith("An insert into")]
+    assert refused == ["23503", "23503"]
+
+
 def test_an_index_is_made_concurrently_on_each_partition(migrated, sql):
     with pytest.raises(psycopg.errors.FeatureNotSupported, match="concurrently"):
         sql("CREATE INDEX CONCURRENTLY by_phone ON users (phone)")
