@@ -221,12 +221,14 @@ def _plain(asked: sql.Composed) -> str:
 
 
 def _refusal(error: psycopg.Error, plan: Plan) -> str:
-    """What the server says; by whom, where a function of the application's own refuses it."""
+    """What the server says; by whom, where a function of the application's own refuses it, or fails. That, and what the migrating
+    role may not do, says nothing of the statement: it was not tried."""
     named = f" ({error.diag.constraint_name} of {error.diag.table_name})" if error.diag.constraint_name else ""
-    raised = re.match(r'PL/pgSQL function "?([^\s(]+).* at RAISE', error.diag.context or "")
-    ours = ("runbook_", plan.guard_schema or "runbook_")
-    theirs = f"{raised[1]} refuses it, " if raised and not raised[1].startswith(ours) else ""
-    return f"{theirs}{error.sqlstate}: {error.diag.message_primary}{named}"
+    within = re.search(r'^(PL/\w+|SQL) function "?([^\s("]+)(.*)', error.diag.context or "", re.MULTILINE)
+    not_tried = "not tried, " if error.sqlstate == "42501" else ""
+    if within and not within[2].startswith(("runbook_", "pg_temp", plan.guard_schema or "runbook_")):
+        not_tried = f"{within[2]} refuses it, " if within[3].endswith(" at RAISE") else f"not tried, {within[2]} fails, "
+    return f"{not_tried}{error.sqlstate}: {error.diag.message_primary}{named}"
 
 
 def _try(session: Session, asked: sql.Composed, plan: Plan) -> str:

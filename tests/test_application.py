@@ -242,6 +242,19 @@ def test_deferred_keys_and_those_to_itself_are_shown_too(database, sql):
     assert refused == ["23503", "23503"]
 
 
+def test_what_a_trigger_may_not_do_is_not_tried(database, sql):
+    """One of the application's, which runs with its rights: here with those of a role that may not write."""
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL); INSERT INTO t SELECT i, chr(96 + i % 2 + 1) FROM generate_series(1, 9) i; CREATE TABLE aud (t text);"
+        " CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql SET role = pg_monitor AS $$BEGIN INSERT INTO public.aud VALUES ('t'); RETURN NEW; END$$;"
+        " CREATE TRIGGER audit BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION audit()")  # fmt: skip
+    run = migration.forward(database, table="t", key="k")
+    moved = shown(run)["An upsert cannot change k"]["seen then"]
+    assert moved == "not tried, audit fails, 42501: permission denied for table aud"
+    application.check(run)
+    sql("CREATE OR REPLACE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'no'; END$$")
+    assert shown(run)["RETURNING xmax = 0 (or xmin) of an insert fails"]["seen then"] == "audit refuses it, P0001: no"
+
+
 def test_an_index_is_made_concurrently_on_each_partition(migrated, sql):
     with pytest.raises(psycopg.errors.FeatureNotSupported, match="concurrently"):
         sql("CREATE INDEX CONCURRENTLY by_phone ON users (phone)")
