@@ -17,7 +17,7 @@ from runbook.plan import Plan
 from runbook.points import POINTS, copy_table, shown, stage
 from runbook.redaction import valueless
 from runbook.session import Session
-from runbook.statements import rendered, trusted
+from runbook.statements import rendered, spelled, trusted
 from runbook.words import counted
 
 # What a statement may say that no plan shows to fail, or to do more than before.
@@ -148,7 +148,10 @@ def compare(run: Run, file: str = "") -> Any:
     Before 03 there is no shadow: then a temporary copy of some rows shows what is pruned, and no cost.
     """
     with run.action("application", "queries", again=True) as action:
-        session, partitions = action.session, {each.name for each in run.plan.partitions}
+        session, there = action.session, run.partitioned
+        partitions = {each.name for each in run.plan.partitions}
+        if there:  # of which some may have gone since, or come
+            partitions = {row["name"] for row in session.rows("restore.leaves", parent=spelled(run.plan.source))}
         found, where = statements(run.plan, session, file)
         values = [value for each in run.plan.partitions for value in each.values if isinstance(value, str)]
         rows: list[dict[str, Any]] = [
@@ -159,7 +162,6 @@ def compare(run: Run, file: str = "") -> Any:
             }
             for calls, text in found
         ]
-        there = run.partitioned
         for after, cost in ((False, "cost before"), (True, "cost after")):
             if there and not after and (run.plan.restore_from == "backup" or run.state == "finished"):
                 continue  # nothing is left of what was before

@@ -328,6 +328,21 @@ def test_the_real_statements_are_judged_before_the_cutover_and_after(clinic, tmp
         queries.compare(run, str(tmp_path / "others.sql"))
 
 
+def test_what_prunes_is_told_by_the_partitions_that_are_left_and_those_that_came(database, sql, tmp_path):
+    sql(
+        "CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL); INSERT INTO t SELECT i, chr(97 + i % 3) FROM generate_series(1, 9) i"
+    )
+    run, file = migration.forward(database, table="t", key="k", unique="per_partition"), tmp_path / "queries.sql"
+    file.write_text("SELECT * FROM t WHERE id = 1;\nSELECT * FROM t WHERE k IN ('b', 'c');\n")
+    for change, prunes in (
+        ("ALTER TABLE t DETACH PARTITION t_a", [False, False]),
+        ("CREATE TABLE t_d PARTITION OF t FOR VALUES IN ('d')", [False, True]),
+    ):
+        sql(change)
+        queries.compare(run, str(file))
+        assert [each["prunes"] for each in run.finished("application", "queries").facts["statements"]] == prunes
+
+
 def test_without_a_file_and_without_the_extension_it_says_what_is_missing(migrated):
     queries.compare(migrated)
     assert "There is no pg_stat_statements: name a file" in migrated.finished("application", "queries").sentence
