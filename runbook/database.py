@@ -24,7 +24,7 @@ from tqdm import tqdm
 from runbook import embedded, postgres
 from runbook.errors import BadInput, ServerUnavailable
 from runbook.session import Connection, Session, Statement, first_line, noted
-from runbook.statements import Value, spelled, statement
+from runbook.statements import Value, sent, spelled, statement
 from runbook.words import ended
 
 OLDEST, NEWEST = 14, 18
@@ -92,7 +92,7 @@ class Database:
         label = query if isinstance(query, str) else first_line(composed.as_string(None))
         try:
             with self.engine.connect() as connection, noted(self.statements, label) as rows:
-                frame = pd.read_sql(composed.as_string(connection.connection.driver_connection), connection)
+                frame = pd.read_sql(sent(composed.as_string(connection.connection.driver_connection)).as_string(None), connection)
                 rows.append(len(frame))
         except (SQLAlchemyError, pd.errors.DatabaseError) as error:  # of which the latter is an OSError, as of a full disk
             cause: BaseException | None = error

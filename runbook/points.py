@@ -17,7 +17,7 @@ from runbook.facts import Reference
 from runbook.ledger import Run
 from runbook.plan import Plan, fit, identifiers
 from runbook.session import Session, noted
-from runbook.statements import spelled, statement, trusted
+from runbook.statements import sent, spelled, statement, trusted
 from runbook.words import counted
 
 # A statement of sql/application.sql: what changes, and what to do; `…_instead` beside it is the replacement.
@@ -245,7 +245,7 @@ def _try(session: Session, asked: sql.Composed, plan: Plan) -> str:
                     for _ in copy if "TO STDOUT" in text else ():
                         pass
                 return "it works"
-            cursor.execute(asked)
+            cursor.execute(sent(asked.as_string(None)))
             while cursor.nextset():
                 pass
             rows.append(cursor.rowcount)

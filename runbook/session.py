@@ -18,7 +18,7 @@ import psycopg
 from psycopg import sql
 
 from runbook.redaction import known_secrets, redact
-from runbook.statements import Value, statement
+from runbook.statements import Value, sent, statement
 from runbook.words import plain
 
 
@@ -115,7 +115,7 @@ class Session:
         composed = statement(query, **names) if isinstance(query, str) else query
         text = composed.as_string(None)
         with noted(self.statements, query if isinstance(query, str) else first_line(text), self.waits, text=text) as rows:
-            cursor = self.connection.execute(composed)
+            cursor = self.connection.execute(sent(text))
             rows.append(cursor.rowcount)
         return cursor
 
@@ -131,7 +131,9 @@ class Session:
         clock = "SELECT clock_timestamp() AS runbook_clock"
         label = f"{len(texts)} statements in one round trip, the first: {first_line(texts[0])}"
         with noted(self.statements, label, self.waits, parts := list[Statement]()):
-            cursor = self.connection.execute(sql.SQL("\n;\n".join([clock, *(f"{each}\n;\n{clock}" for each in texts)])))
+            cursor = self.connection.execute(
+                sql.SQL("\n;\n".join([clock, *(f"{sent(each).as_string(None)}\n;\n{clock}" for each in texts)]))
+            )
             times, rows = [], list[int]()
             while True:
                 if cursor.description and cursor.description[0].name == "runbook_clock":

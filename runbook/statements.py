@@ -20,6 +20,7 @@ ARRAY = re.compile(
     rf"(?P<body>\$(?P<tag>\w*)\$.*?\$(?P=tag)\$)|(?P<open>\()?(?P<array>ARRAY\[{ELEMENT}(?P<type>{TYPE})(?:, {ELEMENT}(?P=type))*\])(?(open)\))::",
     re.DOTALL,
 )
+FIRST_WORD = re.compile(r"(?:\s*--.*\n)*\s*\(*(?:SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b")
 
 
 def folder(name: str) -> Path:
@@ -70,6 +71,14 @@ def composed(value: Value) -> sql.Composable:
 def spelled(value: Value) -> str:
     """As `composed`, as text."""
     return composed(value).as_string(None)
+
+
+def sent(text: str) -> sql.SQL:
+    """A statement as it is sent: pg_stat_statements shows it with our name, whatever it is about, and nobody takes it for one of
+    the application's. Within it: of what stands before a statement or after it not every version keeps all. Of several statements
+    in one text it is the first; the others say it themselves where they name one of the application's tables."""
+    found = FIRST_WORD.match(text)
+    return sql.SQL(f"{found[0]} /* runbook */{text[found.end() :]}" if found else text)
 
 
 def trusted(text: str) -> sql.SQL:

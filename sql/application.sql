@@ -27,9 +27,9 @@ INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {s_columns} FROM
 -- name: copy_reference
 CREATE TEMP TABLE {copy} (LIKE {original} INCLUDING DEFAULTS INCLUDING GENERATED) ON COMMIT DROP;
 ALTER TABLE {copy} ADD COLUMN IF NOT EXISTS {role_column} {role_type} {default} {not_null};
-INSERT INTO {copy} ({its_columns}, {role_column}) SELECT {r_columns}, s.{key} FROM {original} r JOIN {name} s ON {r_is_s}
+INSERT /* runbook */ INTO {copy} ({its_columns}, {role_column}) SELECT {r_columns}, s.{key} FROM {original} r JOIN {name} s ON {r_is_s}
  WHERE s.{key} IS DISTINCT FROM {frequent} LIMIT 10;
-INSERT INTO {copy} ({its_columns}, {role_column}) SELECT {r_columns}, s.{key} FROM {original} r JOIN {name} s ON {r_is_s} LIMIT 10;
+INSERT /* runbook */ INTO {copy} ({its_columns}, {role_column}) SELECT {r_columns}, s.{key} FROM {original} r JOIN {name} s ON {r_is_s} LIMIT 10;
 ALTER TABLE {copy} ADD CONSTRAINT {constraint} {definition}
 
 -- name: samples

@@ -27,12 +27,12 @@ CREATE TEMPORARY TABLE runbook_sample AS SELECT {s_columns} FROM ONLY {source} s
 -- name: try_rows
 -- With the search_path of the sessions that will copy: the table's own functions may need it.
 SET LOCAL search_path TO DEFAULT;
-INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {s_columns} FROM ONLY {source} s WHERE {some} LIMIT {size}
+INSERT /* runbook */ INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {s_columns} FROM ONLY {source} s WHERE {some} LIMIT {size}
 
 -- name: try_default
 -- The row looks for its partition before anything else is asked of it.
 SET LOCAL search_path TO DEFAULT;
-INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {only} FROM (SELECT ({default})::{type} AS d) made WHERE d IS NOT NULL
+INSERT /* runbook */ INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT {only} FROM (SELECT ({default})::{type} AS d) made WHERE d IS NOT NULL
 
 -- name: insert_sample
 INSERT INTO {shadow} ({columns}) OVERRIDING SYSTEM VALUE SELECT * FROM pg_temp.runbook_sample

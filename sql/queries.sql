@@ -6,7 +6,7 @@ SELECT quote_ident(n.nspname) || '.pg_stat_statements' AS view FROM pg_extension
  WHERE e.extname = 'pg_stat_statements'
 
 -- name: statements
--- Texts without their constants; those of other users are only seen with pg_read_all_stats.
+-- Texts without their constants, but for the runbook's own, which say so; those of other users are only seen with pg_read_all_stats.
 SELECT calls, query FROM {statistics} s
  WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND query !~ '\mrunbook'
    AND query ~* '^\s*(/\*.*?\*/\s*)*\(*\s*(select|insert|update|delete|merge|with|values|table)\M'
