@@ -232,6 +232,7 @@ def test_a_broken_promise_fails_and_is_named(server: Server, migrated: str, case
         assert name in str(broken.value)
 
 
+@pytest.mark.long
 def test_partitions_that_came_or_went_by_hand_are_named_and_break_no_promise(
     forward: Callable[..., Run], sql: Callable[..., Any]
 ) -> None:
@@ -259,6 +260,7 @@ def test_partitions_that_came_or_went_by_hand_are_named_and_break_no_promise(
     assert sql("SELECT role FROM users WHERE email = 'nurse@x'") == [("nurse",)]
 
 
+@pytest.mark.long
 def test_a_check_by_another_name_and_a_detached_month_do_not_bar_the_end(database: str, sql: Callable[..., Any]) -> None:
     sql("CREATE TABLE logs (id int PRIMARY KEY, at date NOT NULL, CONSTRAINT positive CHECK (id > 0));"
         " INSERT INTO logs SELECT n, date '2026-01-01' + n FROM generate_series(1, 100) n")  # fmt: skip
@@ -572,6 +574,7 @@ def test_what_a_trigger_misses_that_only_the_applications_sessions_set_is_not_tr
     assert tried.loc["A row can be deleted", "verdict"] == "fail"
 
 
+@pytest.mark.long
 def test_what_can_be_tried_is_tried(database: str, sql: Callable[..., Any]) -> None:
     """Of an empty range the lower bound is known; a key without an action keeps its row; a row that nobody refers to may get another key."""
     sql("CREATE TABLE visits (id int PRIMARY KEY, at date NOT NULL DEFAULT current_date); CREATE TABLE entries (visit_id int NOT NULL REFERENCES visits);"
