@@ -558,6 +558,18 @@ def test_logs_that_somebody_dropped_leave_nothing_on_referencing_tables(database
     assert dump(database, "--exclude-schema=runbook") == before
 
 
+def test_a_column_that_was_there_before_04_is_the_applications_own(database: str, sql: Any) -> None:
+    sql(ORDERS)
+    run = migration.plan(database, "orders", "state", unique="global")
+    migration.walk(run, migration.FORWARD, last="restore check")
+    sql("ALTER TABLE pays ADD order_state st DEFAULT 'done'")
+    with pytest.raises(PromiseBroken, match=r"refused 04_foreign_keys of public\.orders \(42701: .*order_state.*90_rollback"):
+        foreign_keys.add_columns(run)
+    sql("DROP SCHEMA runbook_1 CASCADE; ALTER TABLE items DROP order_state")
+    migration.back(run)
+    assert sql("SELECT count(*) FROM pays WHERE order_state = 'done'") == [(40,)]
+
+
 def test_a_table_that_inherits_from_a_referencing_one_is_named_and_does_not_lead_round(database: str, sql: Any) -> None:
     sql(ORDERS)
     run = migration.plan(database, "orders", "state", unique="global")
