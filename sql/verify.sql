@@ -515,7 +515,7 @@ BEGIN
                  format('WITH held AS (SELECT r.ctid, r.tableoid FROM %s r JOIN %s s ON %s WHERE %s FOR UPDATE OF r)'
                         ' SELECT $1 || jsonb_build_object(''before'', count(*), ''rows'', array_agg(ctid)::text, ''places'', array_agg(concat(tableoid, ctid))::text) FROM held', names, root, joined, here),
                  format('DELETE FROM %s s WHERE %s RETURNING $1', root, here),
-                 format('SELECT jsonb_build_object(''seen'', format(''%%s rows referred to it, %%s do still'', $1 ->> ''before'', count(*)), ''ok'', count(*) = 0 AND %L)'
+                 format('SELECT jsonb_build_object(''seen'', format(''%%s rows referred to it, %%s do still'', $1 ->> ''before'', count(*)), ''ok'', CASE WHEN count(*) > 0 THEN false WHEN %L THEN true END)'  -- another key may have taken them along
                         ' FROM %s r WHERE r.ctid = ANY (($1 ->> ''rows'')::tid[]) AND concat(r.tableoid, r.ctid) = ANY (($1 ->> ''places'')::text[])', NOT keeps, names)],
            NULL, CASE WHEN keeps THEN 'kept' END, key_name, NULL
       FROM t, pick, reference r
