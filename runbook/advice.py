@@ -26,6 +26,7 @@ def given(session: Session, plan: Plan) -> Iterator[Finding]:
     yield from _memory(session, plan)
     yield from _look_ups(session, plan)
     yield from _skew(plan)
+    yield from _places(session, plan)
 
 
 def _room(session: Session, plan: Plan) -> Iterator[Finding]:
@@ -82,4 +83,15 @@ def _skew(plan: Plan) -> Iterator[Finding]:
         yield finding(
             largest.name, f"{largest.rows / rows:.1%} of the rows fall into {largest.name}: queries that read it gain little.",
             f"Divide by another column than {plan.key}, or divide that partition's values further.",
+        )  # fmt: skip
+
+
+def _places(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Housekeeping that deletes by ctid, as `DELETE … WHERE ctid = ANY (ARRAY(SELECT ctid … LIMIT 1000))` does, hits rows that it never chose."""
+    named = [plan.table.name, *(view.name.rpartition(".")[2] for view in plan.views)]
+    if functions := [row["function"] for row in session.rows("advice.by_place", names=named)]:
+        yield Finding.warning(
+            plan.full_name, f"{', '.join(functions)} {'changes' if len(functions) == 1 else 'change'} rows by ctid, which is a place in every partition of"
+            f" {plan.full_name}: rows of other partitions would be hit, too.",
+            "Let it go by the primary key, or compare tableoid as well, before 05_cutover.",
         )  # fmt: skip

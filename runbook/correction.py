@@ -42,6 +42,14 @@ def explained(run: Run, reference: Reference) -> Iterator[None]:
                 f"{function}, which is run when {reference.role_column} of {name} is filled in, wants a right that the migrating role lacks"
                 f" (42501: {error.diag.message_primary}): GRANT it, or make the function SECURITY DEFINER; {again}"
             ) from None
+        if function and isinstance(
+            error, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedFunction | psycopg.errors.UndefinedObject
+        ):
+            raise PromiseBroken(
+                f"{function}, which is run when {reference.role_column} of {name} is filled in, does not find what it names ({error.sqlstate}:"
+                f" {error.diag.message_primary}): it relies on the application's search_path or settings. Give the migrating role the same (ALTER ROLE"
+                f" … SET), or the function its own (ALTER FUNCTION … SET search_path); {again}"
+            ) from None
         if function:
             said = "" if raised(error) else f": {error.diag.message_primary}"
             raise PromiseBroken(

@@ -48,7 +48,9 @@ def objects(session: Session, plan: Plan) -> Iterator[Finding]:
         if carried.kind == "function of its rows":
             yield Finding.note(
                 carried.name,
-                f"The function {carried.name} is dropped and made anew with the swap, and with the way back: a call that waits for that can fail once.",
+                f"The function {carried.name} is dropped and made anew with the swap, and with the way back: a call that waits for that can fail once,"
+                " and a prepared SELECT of its result as one value fails (0A000) until it is prepared anew.",
+                "Renew the application's pools after 05.",
             )
         elif carried.kind == "trigger" and " REFERENCING " in carried.definition and " FOR EACH ROW " in carried.definition:
             yield Finding.blocker(

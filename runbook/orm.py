@@ -242,7 +242,9 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
                 else str(super().render_column_type(column))
             )
 
-    models = str(Models(metadata, run.database.engine, []).generate())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SAWarning)  # of tables that refer to each other
+        models = str(Models(metadata, run.database.engine, []).generate())
     if "UserDefinedType" in models:
         models = models.replace("class Base(", f"{getsource(PostgresType)}\n\nclass Base(", 1)
     for module in ("datetime", "decimal", "uuid"):  # a column can be called as the module whose type it has

@@ -31,7 +31,7 @@ POINTS = {
     "null_key": ("A row whose {key} is NULL is refused: no partition takes it", "give it a value; treat 23514 like 23502"),
     "copy_out": ("COPY of the table to a file fails", "COPY a query"),
     "freeze": ("COPY FREEZE fails", "leave FREEZE out, or load a table before it is attached"),
-    "place": ("A ctid is a place in every partition: ten of them find more than ten rows", "the primary key, or one partition at a time"),
+    "place": ("A ctid is a place in every partition: by ten of them more than ten rows are found, or deleted", "the primary key, or one partition at a time"),
     "size": ("pg_total_relation_size does not count the partitions", "sum over pg_partition_tree"),
     "analyzed": ("Autovacuum never analyzes the root", "ANALYZE it after bulk changes, and every night"),
     "triggers": ("A changed {key} never fires AFTER UPDATE row triggers", "DELETE and INSERT row triggers, a BEFORE UPDATE one, or one for each statement"),

@@ -12,3 +12,9 @@ SELECT coalesce(sum(s.idx_scan), 0)::bigint AS every,
          SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
           WHERE i.indexrelid = s.indexrelid AND a.attname = {key})), 0)::bigint AS by_key
   FROM pg_stat_user_indexes s WHERE s.relid = {oid}
+
+-- name: by_place
+SELECT p.oid::regprocedure::text AS function FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+ WHERE l.lanname IN ('sql', 'plpgsql') AND p.prosrc ~* '\mctid\M' AND p.prosrc ~* '\m(delete|update)\M'
+   AND EXISTS (SELECT FROM unnest({names}::text[]) n(name) WHERE p.prosrc ~* format('(^|\W)%s(\W|$)', regexp_replace(n.name, '(\W)', '\\\1', 'g')))
+ ORDER BY 1

@@ -44,6 +44,18 @@ def test_a_database_that_does_not_prune_is_told_so_before(clinic: str, sql: Sql)
     assert "every query would read all partitions of public.users" in findings(clinic, "warning")
 
 
+def test_housekeeping_that_goes_by_ctid_is_named(clinic: str, sql: Sql) -> None:
+    """What finds ten rows by their places deletes those of other partitions that lie at the same places."""
+    assert "by ctid" not in findings(clinic)
+    sql(
+        "CREATE FUNCTION purge(days int) RETURNS void LANGUAGE sql AS 'DELETE FROM users WHERE ctid = ANY (ARRAY(SELECT ctid FROM users LIMIT days))'"
+    )
+    sql("CREATE FUNCTION other() RETURNS void LANGUAGE sql AS 'DELETE FROM doctors WHERE ctid IS NULL'")
+    assert "public.purge(integer) changes rows by ctid, which is a place in every partition of public.users" in findings(
+        clinic, "warning"
+    )
+
+
 def grow(sql: Sql, megabytes: int) -> None:
     """As the server sees it, the table has so many MB more: its free space map is a file with a hole."""
     sql("VACUUM users")

@@ -229,6 +229,9 @@ CREATE TRIGGER hist AFTER UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION h
 FROZEN = """CREATE FUNCTION frozen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the notes % are frozen', OLD.notes; END $$;
 UPDATE appointments SET notes = 'zoe@example.org';
 CREATE TRIGGER frozen BEFORE UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION frozen()"""
+ASTRAY = """CREATE SCHEMA app; CREATE TABLE app.audit (at timestamptz); CREATE FUNCTION app.note() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN INSERT INTO audit VALUES (now()); RETURN NEW; END $$;
+CREATE TRIGGER note AFTER UPDATE ON appointments FOR EACH ROW EXECUTE FUNCTION app.note()"""
 UNCHECKED = "UPDATE appointments SET notes = ''; ALTER TABLE appointments ADD CONSTRAINT noted CHECK (notes <> '') NOT VALID"
 
 
@@ -239,10 +242,12 @@ UNCHECKED = "UPDATE appointments SET notes = ''; ALTER TABLE appointments ADD CO
          "ALTER TABLE history DROP at, ADD user_role text, ADD at timestamptz"),
         (FROZEN, r"frozen\(\) does not let user_role of public\.appointments be filled in \(P0001\)\. .* DISABLE TRIGGER",
          "ALTER TABLE appointments DISABLE TRIGGER frozen"),
+        (ASTRAY, r"app\.note\(\), .* does not find what it names \(42P01: .*audit.*: it relies on the application's search_path",
+         "ALTER FUNCTION app.note() SET search_path = app"),
         (UNCHECKED, r"user_role cannot be filled in where a row of public\.appointments breaks noted, .* correct them, or drop the check",
          "ALTER TABLE appointments DROP CONSTRAINT noted"),
     ],
-    ids=["by position", "raises", "a check"],
+    ids=["by position", "raises", "search_path", "a check"],
 )  # fmt: skip
 def test_what_lets_no_row_be_updated_is_named_with_a_way_out(clinic, sql, made, said, passed):
     sql(made)
