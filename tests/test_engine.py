@@ -204,7 +204,7 @@ def begin(folder: Path, code: str, how: str = "started") -> subprocess.Popen[str
     process = subprocess.Popen(
         [sys.executable, "-c", call], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while not (folder / "runs").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
