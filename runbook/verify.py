@@ -269,7 +269,8 @@ def seen(run: Run) -> list[Promise]:
 
 def promises(run: Run) -> Any:
     """The table at the end: every promise, the SQL that proved it, what was seen, pass, fail or not tried."""
-    styled = pd.DataFrame([asdict(each) for each in seen(run)]).style.hide(axis="index").format(escape="html")
+    found = pd.DataFrame([asdict(each) for each in seen(run)], columns=["promise", "sql", "seen", "verdict"])
+    styled = found.style.hide(axis="index").format(escape="html")
     styled = styled.map(lambda _: "text-align: left; vertical-align: top; white-space: pre-wrap")
     styled = styled.map(lambda verdict: f"color: {COLOURS[verdict]}; font-weight: bold", subset=["verdict"])
     box = "<details><summary style='white-space: nowrap'>SQL</summary><pre>{}</pre></details>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import re
 import threading
 import warnings
 from base64 import b64decode
@@ -296,7 +297,9 @@ def test_the_table_of_promises_is_the_same_from_any_kernel(migrated: str) -> Non
     for part in verify.PARTS.values():
         part(opened(migrated))
     assert "crud" not in verdicts(opened(migrated))
-    assert "Index users_pkey stands: primary key (id, role)" in verify.promises(opened(migrated)).to_html()
+    page = verify.promises(opened(migrated)).to_html()
+    assert "Index users_pkey stands: primary key (id, role)" in page
+    assert re.findall(r"<th [^>]*>(\w+)</th>", page) == ["promise", "sql", "seen", "verdict"]  # and none of ours
     seen = verify.seen(opened(migrated))
     verify.check(opened(migrated))
     assert verify.seen(opened(migrated)) == seen, "what was looked at just now is not looked at again"
