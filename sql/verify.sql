@@ -486,7 +486,9 @@ BEGIN
              format('WITH gone AS (DELETE FROM %s s WHERE %s RETURNING *) INSERT INTO %1$s AS s (%3$s) OVERRIDING SYSTEM VALUE SELECT %3$s FROM gone'
                     ' RETURNING jsonb_build_object(''seen'', ''it lies in '' || s.tableoid::regclass, ''ok'', true)', root, here, without_key)] END, NULL, NULL, NULL, NULL
       FROM t CROSS JOIN pick CROSS JOIN LATERAL (SELECT CASE plan ->> 'partition_by' WHEN 'list' THEN format('s.%I = %s', key, "default") ELSE 'true' END) o(own)
-     CROSS JOIN (SELECT string_agg(format('NOT EXISTS (SELECT FROM %s r WHERE %s)', names, joined), ' AND ') FROM reference) f(free)  -- the row will have another key
+     CROSS JOIN LATERAL (  -- the row will have another key; of so many looked at, for where every row is referred to, all would be
+           SELECT format('s.ctid = ANY (ARRAY(SELECT s.ctid FROM %s s WHERE %s LIMIT 1000)) AND ', root, own)
+                  || string_agg(format('NOT EXISTS (SELECT FROM %s r WHERE %s)', names, joined), ' AND ') FROM reference) f(free)
      WHERE "default" NOT LIKE '%nextval(%' AND without_key IS NOT NULL  -- that would count
     UNION ALL
     SELECT 2, 1, format('A changed %s moves the row', key),
