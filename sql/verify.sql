@@ -86,7 +86,9 @@ SELECT 'Its columns are those that it had' AS promise, coalesce('not so: ' || st
   LEFT JOIN ({columns_now}) now ON now.name = c ->> 'name' AND now.type = c ->> 'type' AND now.generated = (c ->> 'generated')::boolean
    AND now.not_null = ((c ->> 'not_null')::boolean OR c ->> 'name' = m.plan ->> 'key' AND NOT m.plan -> 'partitions' @> '[{{"values": [null]}}]')
    AND now.default IS NOT DISTINCT FROM c ->> 'default'
-   AND now.identity = c ->> 'identity' AND now.kept = c ->> 'kept' AND now.sequence IS NOT DISTINCT FROM c ->> 'sequence'
+   AND now.identity = c ->> 'identity'
+   AND (now.kept = c ->> 'kept' OR starts_with(now.kept, (c ->> 'kept') || ' '))  -- a comment or a target that came since
+   AND now.sequence IS NOT DISTINCT FROM c ->> 'sequence'
    AND now.identity_options IS NOT DISTINCT FROM c ->> 'identity_options'
  WHERE m.id = {migration}
 
@@ -216,12 +218,12 @@ SELECT 'Table and partitions have their owner, comment, tablespace and storage o
        coalesce('not so: ' || string_agg(DISTINCT now.relname, ', ') FILTER (WHERE NOT same.ok), 'owner ' || max(p."table" ->> 'owner')) AS seen, bool_and(same.ok) AS ok
   FROM plan p CROSS JOIN now
  CROSS JOIN LATERAL (SELECT pg_get_userbyid(now.relowner) = p."table" ->> 'owner' AND now.space = p."table" ->> 'tablespace'
-    AND (now.level = 0 OR now.options = ARRAY(SELECT o FROM jsonb_array_elements_text(p."table" -> 'options') o ORDER BY o))
-    AND (now.level > 0 OR obj_description(now.oid, 'pg_class') IS NOT DISTINCT FROM p."table" ->> 'comment') AS ok) same
+    AND (now.level = 0 OR now.options @> ARRAY(SELECT o FROM jsonb_array_elements_text(p."table" -> 'options') o))  -- more of both may have come since
+    AND (now.level > 0 OR coalesce(obj_description(now.oid, 'pg_class') = p."table" ->> 'comment', p."table" ->> 'comment' IS NULL)) AS ok) same
 UNION ALL
 SELECT 'Its extended statistics are each partition''s own, too', coalesce('lacking on ' || string_agg(DISTINCT now.relname, ', ') FILTER (WHERE l.oid IS NULL), 'on every partition'),
        bool_and(l.oid IS NOT NULL)
-  FROM plan p CROSS JOIN now JOIN pg_statistic_ext x ON x.stxrelid = {root}::regclass
+  FROM plan p CROSS JOIN now JOIN pg_statistic_ext x ON x.stxrelid = {root}::regclass AND p.plan -> 'carried' @> jsonb_build_array(jsonb_build_object('kind', 'statistics', 'name', x.stxname))
   LEFT JOIN pg_statistic_ext l ON l.stxrelid = now.oid AND l.stxkind = x.stxkind AND pg_get_statisticsobjdef_columns(l.oid) = pg_get_statisticsobjdef_columns(x.oid)
  WHERE now.level > 0 HAVING count(*) > 0
 UNION ALL
@@ -240,7 +242,7 @@ SELECT format('Index %s keeps its statistics targets, comment and CLUSTER ON', i
                      SELECT value, false FROM jsonb_each_text(i -> 'leaf_names') WHERE key IN (SELECT relname FROM now)) wanted(name, root)
   LEFT JOIN (SELECT c.relname AS name, c.oid, x.indisclustered FROM now t JOIN pg_index x ON x.indrelid = t.oid JOIN pg_class c ON c.oid = x.indexrelid) x ON x.name = wanted.name
  CROSS JOIN LATERAL (SELECT coalesce(x.indisclustered = ((i ->> 'clustered')::boolean AND NOT wanted.root)
-    AND (wanted.root <> (i ->> 'everywhere')::boolean OR obj_description(x.oid, 'pg_class') IS NOT DISTINCT FROM i ->> 'comment')
+    AND (wanted.root <> (i ->> 'everywhere')::boolean OR coalesce(obj_description(x.oid, 'pg_class') = i ->> 'comment', i ->> 'comment' IS NULL))
     AND (SELECT jsonb_object_agg(a.attnum, to_jsonb(a) -> 'attstattarget') FROM pg_attribute a WHERE a.attrelid = x.oid AND (to_jsonb(a) ->> 'attstattarget')::int >= 0)
         IS NOT DISTINCT FROM nullif(i -> 'statistics', 'null'), false) AS ok) same
  WHERE (i ->> 'clustered')::boolean OR i ->> 'comment' IS NOT NULL OR i ->> 'statistics' IS NOT NULL

@@ -587,6 +587,28 @@ def test_what_is_lost_after_the_cut_over_is_seen(roles: None, database: str) -> 
         known = broken
 
 
+def test_what_came_since_the_cut_over_breaks_no_promise(database: str) -> None:
+    execute(
+        database,
+        "CREATE TABLE thing (id int PRIMARY KEY, kind text NOT NULL, name text)",
+        "INSERT INTO thing VALUES (1, 'a', 'x')",
+    )
+    run = plan(database, "thing", "kind", unique="per_partition")
+    walk(run, FORWARD)
+    execute(
+        database,
+        "COMMENT ON TABLE thing IS 'new'",
+        "COMMENT ON COLUMN thing.name IS 'new'",
+        "ALTER TABLE thing ALTER name SET STATISTICS 200",
+        "ALTER TABLE thing_a SET (autovacuum_vacuum_scale_factor = 0.01)",
+        "CREATE STATISTICS linked ON kind, name FROM thing",
+        "COMMENT ON INDEX thing_pkey IS 'new'",
+        "CREATE INDEX ON thing (name)",
+    )
+    verify.structure(run)
+    assert [each for each in verify.seen(run) if each.verdict == verify.FAIL] == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", CARRIED)
 def test_what_the_source_had_the_result_has(server: Server, roles: None, database: str, case: str) -> None:
