@@ -90,22 +90,32 @@ def as_its_sibling(leaf: sql.Composable, schema: str, index: str, sibling: dict[
 def attach_statements(run: Run, growth: Growth, session: Session, addition: Addition, *, moving: bool) -> Statements:
     """Attach it; before that its rows leave the default partition, while triggers and foreign keys stand aside."""
     own = names(run, addition)
+    published, columns = False, identifiers(())
     if moving and growth.default:
         default = sql.Identifier(*growth.default)
+        places = {"root_text": spelled(run.plan.source), "default_text": spelled(growth.default)}
+        published = session.value("additions.published", **places)
         columns = identifiers(column.name for column in catalog.columns_of(session, growth.oid) if not column.generated)
         fired = session.rows("additions.trigger_states", table_text=spelled(growth.default))
         for key in growth.keys:
             yield statement("cutover.drop_key", table=key.identifier, constraint=(key.name,))
         for row in fired:
             yield statement("additions.set_trigger", table=default, state=trusted("DISABLE"), trigger=(row["name"],))
-        yield statement("additions.move", **own, default=default, columns=columns)
+        yield statement("additions.move_out" if published else "additions.move", **own, default=default, columns=columns)
         for row in fired:
             yield statement("additions.set_trigger", table=default, state=trusted(STATES[row["state"]]), trigger=(row["name"],))
     yield statement("additions.attach", **own)
     # The root's row triggers come along, but on 14 and 15 not whether they fire always.
     of_rows = {row["name"] for row in session.rows("additions.row_triggers", oid=growth.oid)}
-    for row in session.rows("additions.trigger_states", table_text=spelled(run.plan.source)):
-        if row["state"] != "O" and row["name"] in of_rows:
+    come = [
+        row for row in session.rows("additions.trigger_states", table_text=spelled(run.plan.source)) if row["name"] in of_rows
+    ]
+    if published:
+        for row in come:
+            yield statement("additions.set_trigger", table=own["leaf"], state=trusted("DISABLE"), trigger=(row["name"],))
+        yield statement("additions.move_in", **own, columns=columns)
+    for row in come:
+        if published or row["state"] != "O":
             yield statement(
                 "additions.set_trigger", table=own["leaf"], state=trusted(STATES[row["state"]]), trigger=(row["name"],)
             )

@@ -89,6 +89,13 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
         found.append(Finding.warning(default[1], waits, "Attach when that is acceptable."))
         if any(row["partitioned"] for row in tree if row["bound"] == "DEFAULT"):
             found.append(Finding.blocker(default[1], f"{default[1]} is itself partitioned.", "Take its rows out by hand first."))
+    for row in session.rows("additions.published_by_name", oid=oid) if additions else ():
+        found.append(Finding.warning(
+            row["name"], f"The publication {row['name']} publishes partitions under their own names: its subscribers stop at the first row of a"
+            " partition of which they have no table.",
+            "Make the tables there first, and ALTER SUBSCRIPTION … REFRESH PUBLICATION afterwards; or"
+            f" ALTER PUBLICATION {spelled((row['name'],))} SET (publish_via_partition_root = true);",
+        ))  # fmt: skip
     if not additions:
         found.append(Finding.note(plan.full_name, f"{plan.full_name} has all these partitions: there is nothing to add."))
     sibling = next((row["oid"] for row in tree if not row["partitioned"] and row["bound"] != "DEFAULT"), tree[0]["oid"])

@@ -190,6 +190,22 @@ ALTER TABLE {table} {state} TRIGGER {trigger}
 INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM ONLY {default} WHERE {rule};
 DELETE FROM ONLY {default} WHERE {rule}
 
+-- name: published
+SELECT EXISTS (SELECT FROM pg_publication_tables WHERE to_regclass(format('%I.%I', schemaname, tablename)) IN ({root_text}::regclass, {default_text}::regclass))
+
+-- name: published_by_name
+-- Publications of which a subscriber looks for each partition by its own name.
+SELECT DISTINCT p.pubname AS name FROM pg_publication p JOIN pg_publication_tables t USING (pubname) JOIN pg_inherits i ON i.inhparent = {oid}
+ WHERE NOT p.pubviaroot AND to_regclass(format('%I.%I', t.schemaname, t.tablename)) = i.inhrelid ORDER BY 1
+
+-- name: move_out
+-- Where the table is published: a subscriber is told of the rows' leaving, and of their coming only when they come into a partition.
+CREATE TEMPORARY TABLE runbook_moved ON COMMIT DROP AS SELECT {columns} FROM ONLY {default} WHERE {rule};
+DELETE FROM ONLY {default} WHERE {rule}
+
+-- name: move_in
+INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM pg_temp.runbook_moved
+
 -- name: attach
 -- SHARE UPDATE EXCLUSIVE on the root, for which no reader or writer waits; SHARE ROW EXCLUSIVE on tables that reference it; and
 -- ACCESS EXCLUSIVE on the default partition, which is read through. The new table's check spares it that.

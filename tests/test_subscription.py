@@ -12,9 +12,10 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from runbook import verify
+from runbook import additions, verify
 from tests.migration import BACK, END, FORWARD, plan, walk
 from tests.servers import Server
+from tests.test_add_partitions import add
 
 TABLE = "CREATE TABLE thing (id bigint PRIMARY KEY, kind text NOT NULL, name text)"
 ROWS = "INSERT INTO thing SELECT n, (ARRAY['a', 'b'])[1 + n % 2], 'n' || n FROM generate_series(1, 200) n"
@@ -119,3 +120,32 @@ def test_a_subscriber_gets_every_change_after_the_end(server: Server, database: 
         for change in CHANGES:
             rows(database, change)
         in_step(database, there)
+
+
+def test_a_subscriber_keeps_the_rows_that_go_over_from_the_default_partition(server: Server, database: str) -> None:
+    """No trigger sees them come, whether it fires always or is off."""
+    assign = (
+        "CREATE FUNCTION {0}() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN NEW.name := '{0}'; RETURN NEW; END$$;"
+        " CREATE TRIGGER {0} BEFORE INSERT ON thing FOR EACH ROW EXECUTE FUNCTION {0}()"
+    )
+    for statement in (TABLE, ROWS, PUBLISHED["by name"], *map(assign.format, ("often", "always", "never"))):
+        rows(database, statement)
+    rows(database, "ALTER TABLE thing ENABLE ALWAYS TRIGGER always, DISABLE TRIGGER never")
+    run = plan(database, "thing", "kind", partitions={"thing_a": ["a"], "thing_rest": "default"})
+    walk(run, FORWARD)
+    fired = "SELECT tgname::text, tgenabled::text FROM pg_trigger WHERE tgrelid = '{}'::regclass AND tgname NOT LIKE 'RI_%' ORDER BY 1"
+    with subscriber(server, database, TABLE) as there:
+        in_step(database, there)
+        before = rows(database, "SELECT * FROM thing ORDER BY id")
+        add(run, add={"thing_b": ["b"]})
+        assert rows(database, "SELECT count(*) FROM thing_b") == [(100,)]
+        in_step(database, there)
+        assert rows(database, "SELECT * FROM thing ORDER BY id") == before
+        for change in CHANGES[1:]:
+            rows(database, change)
+        in_step(database, there)
+    assert rows(database, fired.format("thing_b")) == rows(database, fired.format("thing_a"))
+    verify.check(run)
+    rows(database, "CREATE PUBLICATION late FOR TABLE thing")
+    found = additions.draft(run, add={"thing_c": ["c"]}).growth.findings
+    assert [each.object for each in found if "under their own names" in each.sentence] == ["late"]
