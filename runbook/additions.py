@@ -150,15 +150,23 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
             [*(key.identifier for key in growth.keys), run.plan.source] if moving else [default] if default else []
         )
         mode = "ACCESS EXCLUSIVE" if tables else "SHARE UPDATE EXCLUSIVE"
+        if moving:
+            with session.transaction():
+                horizon = str(session.value("locks.horizon"))
+            locks.wait_for_snapshots(session, horizon, patience, f"the move to {addition.name}")
         with locks.exclusive(session, patience, tables or [sql.SQL("ONLY {}").format(run.plan.source)], mode=mode, clock=clock):
             rows = waiting()
             if rows and not moving:
                 raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile")
+            if rows:
+                locks.refuse_late_snapshots(session, patience)
             session.run_all(list(attaching.attach_statements(run, growth, session, addition, moving=rows > 0)))
             leaf = attaching.names(run, addition)["leaf"]
             for row in session.rows("additions.attached_indexes", sibling=growth.sibling, leaf_text=spelled(leaf)):
                 session.run_all(attaching.as_its_sibling(leaf, run.plan.table.schema_name, row["name"], row))
             action.finish(f"{addition.name} is a partition of {growth.table}.", rows, partitions=[addition.name])
+            if rows:  # again: one may have begun since the first look
+                locks.refuse_late_snapshots(session, patience)
         return rows
 
     rows = locks.persist(run.database, session, patience, run.plan.full_name, attempt)

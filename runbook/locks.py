@@ -267,11 +267,11 @@ def exclusive(
         session.locked_s += clock.locked
 
 
-def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> None:
+def wait_for_snapshots(session: Session, horizon: str, patience: Patience, what: str = "the last replay") -> None:
     """Return once no session of this database has a snapshot older than transaction `horizon`, which has just committed.
 
-    A REPEATABLE READ transaction from before the copy would see the new table empty after the swap. Of sessions whose snapshot
-    this role may not see, every transaction that is open now is waited for. Raises LockNotGranted, naming them, when the
+    A REPEATABLE READ transaction from before the copy would see the new table empty after the swap, and one from before 20 no row
+    that it moved. Of sessions whose snapshot this role may not see, every transaction that is open now is waited for. Raises LockNotGranted, naming them, when the
     budget is over; also when earlier attempts used it up, a passing snapshot gets a second: it is not what was in the way.
     """
     since, begun = session.value("locks.now"), time.monotonic()
@@ -281,14 +281,14 @@ def wait_for_snapshots(session: Session, horizon: str, patience: Patience) -> No
         patience.note(blockers)
         if patience.spent() and time.monotonic() - begun > 1:
             raise LockNotGranted(
-                f"A snapshot older than the last replay is still in use after {patience.budget_s:g} s, and to it the table that takes"
-                f" the name would lack rows: {'; '.join(map(str, blockers))}. Nothing was changed: end that session or wait for it, then run this again."
+                f"A snapshot older than {what} is still in use after {patience.budget_s:g} s, and to it the table would lack rows:"
+                f" {'; '.join(map(str, blockers))}. Nothing was changed: end that session or wait for it, then run this again."
             )
         time.sleep(0.2)
 
 
 def refuse_late_snapshots(session: Session, patience: Patience) -> None:
-    """Under the locks, when rows had to be replayed: raises NotYet while a transaction lives that took its snapshot before, and
+    """Under the locks, when rows had to be replayed or moved: raises NotYet while a transaction lives that took its snapshot before, and
     would miss these rows after the swap. For half of the budget: against an application that always has one, it would starve.
     """
     late = [] if patience.spent(0.5) else session.rows("locks.late_snapshots")

@@ -186,6 +186,19 @@ def test_whoever_waits_while_rows_go_over_finds_them(database, sql):
     assert sql("SELECT count(*), sum(n) FROM t_big") == [(98, 1)]
 
 
+def test_a_snapshot_to_which_rows_that_go_over_would_be_missing_is_waited_for_and_named(database, sql):
+    """The new partition is there for everybody at once, and its rows not for who has looked before."""
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL); INSERT INTO t VALUES (1, 'a'), (2, 'big'); CREATE TABLE other ()")
+    run = migration.forward(database, table="t", key="k", partitions={"t_a": ["a"], "t_rest": "default"})
+    draft = approved(run, add={"t_big": ["big"]})
+    with locked(database, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "SELECT FROM other") as reader:
+        with pytest.raises(LockNotGranted, match=rf"A snapshot older than the move to t_big .* pid {reader.info.backend_pid} "):
+            additions.add(draft, 300, 0.5)
+        assert reader.execute("SELECT count(*) FROM t WHERE k = 'big'").fetchone() == (1,)
+    additions.add(draft, 300, 30)
+    assert sql("SELECT id FROM t_big") == [(2,)]
+
+
 @pytest.mark.long
 def test_readers_and_writers_do_not_wait_for_it_and_it_does_not_wait_for_them(forward, clinic, sql):
     run = forward()
