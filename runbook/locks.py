@@ -274,9 +274,9 @@ def wait_for_snapshots(session: Session, horizon: str, patience: Patience, what:
     that it moved. Of sessions whose snapshot this role may not see, every transaction that is open now is waited for. Raises LockNotGranted, naming them, when the
     budget is over; also when earlier attempts used it up, a passing snapshot gets a second: it is not what was in the way.
     """
-    since, begun = session.value("locks.now"), time.monotonic()
+    now, begun = session.row("locks.now"), time.monotonic()
     hidden = [row["transaction"] for row in session.rows("locks.hidden_transactions")]
-    while old := session.rows("locks.old_snapshots", horizon=horizon, since=str(since), hidden=hidden):
+    while old := session.rows("locks.old_snapshots", horizon=horizon, **now, hidden=hidden):
         blockers = [Blocker(**row) for row in old]
         patience.note(blockers)
         if patience.spent() and time.monotonic() - begun > 1:

@@ -26,7 +26,7 @@ SELECT coalesce(p.relid::regclass || ': ' || p.phase
    AND (p.pid IS NOT NULL OR a.application_name <> 'runbook worker') ORDER BY a.pid
 
 -- name: now
-SELECT clock_timestamp()::text
+SELECT clock_timestamp()::text AS since, pg_snapshot_xmin(pg_current_snapshot())::xid::text AS oldest
 
 -- name: hidden_transactions
 -- Of sessions whose state this role may not see: all that are open.
@@ -35,14 +35,15 @@ SELECT l.virtualxid AS transaction FROM pg_locks l JOIN pg_stat_activity a ON a.
 
 -- name: old_snapshots
 -- Sessions whose snapshot is older than transaction {horizon}: to them the shadow is empty. One that began after {since} is
--- newer, even when an older transaction still runs elsewhere and keeps its xmin low.
+-- newer, even when an older transaction still runs elsewhere and keeps its xmin low; but not below {oldest}, by which one that was
+-- exported is known.
 SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, '') AS application,
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
        coalesce(a.query, '') AS query, NULL AS gid
   FROM pg_stat_activity a
- WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook%'
+ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook %'
    AND (a.backend_type = 'client backend' AND a.backend_xmin IS NOT NULL AND age(a.backend_xmin) >= age({horizon}::text::xid)
-        AND a.xact_start <= {since}::timestamptz
+        AND (a.xact_start <= {since}::timestamptz OR age(a.backend_xmin) > age({oldest}::text::xid))
         OR EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.virtualxid = ANY ({hidden}::text[])))
 
 -- name: late_snapshots
@@ -52,7 +53,7 @@ SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, ''
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, '') AS state,
        coalesce(a.query, '') AS query, NULL AS gid
   FROM pg_stat_activity a
- WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook%'
+ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'runbook %'
    AND a.backend_type = 'client backend' AND a.backend_xmin IS NOT NULL
    AND (a.state LIKE 'idle in transaction%' OR a.query_start - a.xact_start > interval '1 ms'
         AND EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.locktype = 'relation' AND l.granted))

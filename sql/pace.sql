@@ -4,7 +4,7 @@
 -- Others than us who are at work, or were a second ago; whoever hides it is taken to be.
 SELECT NOT EXISTS (
   SELECT FROM pg_stat_activity
-   WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND coalesce(application_name, '') NOT LIKE 'runbook%'
+   WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND coalesce(application_name, '') NOT LIKE 'runbook %'
      AND (state IS NULL OR state = 'active' OR state_change > clock_timestamp() - interval '1 second')) AS alone
 
 -- name: free_sessions

@@ -3,12 +3,12 @@
 -- name: look
 -- The longest that anybody waits now for a session of the runbook's, and the oldest statement under way that writes to one of
 -- the tables; NULL where nobody does, or where this role may not see since when.
-WITH ours AS (SELECT array_agg(pid) AS pids FROM pg_stat_activity WHERE application_name LIKE 'runbook%' AND datname = current_database())
+WITH ours AS (SELECT array_agg(pid) AS pids FROM pg_stat_activity WHERE application_name LIKE 'runbook %' AND datname = current_database())
 SELECT extract(epoch FROM max(clock_timestamp() - l.waitstart) FILTER (WHERE NOT l.granted AND pg_blocking_pids(l.pid) && ours.pids))::float8 AS waited,
        extract(epoch FROM max(clock_timestamp() - a.query_start) FILTER (WHERE a.state = 'active' AND l.mode = 'RowExclusiveLock'
          AND (l.relation = {oid} OR l.relation IN (SELECT conrelid FROM pg_constraint WHERE contype = 'f' AND confrelid = {oid}))))::float8 AS statement
   FROM ours, pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
- WHERE a.datname = current_database() AND a.application_name NOT LIKE 'runbook%'
+ WHERE a.datname = current_database() AND a.application_name NOT LIKE 'runbook %'
    AND (NOT l.granted OR l.locktype = 'relation' AND l.mode = 'RowExclusiveLock')
 
 -- name: slowest

@@ -123,7 +123,7 @@ SELECT DISTINCT pg_describe_object(d.classid, d.objid, 0) AS what FROM pg_depend
 
 -- name: older_sessions
 -- The application's sessions that were there before the swap.
-SELECT a.pid FROM pg_stat_activity a WHERE a.datname = current_database() AND a.backend_type = 'client backend' AND a.application_name NOT LIKE 'runbook%'
+SELECT a.pid FROM pg_stat_activity a WHERE a.datname = current_database() AND a.backend_type = 'client backend' AND a.application_name NOT LIKE 'runbook %'
    AND a.backend_start < (SELECT max(finished_at) FROM runbook.action WHERE migration = {migration} AND (step, action, state) = ('cutover', 'swap', 'done')) ORDER BY 1
 
 -- name: set_default

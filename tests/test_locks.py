@@ -141,6 +141,31 @@ def test_a_snapshot_older_than_the_copy_is_waited_for_and_named(clinic, sql, iso
     cutover.swap(run)
 
 
+def test_a_snapshot_that_is_handed_on_is_waited_for_too(database):
+    """A transaction that begins now can read by it; and whoever has it, is no session of ours for a name that begins alike."""
+    snapshot = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"
+    with (
+        transaction(database, snapshot, name="runbooks") as first, transaction(database, snapshot) as second,
+        target(database).session("a replay") as session, ThreadPoolExecutor(1) as pool,
+    ):  # fmt: skip
+        (exported,) = first.execute("SELECT pg_export_snapshot()").fetchone()
+        with session.transaction():
+            horizon = str(session.value("locks.horizon"))
+        patience = locks.Patience(30)
+        waiting = pool.submit(locks.wait_for_snapshots, session, horizon, patience)
+        try:
+            while first.info.backend_pid not in patience.blockers:
+                assert not waiting.done()
+            second.execute(f"SET TRANSACTION SNAPSHOT '{exported}'")
+            first.rollback()
+            while second.info.backend_pid not in patience.blockers:
+                assert not waiting.done()
+        finally:
+            first.rollback()
+            second.rollback()
+        waiting.result(timeout=30)
+
+
 @pytest.mark.long
 def test_a_passing_snapshot_is_not_blamed_for_a_budget_that_others_used_up(clinic):
     from runbook import locks
