@@ -45,10 +45,15 @@ SELECT setval({to}, CASE WHEN ahead.position BETWEEN q.seqmin AND q.seqmax THEN 
  CROSS JOIN LATERAL (SELECT s.last_value + current_setting('max_connections')::numeric * q.seqincrement * q.seqcache AS position) ahead
 
 -- name: sequence_position_back
--- Unless nobody has taken a number since the swap: then the original's is where it was.
-SELECT setval({to}, s.last_value, s.is_called)
-  FROM {sequence} s JOIN pg_sequence q ON q.seqrelid = {sequence_text}::regclass CROSS JOIN {original} o
- WHERE s.last_value <> o.last_value + current_setting('max_connections')::numeric * q.seqincrement * q.seqcache OR s.is_called <> o.is_called
+-- Unless nobody has taken a number since the swap: then the original's is where it was. setval would outlive an attempt that fails,
+-- and where it put the original be taken for that; after RESTART it goes with the attempt.
+DO $position$ BEGIN
+  IF (SELECT s.last_value <> o.last_value + current_setting('max_connections')::numeric * q.seqincrement * q.seqcache OR s.is_called <> o.is_called
+        FROM {sequence} s JOIN pg_sequence q ON q.seqrelid = {sequence_text}::regclass CROSS JOIN {original} o) THEN
+    ALTER SEQUENCE {original} RESTART;
+    PERFORM setval({to}, last_value, is_called) FROM {sequence};
+  END IF;
+END $position$
 
 -- name: unplaced_rows
 SELECT count(*) FROM {unplaced}
