@@ -13,6 +13,7 @@ import runbook
 from runbook import cli, verify
 from runbook.changes import Rewritten
 from runbook.errors import BadInput, PlanBlocked
+from runbook.statements import spelled
 from tests import migration
 from tests.conftest import fresh
 from tests.servers import Server
@@ -498,16 +499,20 @@ def test_the_script_of_any_division_ends_where_the_notebooks_end(database, sql, 
 
 
 def test_a_key_of_a_domain_that_forbids_null_may_be_truncated_at_any_time(database, sql):
-    """The log notes a TRUNCATE by NULLs."""
+    """The log notes a TRUNCATE by NULLs, also where a replica's triggers fire."""
+    replica = "SET session_replication_role = replica"
     sql("CREATE DOMAIN number AS int NOT NULL; CREATE TABLE things (id number PRIMARY KEY, kind text NOT NULL);"
         " INSERT INTO things SELECT n, 'x' FROM generate_series(1, 9) n")  # fmt: skip
     run = migration.plan(database, "things", "kind")
     migration.walk(run, migration.FORWARD, last="keys check")
-    sql("TRUNCATE things; INSERT INTO things VALUES (77, 'x')")
+    noted = "SELECT EXISTS (SELECT FROM {} l WHERE l IS NULL)"
+    sql(f"{replica}; TRUNCATE things; INSERT INTO things VALUES (77, 'x')")
+    assert sql(noted.format(spelled(run.names["log"]))) == [(True,)]
     with pytest.raises(Rewritten):
         migration.walk(run, migration.FORWARD, first="approval")
     migration.walk(run, migration.FORWARD, first="copy")
-    sql("TRUNCATE things; INSERT INTO things VALUES (78, 'x')")
+    sql(f"{replica}; TRUNCATE things; INSERT INTO things VALUES (78, 'x')")
+    assert sql(noted.format(spelled(run.names["back"]))) == [(True,)]
     migration.back(run)
     assert sql("SELECT id FROM things") == [(78,)]
 

@@ -581,21 +581,27 @@ def test_what_depends_on_the_retired_table_is_named_before_the_end(clinic, sql):
     migration.walk(run, migration.END)
 
 
+DETACH = "DELETE FROM appointments; DELETE FROM doctors; ALTER TABLE users DETACH PARTITION users_doctors"
+
+
 @pytest.mark.parametrize(
-    ("others", "left"),
-    [("TRUNCATE users CASCADE", 0),
-     ("DELETE FROM appointments; DELETE FROM doctors; ALTER TABLE users DETACH PARTITION users_doctors", 950)],
+    ("others", "left", "where", "before"),
+    [("TRUNCATE users CASCADE", 0, rollback.losses.compare, "exactly"), (DETACH, 950, rollback.losses.compare, "exactly"),
+     (DETACH, 950, rollback.locks, "wait_for_snapshots")],
+    ids=["truncate", "detach", "detach after the comparison"],
 )  # fmt: skip
-def test_what_others_do_between_the_replay_and_the_comparison_is_followed(forward, clinic, sql, monkeypatch, others, left):
+def test_what_others_do_between_the_replay_and_the_locks_is_followed(
+    forward, clinic, sql, monkeypatch, others, left, where, before
+):
     run = forward()
-    exactly, met = rollback.losses.compare.exactly, []
+    then, met = getattr(where, before), []
 
     def later(*given):
         if not met:
             met.append(sql(others))
-        return exactly(*given)
+        return then(*given)
 
-    monkeypatch.setattr(rollback.losses.compare, "exactly", later)
+    monkeypatch.setattr(where, before, later)
     migration.back(run)
     assert sql("SELECT count(*), (SELECT relkind::text FROM pg_class WHERE oid = 'users'::regclass) FROM users") == [(left, "r")]
 
