@@ -271,8 +271,9 @@ def wait_for_snapshots(session: Session, horizon: str, patience: Patience, what:
     """Return once no session of this database has a snapshot older than transaction `horizon`, which has just committed.
 
     A REPEATABLE READ transaction from before the copy would see the new table empty after the swap, and one from before 20 no row
-    that it moved. Of sessions whose snapshot this role may not see, every transaction that is open now is waited for. Raises LockNotGranted, naming them, when the
-    budget is over; also when earlier attempts used it up, a passing snapshot gets a second: it is not what was in the way.
+    that it moved. Of sessions whose snapshot this role may not see, every transaction that is open now is waited for. Raises
+    LockNotGranted, naming them, when the budget is over; also when earlier attempts used it up, a passing snapshot gets a second:
+    it is not what was in the way.
     """
     now, begun = session.row("locks.now"), time.monotonic()
     hidden = [row["transaction"] for row in session.rows("locks.hidden_transactions")]
