@@ -292,6 +292,7 @@ def refuse_late_snapshots(session: Session, patience: Patience) -> None:
     """Under the locks, when rows had to be replayed or moved: raises NotYet while a transaction lives that took its snapshot before, and
     would miss these rows after the swap. For half of the budget: against an application that always has one, it would starve.
     """
+    session.run("locks.look_anew")
     late = [] if patience.spent(0.5) else session.rows("locks.late_snapshots")
     if late:
         blockers = [Blocker(**row) for row in late]

@@ -46,6 +46,10 @@ SELECT a.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, ''
         AND (a.xact_start <= {since}::timestamptz OR age(a.backend_xmin) > age({oldest}::text::xid))
         OR EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.virtualxid = ANY ({hidden}::text[])))
 
+-- name: look_anew
+-- Within a transaction pg_stat_activity stays what it was when it was first read.
+SELECT pg_stat_clear_snapshot()
+
 -- name: late_snapshots
 -- Transactions that hold a snapshot from an earlier statement: REPEATABLE READ ones. One whose statement waits for this lock
 -- looks alike when it has touched another table before, so that now and then it is taken for one.

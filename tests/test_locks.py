@@ -199,6 +199,33 @@ def test_a_snapshot_that_would_miss_the_last_rows_is_waited_for(clinic, sql):
             locks.refuse_late_snapshots(session, patience)
 
 
+def test_a_snapshot_that_is_taken_while_the_last_rows_are_replayed_is_waited_for_too(forward, clinic, sql, monkeypatch):
+    run = forward("approval")
+    wait, record, late = locks.wait_for_snapshots, cutover._record, list[psycopg.Connection]()
+
+    def waited(*given):
+        if late:  # the second attempt
+            assert late[0].execute("SELECT count(*) FROM users WHERE first_name = 'late'").fetchone() == (1,)
+            late[0].rollback()
+        else:
+            sql("UPDATE users SET first_name = 'late' WHERE email = (SELECT min(email) FROM users)")
+        wait(*given)
+
+    def recorded(*given):
+        if not late:
+            late.append(psycopg.connect(clinic, autocommit=False))
+            late[0].execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            late[0].execute("SELECT 1")
+        return record(*given)
+
+    monkeypatch.setattr(locks, "wait_for_snapshots", waited)
+    monkeypatch.setattr(cutover, "_record", recorded)
+    try:
+        assert len(cutover.swap(run).facts["attempts"]) == 2
+    finally:
+        late[0].close()
+
+
 @pytest.mark.long
 def test_an_old_writer_elsewhere_does_not_hold_everybody_up(server, clinic, sql):
     """It keeps the xmin of every new snapshot low; these are not old for that."""
