@@ -174,10 +174,13 @@ SELECT string_agg(concat(privilege_type, ' (' || attribute || ')'), ', ' ORDER B
 GRANT {privileges} ON {leaf} TO {who}
 
 -- name: trigger_states
-SELECT tgname AS name, tgenabled::text AS state FROM pg_trigger WHERE tgrelid = {table_text}::regclass AND tgconstraint = 0 AND tgenabled <> 'D' ORDER BY 1
+-- Constraint triggers are the application's, too; those of keys are not.
+SELECT tgname AS name, tgenabled::text AS state FROM pg_trigger t LEFT JOIN pg_constraint k ON k.oid = t.tgconstraint
+ WHERE tgrelid = {table_text}::regclass AND coalesce(k.contype = 't', true) AND tgenabled <> 'D' ORDER BY 1
 
 -- name: row_triggers
-SELECT tgname AS name FROM pg_trigger WHERE tgrelid = {oid} AND tgconstraint = 0 AND tgtype & 1 = 1
+SELECT tgname AS name FROM pg_trigger t LEFT JOIN pg_constraint k ON k.oid = t.tgconstraint
+ WHERE tgrelid = {oid} AND coalesce(k.contype = 't', true) AND tgtype & 1 = 1
 
 -- name: add_key
 ALTER TABLE {table} ADD CONSTRAINT {constraint} {definition} NOT VALID

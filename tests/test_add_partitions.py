@@ -95,7 +95,8 @@ def test_a_new_value_gets_a_partition(forward, clinic, sql, unique):
 
 def test_rows_of_the_default_partition_go_over_with_all_that_refers_to_them(clinic, sql):
     sql("CREATE TABLE audit (what text); CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO audit VALUES (TG_OP); RETURN NULL; END $$;"
-        " CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON users FOR EACH ROW EXECUTE FUNCTION audit()")  # fmt: skip
+        " CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON users FOR EACH ROW EXECUTE FUNCTION audit();"
+        " CREATE CONSTRAINT TRIGGER audit_late AFTER INSERT OR DELETE ON users DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION audit()")  # fmt: skip
     sql("ALTER TABLE appointments DROP CONSTRAINT appointments_user_id_fkey, ADD CONSTRAINT appointments_user_id_fkey"
         " FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE")  # fmt: skip
     run = migration.forward(clinic, unique="global", partitions=REST)
