@@ -20,12 +20,14 @@ from runbook.words import counted
 
 
 def replay(run: Run, session: Session, patience: locks.Patience) -> tuple[int, str]:
-    """Bring the original to the table's state; where a TRUNCATE left no keys, by looking at every row."""
+    """Bring the original to the table's state; where a TRUNCATE left no keys, by looking at every row. As long as the patience lasts."""
     while True:
         try:
             with whole(run, session):
                 return changes.catch_up(run, session, patience, BACK)
         except Rewritten:
+            if patience.spent():
+                raise locks.NotYet(f"a TRUNCATE of {run.plan.full_name}") from None
             resync(run, session)
 
 

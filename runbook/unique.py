@@ -17,9 +17,13 @@ def names(plan: Plan, guard: Guard, staging: str, schema: str = "") -> dict[str,
     table, g of the guard, o what a row's key is."""
     schema, columns = schema or plan.guard_schema, [sql.Identifier(name) for name, _, _ in guard.parts]
     conditions: list[sql.Composable] = [trusted(f"({guard.predicate})")] if guard.predicate else []
-    if not guard.nulls_not_distinct:  # rows with a NULL in the key cannot clash
-        conditions += [sql.SQL("({}) IS NOT NULL").format(trusted(expression)) for _, expression, _ in guard.parts]
-    same = "(g.{0} {1} o.{0} OR g.{0} IS NULL AND o.{0} IS NULL)" if guard.nulls_not_distinct else "g.{0} {1} o.{0}"
+    if not guard.nulls_not_distinct:  # rows with a NULL in the key cannot clash; a composite value with a NULL in it is none
+        conditions += [sql.SQL("({}) IS DISTINCT FROM NULL").format(trusted(expression)) for _, expression, _ in guard.parts]
+    same = (
+        "(g.{0} {1} o.{0} OR g.{0} IS NOT DISTINCT FROM NULL AND o.{0} IS NOT DISTINCT FROM NULL)"
+        if guard.nulls_not_distinct
+        else "g.{0} {1} o.{0}"
+    )
     equals = map(trusted, guard.operators or ["="] * len(columns))
 
     def row(which: str, form: str = "{}.{}") -> sql.Composable:

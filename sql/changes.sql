@@ -33,7 +33,7 @@ BEGIN
   END IF;
   RETURN NULL;
 END $$;
--- TRUNCATE has no rows: a marker of NULLs stands for all of them.
+-- TRUNCATE has no rows: a marker of NULLs stands for all of them. ROW(…) IS NULL looks at them, and not at what is in a composite one.
 CREATE FUNCTION {truncate_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   IF TG_ARGV[0] = 'back' THEN
@@ -93,10 +93,10 @@ DROP TRIGGER IF EXISTS runbook_log_truncate ON {leaf}
 LOCK TABLE {origin} IN ACCESS SHARE MODE
 
 -- name: truncated
-SELECT EXISTS (SELECT FROM {log} k WHERE ({k_keys}) IS NULL)
+SELECT EXISTS (SELECT FROM {log} k WHERE ROW({k_keys}) IS NULL)
 
 -- name: forget_truncation
-DELETE FROM {log} k WHERE ({k_keys}) IS NULL
+DELETE FROM {log} k WHERE ROW({k_keys}) IS NULL
 
 -- name: length
 SELECT count(*) FROM {log} k

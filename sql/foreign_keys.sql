@@ -8,7 +8,7 @@ ALTER TABLE {reference_log} REPLICA IDENTITY FULL
 -- name: create_log_function
 CREATE FUNCTION {reference_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  INSERT INTO {reference_log} SELECT DISTINCT {n_columns} FROM added n WHERE ({n_columns}) IS NOT NULL;
+  INSERT INTO {reference_log} SELECT DISTINCT {n_columns} FROM added n WHERE ROW({n_columns}) IS NOT NULL;
   RETURN NULL;
 END $$
 
@@ -210,7 +210,7 @@ ALTER TABLE {shadow} ADD CONSTRAINT {check_name} CHECK ({required})
 -- foreign key is still in force, so whoever is not among the minority is of the most frequent value: only the minority is hashed.
 SELECT count(*) FROM {reference} w LEFT JOIN (SELECT {s_referenced}, {s_key} AS {key} FROM {source} s WHERE {s_key} IS DISTINCT FROM {frequent}) v
     ON {w_is_v}
- WHERE w.{role_column} IS DISTINCT FROM coalesce(v.{key}, {frequent}) AND ({w_columns}) IS NOT NULL
+ WHERE w.{role_column} IS DISTINCT FROM coalesce(v.{key}, {frequent}) AND ROW({w_columns}) IS NOT NULL
    AND NOT EXISTS (SELECT FROM {reference_log} k WHERE {w_is_k})
    AND NOT EXISTS (SELECT FROM {source} s JOIN {log} k ON {s_is_k} WHERE {w_is_s})
 

@@ -2,9 +2,9 @@
 
 -- name: resync
 -- Every key that differs goes into the log: after a TRUNCATE, or when partitions were attached or detached since.
-DELETE FROM {back} k WHERE ({k_keys}) IS NULL;
+DELETE FROM {back} k WHERE ROW({k_keys}) IS NULL;
 INSERT INTO {back} SELECT {either_pk} FROM {source} s FULL JOIN {retired} d ON {d_is_s}
- WHERE ({s_pk}) IS NULL OR ({d_pk}) IS NULL OR NOT {s_row}::record *= {d_filled_row}::record
+ WHERE ROW({s_pk}) IS NULL OR ROW({d_pk}) IS NULL OR NOT {s_row}::record *= {d_filled_row}::record
 
 -- name: original
 SELECT EXISTS (SELECT FROM pg_class c WHERE c.oid = to_regclass({retired_text}) AND (c.oid = {source_oid}::bigint::oid OR EXISTS (
@@ -91,7 +91,7 @@ SELECT attname AS name, format_type(atttypid, atttypmod) AS type FROM pg_attribu
 
 -- name: doubles
 -- What was unique in the original and is not any more.
-SELECT ROW({columns})::text AS key, count(*) AS rows FROM {source} WHERE ({columns}) IS NOT NULL GROUP BY {columns} HAVING count(*) > 1 LIMIT 10
+SELECT ROW({columns})::text AS key, count(*) AS rows FROM {source} WHERE ROW({columns}) IS NOT NULL GROUP BY {columns} HAVING count(*) > 1 LIMIT 10
 
 -- name: drop_partitioned
 DROP TABLE {shadow}

@@ -360,7 +360,7 @@ HAVING i.i ->> 'tail' = format('btree (%s)', string_agg(quote_ident(c.name), ', 
 -- One statement, one snapshot. Rows whose change waits in the log for the way back are left out on both sides; after a TRUNCATE nothing
 -- can be said.
 SELECT r.rows, r.hash, o.rows AS retired_rows, o.hash AS retired_hash,
-       CASE WHEN NOT EXISTS (SELECT FROM {log} k WHERE ({k_keys}) IS NULL) THEN (r.rows, r.hash) = (o.rows, o.hash) END AS ok
+       CASE WHEN NOT EXISTS (SELECT FROM {log} k WHERE ROW({k_keys}) IS NULL) THEN (r.rows, r.hash) = (o.rows, o.hash) END AS ok
   FROM (SELECT count(*) AS rows, coalesce(sum({d_hash}), 0) AS hash FROM {partitioned} d WHERE {d_counts}) r
  CROSS JOIN (SELECT count(*) AS rows, coalesce(sum({s_hash}), 0) AS hash FROM ONLY {plain} s WHERE {s_counts}) o
 

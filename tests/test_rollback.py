@@ -134,6 +134,22 @@ def test_a_truncate_after_the_cutover_is_followed(forward, sql, truncated, left)
 
 
 @pytest.mark.long
+def test_a_table_that_is_truncated_again_and_again_ends_the_patience(forward, sql, monkeypatch):
+    run, resync = forward(), rollback.losses.resync
+
+    def truncated(*given):
+        resync(*given)
+        sql("TRUNCATE users CASCADE")
+
+    monkeypatch.setattr(rollback.losses, "resync", truncated)
+    sql("TRUNCATE users CASCADE")
+    with pytest.raises(LockNotGranted, match=r"because of a TRUNCATE of public\.users"):
+        rollback.swap_back(run, budget_s=1)
+    monkeypatch.undo()
+    migration.back(run)
+
+
+@pytest.mark.long
 def test_writes_while_the_log_was_switched_off_are_found(forward, sql):
     run = forward()
     sql("ALTER TABLE users DISABLE TRIGGER USER")

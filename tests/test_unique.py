@@ -332,3 +332,27 @@ def test_an_upgrade_of_the_server_takes_the_result_along_and_the_way_back():
         finally:
             new.stop()
             shutil.rmtree(data, ignore_errors=True)
+
+
+@pytest.mark.long
+def test_a_composite_value_with_a_null_in_it_is_a_value(database, sql):
+    """To IS NOT NULL it is none, and a key that has none but NULLs is no TRUNCATE either."""
+    sql(
+        "CREATE TYPE pair AS (a int, b int); CREATE TABLE things (id pair PRIMARY KEY, kind text NOT NULL, c pair UNIQUE);"
+        " INSERT INTO things SELECT ROW(n, NULL)::pair, (ARRAY['x', 'y'])[1 + n % 2], ROW(n, NULL)::pair FROM generate_series(1, 40) n;"
+        " INSERT INTO things VALUES (ROW(NULL, NULL), 'x'), (ROW(0, 0), 'x');"
+        " CREATE TABLE notes (id pair REFERENCES things); INSERT INTO notes SELECT id FROM things"
+    )
+    run = migration.plan(database, "things", "kind")
+    migration.walk(run, migration.FORWARD, last="keys check")
+    sql("INSERT INTO notes VALUES (ROW(1, NULL)); UPDATE things SET c = ROW(9, 9) WHERE id = ROW(NULL, NULL)::pair")
+    migration.walk(run, migration.FORWARD, first="approval")
+    verify.check(run)
+    for kind in ("x", "y"):
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            sql("INSERT INTO things VALUES (ROW(99, 99), %s, ROW(1, NULL))", [kind])
+    sql(
+        "UPDATE things SET c = ROW(8, 8) WHERE id = ROW(NULL, NULL)::pair; UPDATE things SET c = ROW(1, NULL) WHERE c = ROW(1, NULL)::pair"
+    )
+    migration.back(run)
+    assert sql("SELECT c::text FROM things WHERE id = ROW(NULL, NULL)::pair") == [("(8,8)",)]
