@@ -106,3 +106,13 @@ def _named(session: Session, key: str, type_: str, check: Named) -> list[str]:
         with suppress(psycopg.DataError, psycopg.IntegrityError), session.connection.transaction():  # no value of this type
             found.append(str(session.value("draft.literal", value=value, type=trusted(type_))))
     return found
+
+
+def rewritten(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Where a guard keeps a key: row triggers that change rows for which its own has not fired yet."""
+    for row in session.rows("catalog.self_writers", oid=plan.table.oid) if plan.guards else ():
+        yield Finding.warning(
+            row["name"], f"The trigger {row['name']} of {plan.full_name} writes to it: where that is another row of the statement for which it fires, its"
+            " keys are not known to what keeps them unique yet, so that the statement can be refused (23505), or a value stays taken.",
+            'Let it write to the row for which it fires only, or make it FOR EACH STATEMENT; or choose unique = "per_partition".',
+        )  # fmt: skip

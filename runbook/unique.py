@@ -52,9 +52,9 @@ def names(plan: Plan, guard: Guard, staging: str, schema: str = "") -> dict[str,
         "new_row": sql.SQL("SELECT {}").format(row("NEW", "{0}.{1} AS {1}")),
         "old_watched": row("OLD"),
         "new_watched": row("NEW"),
-        "row_trigger": sql.Identifier(fit(f"{guard.index}_keep")),
-        "update_trigger": sql.Identifier(fit(f"{guard.index}_keep_update")),
-        "truncate_trigger": sql.Identifier(fit(f"{guard.index}_keep_truncate")),
+        "row_trigger": sql.Identifier(fit(f"!{guard.index}_keep")),  # "!": before the application's, which fire by name, too
+        "update_trigger": sql.Identifier(fit(f"!{guard.index}_keep_update")),
+        "truncate_trigger": sql.Identifier(fit(f"!{guard.index}_keep_truncate")),
     }
 
 

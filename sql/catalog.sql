@@ -342,6 +342,14 @@ SELECT 'function of its rows', f.signature, w.definition, 'DROP ROUTINE IF EXIST
        || coalesce('; COMMENT ON ROUTINE ' || f.signature || ' IS ' || quote_literal(obj_description(f.oid, 'pg_proc')), '') AS definition) w
 ORDER BY 1, 2
 
+-- name: self_writers
+-- Triggers that fire after a row, and by their functions' text change rows of the same table.
+SELECT t.tgname AS name FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = t.tgrelid
+ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgenabled <> 'D' AND t.tgtype & 3 = 1
+   AND regexp_replace(p.prosrc, '--[^\n]*|/\*.*?\*/', ' ', 'g') ~* format('\m(UPDATE|DELETE\s+FROM|MERGE\s+INTO)\s+(ONLY\s+)?("?\w+"?\s*\.\s*)?"?%s"?($|[^\w"])',
+       regexp_replace(c.relname, '([^[:alnum:]_])', '\\\1', 'g'))
+ ORDER BY 1
+
 -- name: event_triggers
 SELECT e.evtname AS name, e.evtfoid::regprocedure::text AS function FROM pg_event_trigger e
  WHERE e.evtenabled <> 'D' AND e.evtevent IN ('ddl_command_start', 'ddl_command_end', 'sql_drop') ORDER BY 1
