@@ -12,7 +12,7 @@ from psycopg import sql
 from runbook.errors import PromiseBroken, function_of
 from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, P, Run
-from runbook.plan import equal, fit, identifiers
+from runbook.plan import equal, fit
 from runbook.session import Session
 from runbook.statements import spelled, statement, trusted
 
@@ -99,7 +99,6 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
             for column, key in zip(columns, keys, strict=True)
         ),
         "itself": itself(run, reference, counts),
-        "watched": identifiers((*columns, reference.role_column, *([run.plan.key] if reference in run.plan.selves else []))),
         "n_columns": listed("n", columns),
         "w_columns": listed("w", columns),
         "k_columns": listed("k", keys),

@@ -250,7 +250,8 @@ ALTER TABLE {reference} ALTER COLUMN {role_column} DROP DEFAULT
 -- Gives a row the key of the row that it refers to, when the writer did not know of the column; one that was given is never
 -- corrected, the foreign key refuses a wrong one. FOR KEY SHARE waits for a concurrent change of it and sees its result; a row
 -- that moved to another partition meanwhile is looked for again. Where there is none to refer to, the foreign key refuses.
--- That an update names the column only its list of columns tells: the trigger for that list fires first, and passes it on.
+-- That an update names the column only its list of columns tells: the trigger for that list fires first, and passes it on. What
+-- another trigger assigned stands in no list: the fill trigger has none, and compares. ALWAYS: a session in replica mode is helped, too.
 CREATE FUNCTION {named_function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   PERFORM set_config({named_setting}, 'on', true);
@@ -289,8 +290,18 @@ BEGIN
   {note};
   RETURN NEW;
 END $$;
-CREATE TRIGGER {fill_trigger} BEFORE INSERT OR UPDATE OF {watched} ON {reference}
-  FOR EACH ROW EXECUTE FUNCTION {fill_function}()
+CREATE TRIGGER {fill_trigger} BEFORE INSERT OR UPDATE ON {reference} FOR EACH ROW EXECUTE FUNCTION {fill_function}();
+ALTER TABLE {reference} ENABLE ALWAYS TRIGGER {named_trigger};
+ALTER TABLE {reference} ENABLE ALWAYS TRIGGER {fill_trigger};
+DO $do$  -- on 14 and 15 ALWAYS on a partitioned table does not reach its partitions
+DECLARE
+  leaf regclass;
+BEGIN
+  FOR leaf IN SELECT relid FROM pg_partition_tree($name${reference}$name$) WHERE isleaf AND level > 0 LOOP
+    EXECUTE 'ALTER TABLE ' || leaf || $alter$ ENABLE ALWAYS TRIGGER {named_trigger}$alter$;
+    EXECUTE 'ALTER TABLE ' || leaf || $alter$ ENABLE ALWAYS TRIGGER {fill_trigger}$alter$;
+  END LOOP;
+END $do$
 
 -- name: note_fill
 -- Who still needs it is counted until 91.

@@ -145,11 +145,15 @@ SELECT format('Key %s of %s is composite%s', r ->> 'name', r ->> 'table', CASE W
 -- What keeps a row from having no partition key, with which it could refer to nobody; and what fills it in.
 SELECT format('No row of %s has a key without its %s', {table_text}, {role_text}) AS promise, w.required AND w.helped AS ok,
        concat_ws('; ', CASE WHEN w.required THEN 'it is required' ELSE 'nothing requires it' END,
-                 CASE WHEN NOT w.helped THEN 'what fills it in for old code is missing or disabled' WHEN {triggers}::text[] <> '{{}}' THEN 'and filled in for old code' END) AS seen
+                 CASE WHEN NOT w.helped THEN 'what fills it in for old code is missing, disabled or not ENABLE ALWAYS' WHEN {triggers}::text[] <> '{{}}' THEN 'and filled in for old code' END) AS seen
   FROM (SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass({reference_text}) AND attname = {role_text} AND attnotnull AND NOT attisdropped)
                OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference_text}) AND conname = {check_text} AND convalidated) AS required,
-               (SELECT count(*) FROM pg_trigger WHERE tgrelid = to_regclass({reference_text}) AND tgname = ANY ({triggers}::text[]) AND tgenabled <> 'D')
-               = cardinality({triggers}::text[]) AS helped) w
+               (SELECT count(*) FROM pg_trigger WHERE tgrelid = to_regclass({reference_text}) AND tgname = ANY ({triggers}::text[]) AND tgenabled = 'A')
+               = cardinality({triggers}::text[]) AND NOT EXISTS (
+                 SELECT FROM pg_partition_tree({reference_text}) p WHERE p.isleaf AND p.level > 0 AND cardinality({triggers}::text[]) > (
+                   SELECT count(*) FROM pg_trigger WHERE tgrelid = p.relid AND tgname = ANY ({triggers}::text[])
+                      -- before 16 a partition that came by hand has them, but not ALWAYS
+                      AND (tgenabled = 'A' OR tgenabled = 'O' AND current_setting('server_version_num')::int < 160000))) AS helped) w
 
 -- name: constraints
 SELECT format('%s %s is as it was', p.kind, p.k ->> 'name') AS promise,

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook import correction, cutover, foreign_keys, ledger, references, verify
+from runbook import correction, cutover, finish, foreign_keys, ledger, references, verify
 from runbook.errors import LockNotGranted, PlanBlocked, PromiseBroken
 from tests import migration
 from tests.traffic import COUNTING, counting_elsewhere
@@ -221,6 +221,41 @@ def test_for_an_application_that_never_names_the_column_the_fill_trigger_stays(f
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
         sql(book, ["00000000-0000-0000-0000-000000000000"])
     assert ledger.of(run.database, "users").state == "finished"
+
+
+REPLICA = "SET session_replication_role = replica; "
+
+
+@pytest.mark.long
+def test_writers_of_every_kind_are_followed_after_the_cut_over(database, sql):
+    """In replica mode, as a subscription and many loaders work; and where a trigger of the table sets the reference itself."""
+    sql(
+        "CREATE TABLE u (id int PRIMARY KEY, k text NOT NULL, merged_into int); INSERT INTO u SELECT n, (ARRAY['a', 'b'])[1 + n % 2]"
+        " FROM generate_series(1, 30) n; CREATE TABLE r (id int PRIMARY KEY, u_id int NOT NULL REFERENCES u, note text);"
+        " INSERT INTO r SELECT n, n FROM generate_series(1, 30) n; CREATE FUNCTION redirect() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN SELECT coalesce(merged_into, id) INTO NEW.u_id FROM u WHERE id = NEW.u_id; RETURN NEW; END $$;"
+        " CREATE TRIGGER redirect BEFORE INSERT OR UPDATE ON r FOR EACH ROW EXECUTE FUNCTION redirect()"
+    )
+    run = migration.forward(database, table="u", key="k")
+    wrong = "SELECT count(*) FROM r LEFT JOIN u ON (u.id, u.k) = (u_id, u_k) WHERE u.id IS NULL"
+    for kept in (False, True):
+        sql(
+            REPLICA
+            + "INSERT INTO r (id, u_id) VALUES (99, 2); UPDATE r SET u_id = 2 WHERE id = 2; UPDATE r SET u_id = 2 WHERE id = 1"
+        )
+        sql(REPLICA + "UPDATE r SET u_id = 1, u_k = 'b' WHERE id = 1")
+        sql("UPDATE u SET merged_into = 6 WHERE id = 5; UPDATE r SET note = 1 WHERE id = 5")
+        assert sql("SELECT u_id, u_k FROM r WHERE id IN (5, 99) ORDER BY id") == [(6, "a"), (2, "a")]
+        assert sql(wrong) == [(0,)]
+        if not kept:
+            verify.check(run)
+            sql("ALTER TABLE r ENABLE TRIGGER zzz_runbook_fill_u_k")
+            with pytest.raises(PromiseBroken, match=r"No row of public\.r has a key without its u_k"):
+                verify.check(run)
+            sql("DELETE FROM r WHERE id = 99; UPDATE u SET merged_into = NULL; UPDATE r SET u_id = 5 WHERE id = 5")
+            sql("ALTER TABLE r ENABLE ALWAYS TRIGGER zzz_runbook_fill_u_k")
+            verify.check(run)
+            migration.walk(run, {"approval": migration.END["approval"], "drop": lambda run: finish.drop(run, keep_fill=True)})
 
 
 HISTORY = """CREATE TABLE history (LIKE appointments, at timestamptz DEFAULT now());

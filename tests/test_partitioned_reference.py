@@ -54,6 +54,10 @@ def test_it_is_filled_keyed_verified_and_left_as_it_was(database, sql, by):
         sql(
             "INSERT INTO reading_1 (device_id, at, spare) VALUES (1, '2026-01-30', 8) ON CONFLICT (device_id, at) DO UPDATE SET spare = 8"
         )
+        sql("SET session_replication_role = replica; INSERT INTO reading_2 (device_id, at) VALUES (4, '2026-02-27')")
+        sql("CREATE TABLE reading_3 PARTITION OF reading FOR VALUES FROM ('2026-03-01') TO ('2026-04-01')")
+        sql("SET session_replication_role = replica; INSERT INTO reading (device_id, at) VALUES (4, '2026-03-27')")
+        sql("DROP TABLE reading_3")
         assert sql(WRONG) == [(0,)]
         with pytest.raises(errors.ForeignKeyViolation):
             sql("INSERT INTO reading (device_id, at) VALUES (90000, '2026-02-27')")
