@@ -59,14 +59,22 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {row_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger}
 
 -- name: create_truncate_function
--- Of a partition that was emptied no row tells which values went: whatever the whole table lacks goes.
+-- Of a partition that was emptied no row tells which values went: whatever the whole table lacks goes. By an old snapshot neither the
+-- rows that came since are seen nor their values, and both would have to go.
 CREATE FUNCTION {truncate_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   IF pg_partition_root(TG_RELID) IS NULL THEN  -- detached since: what it held is no concern of the table's
     RETURN NULL;
+  ELSIF pg_partition_root(TG_RELID) = TG_RELID THEN
+    TRUNCATE {guard};
+    RETURN NULL;
+  ELSIF pg_relation_size($guard${guard}$guard$) = 0 THEN  -- it was emptied with the whole table
+    RETURN NULL;
+  ELSIF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+    RAISE feature_not_supported USING MESSAGE = format('%s cannot be truncated alone in a %s transaction: values that came since its snapshot would stay'
+      ' taken in %s. TRUNCATE it in a READ COMMITTED transaction.', TG_RELID::regclass, upper(current_setting('transaction_isolation')), $guard${guard}$guard$);
   END IF;
-  EXECUTE $delete$DELETE FROM {guard} g WHERE NOT EXISTS (SELECT FROM (SELECT {values} FROM $delete$ || coalesce(pg_partition_root(TG_RELID), TG_RELID)::regclass::text
-          || $delete$ r {where}) o WHERE {g_is_o})$delete$;
+  EXECUTE $delete$DELETE FROM {guard} g WHERE NOT EXISTS (SELECT FROM (SELECT {values} FROM $delete$ || pg_partition_root(TG_RELID)::regclass::text || $delete$ r {where}) o WHERE {g_is_o})$delete$;
   RETURN NULL;
 END $$;
 ALTER FUNCTION {truncate_function}() OWNER TO {owner}

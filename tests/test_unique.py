@@ -385,3 +385,25 @@ def test_a_trigger_that_writes_the_row_again_finds_its_key_kept(database, sql):
     sql("TRUNCATE things")
     with pytest.raises(psycopg.errors.UniqueViolation):
         sql("INSERT INTO things VALUES (1, 'y', 'other')")
+
+
+@pytest.mark.long
+def test_a_truncate_by_an_old_snapshot_leaves_no_value_taken(clinic, sql, guarded):
+    """It sees no values that came since, and the rows go all the same."""
+    with psycopg.connect(clinic) as other:
+        other.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        other.execute("SELECT count(*) FROM users")
+        sql(insert("late@x", "admin"))
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match=r"users_admins .* READ COMMITTED"):
+            other.execute("TRUNCATE users_admins CASCADE")
+        other.rollback()
+        other.execute("SELECT count(*) FROM users")
+        sql("DELETE FROM users WHERE email = 'late@x'; " + insert("late@x", "doctor"))
+        other.execute("TRUNCATE users CASCADE")
+    assert sql("SELECT count(*) FROM users_unique.users_email_key_values") == [(0,)]
+    sql(insert("late@x", "user"))
+    sql("BEGIN; TRUNCATE users CASCADE; " + insert("late@x", "doctor") + "; ROLLBACK")
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql(insert("late@x", "doctor"))
+    verify.structure(guarded)
+    assert not [each for each in verify.seen(guarded) if "unique in the whole" in each.promise and each.verdict != "pass"]
