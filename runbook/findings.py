@@ -26,8 +26,9 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     found = [
         *_table(plan, row), *_values(plan, division), *possible.filled(session, plan), *possible.doubled(session, plan),
         *_looking(session, plan), *_locking(session, plan), *_watched(session), *_unpruned(session, plan),
-        *possible.unlisted(session, plan), *possible.rewritten(session, plan), *_names(session, plan), *_rights(session, plan), *dependents.objects(session, plan),
-        *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
+        *possible.unlisted(session, plan), *possible.rewritten(session, plan), *_names(session, plan), *_rights(session, plan),
+        *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan),
+        *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
 
