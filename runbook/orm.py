@@ -198,17 +198,37 @@ def _key(name: str, columns: Iterable[str], referenced: list[Column[Any]], defin
 def sqlalchemy(run: Run, metadata: MetaData) -> str:
     """Typed declarative models, by sqlacodegen; a relationship keeps its name when its key becomes a composite one."""
     generators = imports.sqlacodegen()
+    known = {(each.table, each.name): each.columns for each in (*run.plan.references, *run.plan.selves)}
 
     class Models(generators.DeclarativeGenerator):  # type: ignore[name-defined, misc]
         """With names by the columns that a key had: for (user_id) sqlacodegen says `user`, for (user_id, user_role) `users`."""
 
         def generate_relationship_name(self, relationship: Any, global_names: set[str], local_names: set[str]) -> None:
             key = relationship.constraint
-            known = {(each.table, each.name): each.columns for each in (*run.plan.references, *run.plan.selves)}
             if key is not None and (columns := known.get((key.table.name, key.name))):
                 relationship.constraint = SimpleNamespace(table=key.table, columns=[key.table.c[name] for name in columns])
             super().generate_relationship_name(relationship, global_names, local_names)
             relationship.constraint = key
+
+        def generate_relationships(self, source: Any, *others: Any) -> Any:
+            """One to one by the columns that a key had: the composite one has more than the unique key over them."""
+            unique = [set(key.columns.keys()) for key in source.table.constraints
+                      if isinstance(key, (PrimaryKeyConstraint, UniqueConstraint))]  # fmt: skip
+            super().generate_relationships(source, *others)
+            for each in source.relationships:
+                key = each.constraint
+                columns = known.get((key.table.name, key.name)) if key is not None and key.table is source.table else None
+                if columns and set(columns) in unique:
+                    each.type = each.backref.type = generators.RelationshipType.ONE_TO_ONE
+
+        def render_relationship_arguments(self, relationship: Any) -> dict[str, Any]:
+            """A join of several columns as one function: `and_` of several functions would call them while the classes are being made."""
+            said = dict(super().render_relationship_arguments(relationship))
+            for join in ("primaryjoin", "secondaryjoin"):
+                if said.get(join, "").startswith("and_("):
+                    said[join] = "lambda: " + said[join].replace("lambda: ", "")
+                    self.add_literal_import("sqlalchemy", "and_")
+            return said
 
         def collect_imports_for_constraint(self, constraint: Any) -> None:
             super().collect_imports_for_constraint(constraint)
@@ -244,7 +264,8 @@ def sqlalchemy(run: Run, metadata: MetaData) -> str:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SAWarning)  # of tables that refer to each other
-        models = str(Models(metadata, run.database.engine, []).generate())
+        # A primary key that is a foreign key, too, makes no subclass: sqlacodegen would guess so of the key as it was, not of the composite one.
+        models = str(Models(metadata, run.database.engine, ["nojoined"]).generate())
     if "UserDefinedType" in models:
         models = models.replace("class Base(", f"{getsource(PostgresType)}\n\nclass Base(", 1)
     for module in ("datetime", "decimal", "uuid"):  # a column can be called as the module whose type it has

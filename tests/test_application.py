@@ -122,6 +122,30 @@ def test_the_schemas_have_each_index_as_the_database_has_it(database, sql, tmp_p
     assert after[False] == before[False] and "Index('parts_role', 'kind', 'kind_kind')" in after[True][1]
 
 
+RELATED = """
+CREATE TABLE person (id int PRIMARY KEY, kind text NOT NULL); INSERT INTO person SELECT n, (ARRAY['a', 'b'])[1 + n % 2] FROM generate_series(1, 20) n;
+CREATE TABLE follows (follower int REFERENCES person, followee int REFERENCES person, PRIMARY KEY (follower, followee));
+CREATE TABLE doc (id int PRIMARY KEY, person_id int REFERENCES person, state text NOT NULL);
+CREATE TABLE item (doc_id int PRIMARY KEY REFERENCES doc, person_id int REFERENCES person, note text);
+CREATE TABLE recovery (person_id int PRIMARY KEY REFERENCES person, helper_id int NOT NULL REFERENCES person, note text);
+CREATE TABLE staff (person_id int PRIMARY KEY REFERENCES person, note text);
+"""
+
+
+def test_models_find_their_joins_whatever_the_keys_of_the_tables_around_are(database, sql, tmp_path, monkeypatch):
+    sql(RELATED)
+    schema = application.Schema(migration.plan(database, "person", "kind", unique="global"))
+    monkeypatch.syspath_prepend(tmp_path)
+    related = []
+    for name, models in zip(("related_before", "related_after"), schema.sqlalchemy, strict=True):
+        (tmp_path / f"{name}.py").write_text(models)
+        registry = importlib.import_module(name).Base.registry
+        registry.configure()
+        related.append({str(each) for mapper in registry.mappers for each in (mapper, *mapper.relationships)})
+    assert related[0] == related[1] >= {"Staff.person", "Item.person", "Recovery.person_person", "Recovery.helper"}
+    assert len([each for each in related[1] if each.startswith("Person.follow")]) == 2
+
+
 def test_models_can_be_imported_whatever_the_columns_are_called_and_made_of(database, sql, tmp_path, monkeypatch):
     """As those that have the name of a module, and types of which SQLAlchemy knows nothing."""
     sql("CREATE TABLE person (uuid uuid PRIMARY KEY, datetime timestamptz, decimal numeric(4,2) NOT NULL, kind text NOT NULL, place point, seen xid8 NOT NULL, tags text[], list text);"
