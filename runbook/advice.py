@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from runbook import queries
+from runbook.dependents import instead
 from runbook.facts import Finding
 from runbook.forecast import MB, free
 from runbook.plan import Plan
@@ -27,6 +28,7 @@ def given(session: Session, plan: Plan) -> Iterator[Finding]:
     yield from _look_ups(session, plan)
     yield from _skew(plan)
     yield from _places(session, plan)
+    yield from _conflicts(session, plan)
 
 
 def _room(session: Session, plan: Plan) -> Iterator[Finding]:
@@ -88,10 +90,37 @@ def _skew(plan: Plan) -> Iterator[Finding]:
 
 def _places(session: Session, plan: Plan) -> Iterator[Finding]:
     """Housekeeping that deletes by ctid, as `DELETE … WHERE ctid = ANY (ARRAY(SELECT ctid … LIMIT 1000))` does, hits rows that it never chose."""
-    named = [plan.table.name, *(view.name.rpartition(".")[2] for view in plan.views)]
-    if functions := [row["function"] for row in session.rows("advice.by_place", names=named)]:
+    if functions := [row["function"] for row in session.rows("advice.by_place", names=_named(plan))]:
         yield Finding.warning(
             plan.full_name, f"{', '.join(functions)} {'changes' if len(functions) == 1 else 'change'} rows by ctid, which is a place in every partition of"
             f" {plan.full_name}: rows of other partitions would be hit, too.",
             "Let it go by the primary key, or compare tableoid as well, before 05_cutover.",
         )  # fmt: skip
+
+
+def _conflicts(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Functions of the database, and of its extensions and queues, of which no list of the application's statements tells."""
+    names = "|".join(re.escape(name) for name in _named(plan))
+    insert = re.compile(
+        rf'\binsert\s+into\s+(?:[\w$"]+\s*\.\s*)?"?(?:{names})"?(?![\w$"])(?:(?!\binsert\s)[^;])*?\bon\s+conflict\s*\(([\w$",\s]+)\)',
+        re.IGNORECASE,
+    )
+    targets = {
+        row["function"]: [set(re.findall(r"[\w$]+", target.lower())) for target in insert.findall(row["source"])]
+        for row in session.rows("advice.conflicts")
+    }
+    for index in plan.indexes:
+        columns = {name.lower() for name in index.columns}
+        functions = [function for function, found in targets.items() if columns in found]
+        if functions and index.unique and plan.key not in index.columns:
+            what = f"ON CONFLICT ({', '.join(index.columns)})"
+            yield Finding.warning(
+                index.name, f"{', '.join(functions)} {'inserts' if len(functions) == 1 else 'insert'} into {plan.full_name} with {what}, and"
+                f" {'fails' if len(functions) == 1 else 'fail'} from the cut-over on (42P10).",
+                f"{instead(plan, index)} Change it with the cut-over.".lstrip(),
+            )  # fmt: skip
+
+
+def _named(plan: Plan) -> list[str]:
+    """What a function can call the table: its name, or that of a view of it."""
+    return [plan.table.name, *(view.name.rpartition(".")[2] for view in plan.views)]

@@ -9,7 +9,7 @@ from typing import Any
 from psycopg import sql
 
 from runbook import catalog, ledger, matviews
-from runbook.facts import Finding, Reference
+from runbook.facts import Finding, Index, Reference
 from runbook.plan import Plan, fit
 from runbook.session import Session
 
@@ -28,7 +28,7 @@ def objects(session: Session, plan: Plan) -> Iterator[Finding]:
             f"{row['object']} depends on {plan.full_name} in a way that is not carried over.",
             "Drop it before, and make it anew after the cut-over.",
         )
-    yield from _materialized(session, oid)
+    yield from matviews.judged(session, oid)
     obstacles = session.rows("catalog.obstacles", oid=oid, key=plan.key, backup=plan.backup_method, retired=plan.retired)
     yield from map(Finding.model_validate, obstacles)
     for row in session.rows("catalog.subscribed", oid=oid):
@@ -68,37 +68,20 @@ def objects(session: Session, plan: Plan) -> Iterator[Finding]:
         ):
             before = " BEFORE " in carried.definition and " INSERT " in carried.definition
             what = f"; were it to change {plan.key}, an insert would be refused" if before else ""
+            if " AFTER " in carried.definition and " OR UPDATE " in carried.definition:
+                what = "; to its function that is no UPDATE, and has no OLD beside NEW"
             yield Finding.warning(
                 carried.name,
                 f"The trigger {carried.name} fires for an update of {plan.key}, too, by which a row is deleted and inserted: what it assigns, writes or"
                 f" refuses, it assigns, writes or refuses again{what}.",
                 "Where that would be wrong, let its function tell the two apart (what it would assign is there already), or partition by a column that does not change.",
             )
-
-
-def _materialized(session: Session, oid: sql.Literal) -> Iterator[Finding]:
-    for row in session.rows("matviews.all", oid=oid):
-        name = f"{row['schema_name']}.{row['name']}"
-        why = ""
-        if row["others"]:
-            why = f"and {', '.join(row['others'])} with it"
-        elif not row["ours"]:
-            why = f"which its owner {row['owner']}, who may CREATE in its schema, may do, and whoever owns the views that read it"
-        elif row["granted_by_others"] and not session.row("catalog.privileges", oid=oid)["superuser"]:
-            why = f"with the rights on it that another than its owner {row['owner']} granted, which only a superuser can"
-        elif refused := matviews.refusal(session, row["owner"], row["query"]):
-            why = f"and its owner {row['owner']} could not refresh it ({refused})"
-        if why:
-            yield Finding.blocker(
-                row["name"],
-                f"The materialized view {name} would have to be made anew, {why}.",
-                "Drop it before, and make it anew after the cut-over.",
-            )
-        else:
-            yield Finding.note(
-                row["name"],
-                f"The materialized view {name} ({row['bytes'] / 1e6:.1f} MB) is made anew after the swap, of what the table holds then;"
-                " until that is done it shows what it showed, and a refresh reads the retired table.",
+        elif carried.kind == "trigger" and (only := re.search(r" AFTER UPDATE( OF .*)? ON .*FOR EACH ROW ", carried.definition)):
+            yield Finding.warning(
+                carried.name,
+                f"The trigger {carried.name} (AFTER UPDATE{only[1] or ''}) does not fire for an update of {plan.key} that moves the row to another"
+                " partition, by which it is deleted and inserted: what it writes or refuses is then left out, without an error.",
+                "Make it AFTER INSERT OR DELETE, too, and let its function tell the two apart; or partition by a column that does not change.",
             )
 
 
@@ -259,6 +242,13 @@ def _together(plan: Plan) -> Iterator[Finding]:
         )
 
 
+def instead(plan: Plan, index: Index) -> str:
+    """What takes the place of ON CONFLICT on a key without the partition key; a deferrable one it never could name."""
+    if index.primary and not index.timing:
+        return f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place."
+    return "" if index.timing else "In its place, UPDATE first, and INSERT where that changed no row; after a 23505 once more."
+
+
 def uniqueness(plan: Plan) -> Iterator[Finding]:
     """Which unique keys a partitioned table can keep, and how."""
     guards = {guard.index: guard.table for guard in plan.guards}
@@ -272,9 +262,11 @@ def uniqueness(plan: Plan) -> Iterator[Finding]:
         if not index.unique or plan.key in index.columns:
             continue
         plain = index.tail.replace('"', "") == f"btree ({', '.join(index.columns)})"
-        what = ", ".join(index.columns) if plain else index.tail.removeprefix("btree ")
-        arbiter = index.primary and not index.timing  # a deferrable key is none
-        instead = f"ON CONFLICT ({', '.join((*index.columns, plan.key))}) takes its place." if arbiter else ""
+        keys, where, predicate = index.tail.removeprefix("btree ").partition(" WHERE ")
+        keys = re.sub(r" (INCLUDE \(|NULLS NOT |WITH \().*", "", keys)  # of which ON CONFLICT says nothing
+        target = f"({', '.join(index.columns)})" if plain else keys + where + predicate
+        what = target[1:-1] if plain else target
+        way_out = instead(plan, index)
         if index.timing and not index.primary:
             yield Finding.warning(
                 index.name, f"{index.name} is deferrable, and no constraint of {plan.full_name} by that name any more: SET CONSTRAINTS {index.name} fails (42704)"
@@ -284,14 +276,14 @@ def uniqueness(plan: Plan) -> Iterator[Finding]:
         if index.name in guards:
             yield Finding.warning(
                 index.name, f"{what} stays unique in the whole of {plan.full_name}: triggers keep {plan.guard_schema}.{guards[index.name]}, one small"
-                f" write more for every row. ON CONFLICT ({what}) stops working, and ON CONFLICT DO NOTHING skips a duplicate in the row's own"
-                " partition only; elsewhere it is an error (23505).", instead,
+                f" write more for every row. ON CONFLICT {target} stops working, and ON CONFLICT DO NOTHING skips a duplicate in the row's own"
+                " partition only; elsewhere it is an error (23505).", way_out,
             )  # fmt: skip
         else:
             yield Finding.warning(
                 index.name, f"{what} was unique in {plan.full_name} and becomes unique per partition: the same {what} may stand once in each;"
-                f" the way back closes once that happens, and ON CONFLICT ({what}) stops working.",
-                instead or 'unique = "global" keeps it unique.',
+                f" the way back closes once that happens, and ON CONFLICT {target} stops working.",
+                f'unique = "global" keeps it unique. {way_out}'.rstrip(),
             )  # fmt: skip
     yield Finding.note(plan.full_name, f"Look-ups that do not name {plan.key} visit every partition.")
     yield Finding.note(

@@ -6,13 +6,13 @@ old one waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from psycopg import errors, sql
 
 from runbook import locks, partition
 from runbook.changes import Statements
-from runbook.facts import Matview, MatviewIndex
+from runbook.facts import Finding, Matview, MatviewIndex
 from runbook.ledger import Run
 from runbook.session import Session
 from runbook.statements import closed_schema, rendered, spelled, statement, trusted
@@ -25,6 +25,33 @@ def of(session: Session, oid: int) -> tuple[Matview, ...]:
         indexes = [MatviewIndex.model_validate(each) for each in session.rows("catalog.indexes", oid=row["oid"])]
         found.append(Matview.model_validate({**row, "indexes": indexes, **_readers(session, row["oid"])}))
     return tuple(found)
+
+
+def judged(session: Session, oid: sql.Literal) -> Iterator[Finding]:
+    """What making each anew means, or what keeps it from being made."""
+    for row in session.rows("matviews.all", oid=oid):
+        name = f"{row['schema_name']}.{row['name']}"
+        why = ""
+        if row["others"]:
+            why = f"and {', '.join(row['others'])} with it"
+        elif not row["ours"]:
+            why = f"which its owner {row['owner']}, who may CREATE in its schema, may do, and whoever owns the views that read it"
+        elif row["granted_by_others"] and not session.row("catalog.privileges", oid=oid)["superuser"]:
+            why = f"with the rights on it that another than its owner {row['owner']} granted, which only a superuser can"
+        elif refused := refusal(session, row["owner"], row["query"]):
+            why = f"and its owner {row['owner']} could not refresh it ({refused})"
+        if why:
+            yield Finding.blocker(
+                row["name"],
+                f"The materialized view {name} would have to be made anew, {why}.",
+                "Drop it before, and make it anew after the cut-over.",
+            )
+        else:
+            yield Finding.note(
+                row["name"],
+                f"The materialized view {name} ({row['bytes'] / 1e6:.1f} MB) is made anew after the swap, of what the table holds then;"
+                " until that is done it shows what it showed, and a refresh reads the retired table.",
+            )
 
 
 def _readers(session: Session, oid: int) -> dict[str, list[object]]:

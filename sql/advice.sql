@@ -18,3 +18,7 @@ SELECT p.oid::regprocedure::text AS function FROM pg_proc p JOIN pg_language l O
  WHERE l.lanname IN ('sql', 'plpgsql') AND p.prosrc ~* '\mctid\M' AND p.prosrc ~* '\m(delete|update)\M'
    AND EXISTS (SELECT FROM unnest({names}::text[]) n(name) WHERE p.prosrc ~* format('(^|\W)%s(\W|$)', regexp_replace(n.name, '(\W)', '\\\1', 'g')))
  ORDER BY 1
+
+-- name: conflicts
+SELECT p.oid::regprocedure::text AS function, p.prosrc AS source FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+ WHERE l.lanname IN ('sql', 'plpgsql') AND p.prosrc ~* '\mon\s+conflict\M' ORDER BY 1

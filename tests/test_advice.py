@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -54,6 +55,26 @@ def test_housekeeping_that_goes_by_ctid_is_named(clinic: str, sql: Sql) -> None:
     assert "public.purge(integer) changes rows by ctid, which is a place in every partition of public.users" in findings(
         clinic, "warning"
     )
+
+
+def test_functions_and_triggers_that_the_cut_over_breaks_are_named(clinic: str, sql: Sql) -> None:
+    said = findings(clinic)
+    assert "42P10" not in said and "does not fire" not in said
+    sql("CREATE FUNCTION sign_up(mail text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN INSERT INTO \"public\".users AS u (email) VALUES (mail)"
+        " ON CONFLICT (\"email\") DO UPDATE SET email = mail; END $$;"
+        " CREATE FUNCTION other() RETURNS void LANGUAGE sql AS 'WITH a AS (INSERT INTO users (email) VALUES (''x'') RETURNING id)"
+        " INSERT INTO doctors (id) SELECT id FROM a ON CONFLICT (id) DO NOTHING';"
+        " CREATE FUNCTION noted() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        " CREATE TRIGGER promoted AFTER UPDATE OF role ON users FOR EACH ROW EXECUTE FUNCTION noted();"
+        " CREATE TRIGGER logged AFTER INSERT OR UPDATE ON users FOR EACH ROW EXECUTE FUNCTION noted();"
+        " CREATE TRIGGER counted AFTER UPDATE ON users FOR EACH STATEMENT EXECUTE FUNCTION noted()")  # fmt: skip
+    said = findings(clinic, "warning")
+    assert (
+        "public.sign_up(text) inserts into public.users with ON CONFLICT (email), and fails from the cut-over on (42P10)." in said
+    )
+    assert "The trigger promoted (AFTER UPDATE OF role) does not fire for an update of role that moves the row" in said
+    assert re.search("The trigger logged fires for an update of role, too, .*; to its function that is no UPDATE", said)
+    assert "public.other()" not in said and "counted" not in said and "logged (" not in said
 
 
 def grow(sql: Sql, megabytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import threading
@@ -213,12 +214,17 @@ def test_the_types_of_an_extension_are_compared_by_operators_of_its_own(server, 
 
 
 def test_the_plan_says_what_each_choice_costs_and_which_targets_stop(clinic, sql):
+    sql("CREATE UNIQUE INDEX partly ON users (lower(email)) INCLUDE (id) WITH (fillfactor = 90) WHERE first_name <> ' INCLUDE ('")
     for choice, said in (("global", "stays unique in the whole"), ("per_partition", "becomes unique per partition")):
         draft = runbook.draft(database=clinic, table="users", key="role", partitions=migration.PARTITIONS, unique=choice)
         findings = draft.findings().to_string()
         assert said in findings
         assert "ON CONFLICT (email) stops working" in findings
         assert "ON CONFLICT (id, role)" in findings
+        partly = draft.findings().set_index("object").loc["partly"]
+        assert "UPDATE first, and INSERT" in partly["way out"]
+        target = re.search(r"(ON CONFLICT \(.*\)) stops working", partly["sentence"])[1]
+        sql(f"INSERT INTO users SELECT * FROM users LIMIT 1 {target} DO NOTHING".replace("%", "%%"))
     costs = draft.uniqueness().set_index("unique")
     assert list(costs.index) == ["per_partition", "global"]
     assert (costs["µs a row"] > 0).all()
