@@ -140,8 +140,9 @@ def references(session: Session, plan: Plan) -> Iterator[Finding]:
         if reference in plan.selves and reference.adds_column:
             yield Finding.warning(
                 name, f"{name} references itself: an UPDATE that changes the {plan.key} of a row and of rows that refer to it in one statement can be"
-                " refused (23503), for a row that moves is checked before what it refers to has moved.",
-                "Change the row that is referred to first, the others in a statement of their own.",
+                " refused (23503), for a row that moves is checked before what it refers to has moved"
+                + ("; a row that an INSERT of several has before the one it refers to can be, too." if plan.legacy_inserts == "fill" else "."),
+                f"Change the row that is referred to first, the others in a statement of their own; insert it first, or name {reference.role_column}.",
             )  # fmt: skip
         row = rows.get(reference.place, {})
         if row.get("is_partition") and reference.adds_column:
@@ -227,6 +228,11 @@ def _together(plan: Plan) -> Iterator[Finding]:
             plan.full_name, f"{'; '.join(gained)}: a prepared SELECT * of it fails (0A000) until it is prepared anew, an INSERT … SELECT * of it elsewhere and a COPY"
             f" into it without a list of columns fail from 04 on (42601, 22P04), a logical subscriber needs the column first, with the same default, and from {'91' if plan.legacy_inserts == 'fill' else 'the cut-over'} on an insert must name it.",
             "Name the columns there; renew the connections after 04; keep_fill lets 91 leave the trigger that fills it in.",
+        )  # fmt: skip
+    if plan.legacy_inserts == "fill" and any(each not in plan.selves and "DEFERRABLE" not in each.definition for each in adding):
+        yield Finding.note(
+            plan.full_name, "From the cut-over on a referencing row that one statement, as WITH … INSERT, writes before the row it refers to can be refused (23503).",
+            "Let it come after that row, or name the role column.",
         )  # fmt: skip
     refusing = [
         each for each in adding if " ON UPDATE CASCADE" not in each.definition and " ON UPDATE SET " not in each.definition

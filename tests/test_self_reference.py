@@ -74,6 +74,26 @@ def test_old_code_need_not_know_the_column(database, sql):
 
 
 @pytest.mark.long
+def test_who_comes_before_the_row_it_refers_to_must_name_the_column(database, sql):
+    sql("CREATE TABLE page (id int PRIMARY KEY, kind text NOT NULL, up int REFERENCES page); INSERT INTO page VALUES (1, 'a'), (2, 'b'), (9, 'a');"
+        " CREATE TABLE part (id int PRIMARY KEY, page int NOT NULL REFERENCES page); INSERT INTO part VALUES (1, 1)")  # fmt: skip
+    run = migration.forward(database, table="page", key="kind")
+    said = " ".join(each.sentence for each in run.plan.findings)
+    assert "a row that an INSERT of several has before the one it refers to can be, too." in said
+    assert (
+        "a referencing row that one statement, as WITH … INSERT, writes before the row it refers to can be refused (23503)."
+        in said
+    )
+    into = "WITH c AS (UPDATE part SET page = 3{} RETURNING page) INSERT INTO page SELECT page, 'b' FROM c"
+    for early in ("INSERT INTO page VALUES (3, 'a', 4), (4, 'b', NULL)", into.format("")):
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            sql(early)
+    sql("INSERT INTO page (id, kind, up) VALUES (6, 'b', NULL), (5, 'a', 6)")
+    sql("INSERT INTO page (id, kind, up, up_kind) VALUES (7, 'a', 8, 'b'), (8, 'b', NULL, NULL)")
+    sql(into.format(", page_kind = 'b'"))
+
+
+@pytest.mark.long
 def test_the_old_key_has_no_row_without_its_column(database, sql):
     run = planned(database, legacy_inserts="strict")
     migration.walk(run, migration.FORWARD)
