@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import psycopg
 from psycopg import sql
 
 from runbook import attaching, catalog, cutover, locks, unique
-from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PromiseBroken
+from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PlanBlocked, PlanOutdated, PromiseBroken, function_of
 from runbook.facts import Finding
 from runbook.growth import Addition, Growth, decide, in_the_way, left_behind, require_partitions, stands
 from runbook.ledger import Action, Evidence, Run
@@ -104,7 +106,7 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
     """Make and attach each partition, in a short transaction each; what stands already is left alone.
 
     Nobody queues behind it longer than `lock_timeout_ms` an attempt. Raises LockNotGranted, naming who is in the way, and
-    PlanBlocked when somebody else has made a table of such a name since.
+    PlanBlocked when somebody else has made a table of such a name since, PlanOutdated when the table was altered.
     """
     run, growth = draft.run, draft.growth
     if run.finished("add", f"approval {growth.hash[:12]}") is None:
@@ -112,7 +114,7 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
             f"Adding partitions to {growth.table} has not been approved: run 20_add_partitions from its beginning."
         )
     moved, locked = 0, 0.0
-    with run.action("add", f"attach {growth.hash[:12]}", again=True) as action:
+    with run.action("add", f"attach {growth.hash[:12]}", again=True) as action, _understood(run):
         session = action.session
         names = [each.name for each in growth.additions]
         for addition in growth.additions:
@@ -132,6 +134,20 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
         return action.finish(
             f"{said}; locks were held for {locked * 1000:.0f} ms at most.", moved, partitions=names, locked_s=locked
         )
+
+
+@contextmanager
+def _understood(run: Run) -> Iterator[None]:
+    """As `references.understood`; what 20 was planned for it plans anew."""
+    try:
+        yield
+    except (psycopg.ProgrammingError, psycopg.DataError) as error:
+        if not error.sqlstate or function_of(error) or isinstance(error, psycopg.errors.InsufficientPrivilege):
+            raise
+        raise PlanOutdated(
+            f"The server refused 20_add_partitions of {run.plan.full_name} ({error.sqlstate}: {error.diag.message_primary}): somebody altered since"
+            " it was planned what is named there. Run 20_add_partitions again: it plans anew."
+        ) from None
 
 
 def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.Patience) -> tuple[int, float]:
@@ -156,6 +172,7 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
             locks.wait_for_snapshots(session, horizon, patience, f"the move to {addition.name}")
         with locks.exclusive(session, patience, tables or [sql.SQL("ONLY {}").format(run.plan.source)], mode=mode, clock=clock):
             rows = waiting()
+            attaching.refuse_outdated(run, growth, session, moving=rows > 0)
             if rows and not moving:
                 raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile")
             if rows:
@@ -176,7 +193,7 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
 def validate(draft: Draft, budget_s: float = 120) -> Evidence:
     """Validate the keys that stood aside: SHARE UPDATE EXCLUSIVE, readers and writers go on."""
     run = draft.run
-    with run.action("add", f"validate {draft.growth.hash[:12]}", again=True) as action:
+    with run.action("add", f"validate {draft.growth.hash[:12]}", again=True) as action, _understood(run):
         session, done = action.session, []
         for row in session.rows("cutover.validated", table_text=spelled(run.plan.source)):
             key = next((each for each in draft.growth.keys if each.place == (row["schema"], row["name"], row["key"])), None)

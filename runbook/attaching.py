@@ -8,7 +8,9 @@ from psycopg import sql
 
 from runbook import catalog, partition
 from runbook.changes import Statements
-from runbook.growth import Addition, Growth, left_behind, mark
+from runbook.errors import PlanOutdated
+from runbook.facts import Key
+from runbook.growth import Addition, Growth, left_behind, mark, pointing
 from runbook.ledger import Run
 from runbook.plan import fit, identifiers
 from runbook.session import Session
@@ -85,6 +87,34 @@ def as_its_sibling(leaf: sql.Composable, schema: str, index: str, sibling: dict[
         yield statement("additions.cluster", leaf=leaf, index=(index,))
     for number, target in (sibling["statistics"] or {}).items():
         yield statement("additions.index_statistics", index=(schema, index), number=trusted(number), target=trusted(str(target)))
+
+
+def refuse_outdated(run: Run, growth: Growth, session: Session, *, moving: bool) -> list[Key]:
+    """Under the locks: raises PlanOutdated, with what is another, unless table, default partition and, where rows move, the keys
+    are those of the plan; returns the keys that stand aside and are valid."""
+    with session.qualified():
+        tree = session.rows("additions.tree", oid=growth.oid)
+        found = session.rows("additions.referencing", oid=growth.oid) if moving else []
+    said = []
+    if session.value("verify.oid", root=spelled(run.plan.source)) != growth.oid:
+        said.append("another table has its name")
+    default = next(((row["schema"], row["name"]) for row in tree if row["bound"] == "DEFAULT"), None)
+    if growth.default != default:
+        said += [f"{'.'.join(growth.default)} is not its default partition any more"] if growth.default else []
+        said += [f"{'.'.join(default)} is its default partition now"] if default else []
+    if moving:
+        keys = {(row["schema"], row["table"], row["name"]): row["definition"].removesuffix(" NOT VALID") for row in found}
+        known = {key.place: key.definition.removesuffix(" NOT VALID") for key in growth.keys}
+        said += [f"{name} of {schema}.{table} points at it since" for schema, table, name in sorted(keys.keys() - known.keys())]
+        another = sorted(place for place in known if keys.get(place) != known[place])
+        said += [f"{name} of {schema}.{table} is another now, or gone" for schema, table, name in another]
+        said += pointing(session, tree)
+    if said:
+        raise PlanOutdated(
+            f"{growth.table} is not what 20_add_partitions was planned for: {'; '.join(said)}. Run 20_add_partitions again: it plans anew."
+        )
+    valid = {(row["schema"], row["table"], row["name"]) for row in found if row["validated"]}
+    return [key for key in growth.keys if key.place in valid]
 
 
 def attach_statements(run: Run, growth: Growth, session: Session, addition: Addition, *, moving: bool) -> Statements:

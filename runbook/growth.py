@@ -89,6 +89,8 @@ def decide(run: Run, session: Session, oid: int, given: Parameters) -> Growth:
         found.append(Finding.warning(default[1], waits, "Attach when that is acceptable."))
         if any(row["partitioned"] for row in tree if row["bound"] == "DEFAULT"):
             found.append(Finding.blocker(default[1], f"{default[1]} is itself partitioned.", "Take its rows out by hand first."))
+        for said in pointing(session, tree) if any(each.waiting for each in additions) else ():
+            found.append(Finding.blocker(default[1], f"{said}, which rows that go over leave.", "Drop it first."))
     for row in session.rows("additions.published_by_name", oid=oid) if additions else ():
         found.append(Finding.warning(
             row["name"], f"The publication {row['name']} publishes partitions under their own names: its subscribers stop at the first row of a"
@@ -194,6 +196,16 @@ def _moving(name: str, rows: int, default: tuple[str, str] | None, keys: list[Ro
                 table,
                 f"{table} is locked, too, while its key {row['name']} steps aside; it is validated again afterwards.",
             )
+
+
+def pointing(session: Session, tree: list[Row]) -> list[str]:
+    """The foreign keys that point at the default partition itself, in words."""
+    return [
+        f"{key['name']} of {key['schema']}.{key['table']} points at {row['schema']}.{row['name']} itself"
+        for row in tree
+        if row["bound"] == "DEFAULT"
+        for key in session.rows("additions.referencing", oid=row["oid"])
+    ]
 
 
 def stands(name: str, bound: str, tree: list[Row]) -> bool:

@@ -71,7 +71,7 @@ SELECT greatest((SELECT {key} FROM {root} WHERE {finite} ORDER BY {key} DESC NUL
 
 -- name: referencing
 -- Foreign keys that point at the table, as they are to be made again.
-SELECT k.conname AS name, n.nspname AS schema, c.relname AS table, c.relkind = 'p' AS partitioned,
+SELECT k.conname AS name, n.nspname AS schema, c.relname AS table, c.relkind = 'p' AS partitioned, k.convalidated AS validated,
        pg_get_constraintdef(k.oid) AS definition, obj_description(k.oid, 'pg_constraint') AS comment
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE k.confrelid = {oid} AND k.contype = 'f' AND k.conparentid = 0 ORDER BY n.nspname, c.relname, k.conname

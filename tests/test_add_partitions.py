@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import pytest
 import runbook
 from runbook import additions, charts, ledger, verify
 from runbook.database import target
-from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PromiseBroken
+from runbook.errors import ApprovalMissing, BadInput, LockNotGranted, OutOfOrder, PlanBlocked, PlanOutdated, PromiseBroken
 from tests import migration
 from tests.walk import dump, walk
 
@@ -608,3 +609,38 @@ def test_a_row_that_breaks_a_check_which_is_not_valid_does_not_go_over(database,
     sql("UPDATE t SET n = 1 WHERE id = 2")
     add(run, add={"t_b": ["b"]})
     assert sql("SELECT count(*) FROM t_b") == [(3,)]
+
+
+NOTES = (
+    "CREATE TABLE notes (id int, k text, CONSTRAINT notes_fk FOREIGN KEY (id, k) REFERENCES {0} (id, k) ON DELETE CASCADE);"
+    " INSERT INTO notes SELECT * FROM {0}"
+)
+KEY = "ALTER TABLE items {} CONSTRAINT items_fk"
+ALTERED = {
+    "notes_fk of public.notes points at it since": (NOTES.format("t"), "DROP TABLE notes"),
+    "notes_fk of public.notes points at public.t_rest": (NOTES.format("t_rest"), "DROP TABLE notes"),
+    "items_fk of public.items is another now, or gone": (KEY.format("DROP"), f"{KEY.format('ADD')} FOREIGN KEY (id, id_k) REFERENCES t (id, k)"),
+    "public.t_rest is not its default partition any more": ("DELETE FROM items; ALTER TABLE t DETACH PARTITION t_rest", "ALTER TABLE t ATTACH PARTITION t_rest DEFAULT"),
+    'relation "public.t_rest" does not exist': ("ALTER TABLE t_rest RENAME TO x", "ALTER TABLE x RENAME TO t_rest"),
+    'relation "public.items" does not exist': ("DROP TABLE items", NOTES.format("t")),
+}  # fmt: skip
+
+
+def test_what_was_altered_since_20_was_planned_is_named_and_no_row_is_lost(database, sql):
+    """A key of which the plan does not know would not step aside, and take its rows along."""
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL); INSERT INTO t SELECT n, CASE n WHEN 1 THEN 'a' ELSE 'big' END FROM generate_series(1, 5) n;"
+        " CREATE TABLE items (id int PRIMARY KEY, CONSTRAINT items_fk FOREIGN KEY (id) REFERENCES t); INSERT INTO items VALUES (2)")  # fmt: skip
+    run = migration.forward(database, table="t", key="k", partitions={"t_a": ["a"], "t_rest": "default"})
+    draft = approved(run, add={"t_big": ["big"]})
+    for said, (altered, back) in ALTERED.items():
+        sql(altered)
+        with pytest.raises(PlanOutdated, match=rf"{re.escape(said)}.* 20_add_partitions .*again"):
+            additions.add(draft, 300, 30)
+        if "points at public.t_rest" in said:
+            with pytest.raises(
+                PlanBlocked, match=r"points at public\.t_rest itself, which rows that go over leave\. Drop it first"
+            ):
+                additions.draft(run, add={"t_big": ["big"]}).freeze()
+        sql(back)
+    add(run, add={"t_big": ["big"]})
+    assert sql("SELECT (SELECT count(*) FROM t_big), (SELECT count(*) FROM notes)") == [(4, 5)]
