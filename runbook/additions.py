@@ -113,7 +113,7 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
         raise ApprovalMissing(
             f"Adding partitions to {growth.table} has not been approved: run 20_add_partitions from its beginning."
         )
-    moved, locked = 0, 0.0
+    moved, locked, aside = 0, 0.0, set[tuple[str, str, str]]()
     with run.action("add", f"attach {growth.hash[:12]}", again=True) as action, _understood(run):
         session = action.session
         names = [each.name for each in growth.additions]
@@ -127,12 +127,16 @@ def add(draft: Draft, lock_timeout_ms: int = 300, budget_s: float = 120) -> Evid
                 with session.qualified():
                     made = list(attaching.make_statements(run, growth, session, addition))
                 session.run_all(made)
-            rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms))
+            rows, seconds = _attach(action, growth, addition, locks.Patience(budget_s, lock_timeout_ms), aside)
             session.run("ddl.analyze", table=attaching.names(run, addition)["leaf"])
             moved, locked = moved + rows, max(locked, seconds)
         said = f"{growth.table} has {counted(len(names), 'more partition')}: {', '.join(names) or 'none was lacking'}. {counted(moved, 'row')} moved into them"
         return action.finish(
-            f"{said}; locks were held for {locked * 1000:.0f} ms at most.", moved, partitions=names, locked_s=locked
+            f"{said}; locks were held for {locked * 1000:.0f} ms at most.",
+            moved,
+            partitions=names,
+            locked_s=locked,
+            aside=sorted(aside),
         )
 
 
@@ -150,8 +154,11 @@ def _understood(run: Run) -> Iterator[None]:
         ) from None
 
 
-def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.Patience) -> tuple[int, float]:
-    """Returns how many rows moved, and for how many seconds the locks were held. The ledger's row commits with it."""
+def _attach(
+    action: Action, growth: Growth, addition: Addition, patience: locks.Patience, aside: set[tuple[str, str, str]]
+) -> tuple[int, float]:
+    """Returns how many rows moved, and for how many seconds the locks were held. The ledger's row commits with it, and in that
+    which keys stood `aside` and are to be valid again."""
     run, session = action.run, action.session
     default = sql.Identifier(*growth.default) if growth.default else None
     rule, clock = trusted(addition.rule), locks.Clock()
@@ -172,7 +179,7 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
             locks.wait_for_snapshots(session, horizon, patience, f"the move to {addition.name}")
         with locks.exclusive(session, patience, tables or [sql.SQL("ONLY {}").format(run.plan.source)], mode=mode, clock=clock):
             rows = waiting()
-            attaching.refuse_outdated(run, growth, session, moving=rows > 0)
+            stood = aside | {key.place for key in attaching.refuse_outdated(run, growth, session, moving=rows > 0)}
             if rows and not moving:
                 raise locks.NotYet(f"rows that came into {growth.default and growth.default[1]} meanwhile")
             if rows:
@@ -181,9 +188,11 @@ def _attach(action: Action, growth: Growth, addition: Addition, patience: locks.
             leaf = attaching.names(run, addition)["leaf"]
             for row in session.rows("additions.attached_indexes", sibling=growth.sibling, leaf_text=spelled(leaf)):
                 session.run_all(attaching.as_its_sibling(leaf, run.plan.table.schema_name, row["name"], row))
-            action.finish(f"{addition.name} is a partition of {growth.table}.", rows, partitions=[addition.name])
+            done = f"{addition.name} is a partition of {growth.table}."
+            action.finish(done, rows, partitions=[addition.name], aside=sorted(stood))
             if rows:  # again: one may have begun since the first look
                 locks.refuse_late_snapshots(session, patience)
+        aside.update(stood)
         return rows
 
     rows = locks.persist(run.database, session, patience, run.plan.full_name, attempt)
@@ -194,20 +203,12 @@ def validate(draft: Draft, budget_s: float = 120) -> Evidence:
     """Validate the keys that stood aside: SHARE UPDATE EXCLUSIVE, readers and writers go on."""
     run = draft.run
     with run.action("add", f"validate {draft.growth.hash[:12]}", again=True) as action, _understood(run):
-        session, done = action.session, []
-        for row in session.rows("cutover.validated", table_text=spelled(run.plan.source)):
-            key = next((each for each in draft.growth.keys if each.place == (row["schema"], row["name"], row["key"])), None)
-            if row["validated"] or key is None or key.place in _lax(run):
-                continue
-            each = statement("ddl.validate", table=key.identifier, constraint=(key.name,))
-            cutover.validate(run, session, locks.Patience(budget_s), key.name, each)
-            done.append(key.name)
-        return action.finish(f"Foreign keys that were validated again: {', '.join(done) or 'none had to step aside'}.")
-
-
-def _lax(run: Run) -> set[tuple[str, str, str]]:
-    """Keys that were NOT VALID before anything was done, and stay that. What the catalog says now may be what a run that died left."""
-    return {each.place for each in run.plan.references if each.definition.endswith("NOT VALID")}
+        session, done = action.session, cutover.loose(run, action.session)
+        for schema, table, name in done:
+            each = statement("ddl.validate", table=(schema, table), constraint=(name,))
+            cutover.validate(run, session, locks.Patience(budget_s), name, each)
+        said = ", ".join(name for _, _, name in done)
+        return action.finish(f"Foreign keys that were validated again: {said or 'none had to step aside'}.")
 
 
 def tree(run: Run) -> pd.DataFrame:
@@ -222,9 +223,7 @@ def check(draft: Draft) -> Evidence:
         with action.session.qualified():
             there = action.session.rows("additions.tree", oid=growth.oid)
         lacking = [each.name for each in growth.additions if not stands(each.name, each.bound, there)]
-        keys = action.session.rows("cutover.validated", table_text=spelled(run.plan.source))
-        loose = {(row["schema"], row["name"], row["key"]) for row in keys if not row["validated"]} - _lax(run)
-        lacking += sorted(each.name for each in growth.keys if each.place in loose)
+        lacking += [f"{name} of {schema}.{table}" for schema, table, name in cutover.loose(run, action.session)]
         if lacking:
             raise PromiseBroken(f"{growth.table} lacks {', '.join(lacking)}: run 20_add_partitions again.")
         return action.finish(

@@ -73,8 +73,8 @@ def _require(action: Action, approved_by: str, unneeded_for_h: int, force_strict
         raise OutOfOrder(f"06_verify has not passed for {run.plan.full_name}: the way back stays open until it has.{found}")
     if run.plan.restore_from == "source" and (bad := cutover.unsound(run, action.session)):
         raise OutOfOrder(
-            f"The foreign keys {', '.join(bad)} of {run.plan.full_name} are missing or not valid: if 20_add_partitions was stopped,"
-            " run it again; else look with 06_verify."
+            f"The foreign keys {', '.join(bad)} are missing or not valid: if 20_add_partitions was stopped, run it again; else look"
+            " with 06_verify."
         )
     if undone := [row["source"] for row in action.session.rows("rollback.undoes", **run.names)]:
         raise OutOfOrder(

@@ -76,6 +76,12 @@ SELECT k.conname AS name, n.nspname AS schema, c.relname AS table, c.relkind = '
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE k.confrelid = {oid} AND k.contype = 'f' AND k.conparentid = 0 ORDER BY n.nspname, c.relname, k.conname
 
+-- name: stood_aside
+-- Keys that runs of 20 made again NOT VALID, and that were valid; also runs that died. It is in their ledger rows.
+SELECT DISTINCT k ->> 0 AS schema, k ->> 1 AS table, k ->> 2 AS name
+  FROM runbook.action a CROSS JOIN LATERAL jsonb_array_elements(a.evidence -> 'aside') k
+ WHERE a.migration = {migration} AND a.step = 'add' AND a.state = 'done'
+
 -- name: own_indexes
 -- Indexes of a partition that the root does not have: attaching would not make them.
 SELECT indexrelid::regclass::text AS index, (SELECT relname FROM pg_class WHERE oid = indexrelid) AS name FROM pg_index i

@@ -644,3 +644,19 @@ def test_what_was_altered_since_20_was_planned_is_named_and_no_row_is_lost(datab
         sql(back)
     add(run, add={"t_big": ["big"]})
     assert sql("SELECT (SELECT count(*) FROM t_big), (SELECT count(*) FROM notes)") == [(4, 5)]
+
+
+def test_a_key_that_was_not_valid_before_stays_that_and_keeps_nobody_from_the_end(database, sql):
+    """Those that stood aside are known from the ledger: the catalog no longer says which of them were valid."""
+    sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL); INSERT INTO t VALUES (1, 'a'), (2, 'big')")
+    run = migration.forward(database, table="t", key="k", partitions={"t_a": ["a"], "t_rest": "default"})
+    verify.check(run)
+    key = "CREATE TABLE {0} (id int, k text); INSERT INTO {0} VALUES ({1}, 'big'); ALTER TABLE {0} ADD CONSTRAINT {0}_fk FOREIGN KEY (id, k) REFERENCES t (id, k)"
+    sql(f"{key.format('notes', 9)} NOT VALID; {key.format('marks', 2)}")
+    additions.add(approved(run, add={"t_big": ["big"]}), 300, 30)
+    with pytest.raises(OutOfOrder, match=r"foreign keys marks_fk of public\.marks are missing or not valid: if 20"):
+        migration.walk(run, migration.END)
+    add(run, add={"t_big": ["big"]})
+    assert sql("SELECT conname, convalidated FROM pg_constraint WHERE conparentid = 0 AND conname IN ('notes_fk', 'marks_fk') ORDER BY 1") == [
+        ("marks_fk", True), ("notes_fk", False)]  # fmt: skip
+    migration.walk(run, migration.END)
