@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from psycopg import errors
 
 from runbook import attaching, backup, changes, cutover, foreign_keys, locks, losses, matviews, swapping, verify
 from runbook.changes import Statements
 from runbook.errors import ApprovalMissing, BadInput, OutOfOrder, PromiseBroken
+from runbook.facts import Reference
 from runbook.ledger import Action, Evidence, Run, recorded
-from runbook.references import added, names, understood
+from runbook.references import added, dropped, names, understood
 from runbook.session import Session
 from runbook.sheet import Listing, Sheet, nothing
 from runbook.statements import spelled, statement
@@ -21,14 +24,14 @@ def _tables(run: Run, drop_backup: bool) -> list[str]:
     return [name for name, it_does in goes.items() if it_does]
 
 
-def statements(run: Run, tables: list[str], keep_fill: bool = False) -> Statements:
-    """All of the step, for one short transaction; of the tables those that are the runbook's."""
+def statements(run: Run, tables: list[str], keep_fill: bool = False, gone: Sequence[Reference] = ()) -> Statements:
+    """All of the step, for one short transaction; of the tables those that are the runbook's, and no reference whose table is `gone`."""
     if run.plan.restore_from == "source":
         yield statement("changes.switch_off_back", **run.names)
         for leaf in changes.leaves(run):
             yield statement("changes.switch_off_back_truncate", leaf=leaf)
-    yield from foreign_keys.keep(run) if keep_fill else ()
-    for reference in [] if keep_fill else [*added(run), *run.plan.own_roles]:
+    yield from foreign_keys.keep(run, gone) if keep_fill else ()
+    for reference in [] if keep_fill else [each for each in (*added(run), *run.plan.own_roles) if each not in gone]:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
         if run.plan.frequent_value is not None:
             yield statement("rollback.set_default", **names(run, reference))
@@ -126,17 +129,24 @@ def drop(
     patience = locks.Patience(budget_s, lock_timeout_ms)
 
     def attempt() -> Evidence:
+        left_out = dropped(run, session)
         gone = {"retired": not losses.is_original(run, session), "backup": backup.gone(run, session)}
         tables = _tables(run, drop_backup)
-        going, others = [each for each in tables if not gone[each]], [each for each in tables if gone[each]]
+        going, others = [each for each in tables if not gone[each]], [spelled(run.names[each]) for each in tables if gone[each]]
         ours, logs = swapping.standing(session, (run.names[name] for name in going)), swapping.logs(run, session)
-        with locks.exclusive(session, patience, swapping.unlogged(run, session), ours=ours, logs=logs, dropped=ours):
-            session.run_all((*attaching.forget(run, session), *statements(run, going, keep_fill)))
-            session.run("ledger.set_state", state="finished", migration=run.migration)
-            stays = "".join(f" {spelled(run.names[each])} was there no more." for each in others)
-            return action.finish(
-                f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back.{stays}"
-            )
+        try:
+            with locks.exclusive(session, patience, swapping.unlogged(run, session), ours=ours, logs=logs, dropped=ours):
+                session.run_all((*attaching.forget(run, session), *statements(run, going, keep_fill, left_out)))
+                session.run("ledger.set_state", state="finished", migration=run.migration)
+                others += dict.fromkeys(f"{each.schema_name}.{each.table}" for each in left_out)
+                stays = "".join(f" {each} was there no more." for each in others)
+                return action.finish(
+                    f"{run.plan.full_name} is on its own: log and retired table are gone, and with them the way back.{stays}"
+                )
+        except errors.UndefinedTable:
+            if dropped(run, session) == left_out:
+                raise
+            raise locks.NotYet("a referencing table that somebody dropped just now") from None
 
     try:
         return locks.persist(run.database, session, patience, run.plan.full_name, attempt)

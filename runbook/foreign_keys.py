@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from psycopg import sql
@@ -194,10 +194,10 @@ def without_legacy(run: Run) -> Statements:
         yield statement("foreign_keys.drop_fill", **names(run, reference))
 
 
-def keep(run: Run) -> Statements:
+def keep(run: Run, gone: Sequence[Reference] = ()) -> Statements:
     """For an application that will never name the role column: the fill trigger stays, with functions beside its table, and counts
     no longer."""
-    for reference in filled(run):
+    for reference in (each for each in filled(run) if each not in gone):
         yield statement("foreign_keys.drop_fill", **names(run, reference))
         beside = {
             f"{each}_function": sql.Identifier(

@@ -168,6 +168,20 @@ def added(run: Run) -> list[Reference]:
     return list(seen.values())
 
 
+def dropped(run: Run, session: Session) -> list[Reference]:
+    """The references whose table somebody dropped: it stands by no other name either."""
+    planned, own = (
+        {each.place[:2] for each in run.plan.references},
+        {"staging_name": run.staging, "source_text": spelled(run.plan.source)},
+    )
+    return [
+        each
+        for each in run.plan.references
+        if not session.value("catalog.there", name=spelled(each.identifier))
+        and {(row["schema"], row["name"]) for row in session.rows("rollback.elsewhere", **own, key_name=each.name)} <= planned
+    ]
+
+
 def tables(run: Run, reference: Reference, session: Session | None = None) -> list[tuple[sql.Identifier, bool | None]]:
     """The tables that hold its rows now, each with whether the key on it is validated; None where there is no such key."""
     own = names(run, reference)

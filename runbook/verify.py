@@ -144,12 +144,15 @@ def tree(run: Run) -> pd.DataFrame:
 def structure(run: Run) -> pd.DataFrame:
     """Partitions, columns, constraints, indexes and all that was carried over, against the plan."""
     with _look(run, "structure") as look, look.session.transaction(), look.session.qualified():
-        oid = look.ask("verify.oid")[0]["oid"]
+        oid, dropped = look.ask("verify.oid")[0]["oid"], references.dropped(run, look.session)
         look.names |= {f"{name}_now": statement(f"catalog.{name}", oid=oid, key=run.plan.key) for name in CATALOG}
         look.names["tree"] = statement("verify.tree", **look.names)
+        look.names["dropped"] = [f"{each.schema_name}.{each.table}" for each in dropped]
         for part in ("partitions", "columns", "indexes", "references", "constraints", "carried"):
             look.ask(f"verify.{part}")
         for reference in [*references.added(run), *run.plan.own_roles] if run.plan.restore_from == "source" else []:
+            if reference in dropped:
+                continue
             kept = run.plan.legacy_inserts == "fill" and run.state != "finished"
             triggers = list(references.fill_triggers(reference)) if kept else []
             look.ask("verify.filled", **references.names(run, reference), role_text=reference.role_column, triggers=triggers)

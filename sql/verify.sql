@@ -134,11 +134,13 @@ SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary AND NOT p.tak
 -- name: references
 -- The plan's text and the server's differ in quotes and in what is left out because it is the default.
 SELECT format('Key %s of %s is composite%s', r ->> 'name', r ->> 'table', CASE WHEN r ->> 'definition' LIKE '% NOT VALID' THEN ', as unchecked as it was' ELSE ' and valid' END) AS promise,
-       coalesce(now.definition || CASE WHEN now.validated THEN '' ELSE ' (never validated)' END, 'missing') AS seen,
-       coalesce((now.validated OR r ->> 'definition' LIKE '% NOT VALID') AND translate(replace(now.definition, ' NOT VALID', ''), '" ', '') =
-         replace(replace(translate(r ->> 'composite', '" ', ''), 'ONUPDATENOACTION', ''), 'ONDELETENOACTION', ''), false) AS ok
+       CASE WHEN d.dropped THEN format('%s.%s is there no more: somebody dropped it', r ->> 'schema_name', r ->> 'table')
+            ELSE coalesce(now.definition || CASE WHEN now.validated THEN '' ELSE ' (never validated)' END, 'missing') END AS seen,
+       CASE WHEN NOT d.dropped THEN coalesce((now.validated OR r ->> 'definition' LIKE '% NOT VALID') AND translate(replace(now.definition, ' NOT VALID', ''), '" ', '') =
+         replace(replace(translate(r ->> 'composite', '" ', ''), 'ONUPDATENOACTION', ''), 'ONDELETENOACTION', ''), false) END AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements((m.plan -> 'references') || coalesce(m.plan -> 'selves', '[]')) r
   LEFT JOIN ({incoming_now}) now ON (now.schema, now.table, now.name) = (r ->> 'schema_name', r ->> 'table', r ->> 'name')
+ CROSS JOIN LATERAL (SELECT concat(r ->> 'schema_name', '.', r ->> 'table') = ANY ({dropped}::text[])) d(dropped)
  WHERE m.id = {migration}
 
 -- name: filled
@@ -472,7 +474,8 @@ BEGIN
                     string_agg(CASE WHEN a.attname = r -> 'columns' ->> 0 THEN '$2::' || format_type(a.atttypid, a.atttypmod)
                                ELSE quote_ident(a.attname) END, ', ' ORDER BY a.attnum) AS replaced,
                     max(format_type(a.atttypid, a.atttypmod)) FILTER (WHERE a.attname = r -> 'columns' ->> 0) AS type
-               FROM pg_attribute a WHERE a.attrelid = to_regclass(k.names) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '') a),
+               FROM pg_attribute a WHERE a.attrelid = to_regclass(k.names) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '') a
+       WHERE to_regclass(k.names) IS NOT NULL),
     pick AS (SELECT format('SELECT %s FROM %%s s WHERE %%s LIMIT 1 FOR UPDATE OF s SKIP LOCKED', place) AS pick FROM t)
     SELECT 1 AS part, p.place, format('A row of %s can be deleted and inserted again', p ->> 'name') AS promise,
            ARRAY[format(pick, format('%I.%I', schema, p ->> 'name'), 'true')]

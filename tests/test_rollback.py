@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from contextlib import redirect_stdout
 
 import psycopg
@@ -708,6 +709,17 @@ def test_what_was_approved_is_asked_again_before_the_end(forward, clinic, sql):
         finish.drop(run, keep_fill=True)
     finish.require(run, approved_by="bob", keep_fill=True)
     finish.drop(run, keep_fill=True)
+
+
+@pytest.mark.long
+def test_a_referencing_table_that_is_dropped_while_91_waits_does_not_stop_it(forward, clinic, sql):
+    run = forward()
+    verify_passed(sql)
+    finish.require(run, approved_by="ann", keep_fill=True)
+    with psycopg.connect(clinic) as other:
+        other.execute("DROP TABLE appointments")
+        threading.Timer(1, other.commit).start()
+        assert "public.appointments was there no more." in finish.drop(run, keep_fill=True).sentence
 
 
 def verify_passed(sql) -> None:

@@ -264,6 +264,25 @@ def test_partitions_that_came_or_went_by_hand_are_named_and_break_no_promise(
 
 
 @pytest.mark.long
+def test_a_referencing_table_that_was_dropped_is_named_and_does_not_bar_the_end(
+    forward: Callable[..., Run], sql: Callable[..., Any]
+) -> None:
+    """But one that was renamed is not taken for dropped."""
+    run = forward()
+    sql("ALTER TABLE appointments RENAME TO visits")
+    with pytest.raises(PromiseBroken, match=f"{KEY} .missing."):
+        verify.check(run)
+    sql("DROP TABLE visits")
+    verify.check(run)
+    seen = {each.promise: each for each in verify.seen(run)}
+    assert (seen[KEY].seen, seen[KEY].verdict) == ("public.appointments is there no more: somebody dropped it", "not tried")
+    assert not any("appointments" in each for each in seen if each != KEY)
+    finish.require(run, approved_by="ann", unneeded_for_h=0)
+    assert "public.appointments was there no more." in finish.drop(run).sentence
+    verify.check(opened(run.database.conninfo))
+
+
+@pytest.mark.long
 def test_a_check_by_another_name_and_a_detached_month_do_not_bar_the_end(database: str, sql: Callable[..., Any]) -> None:
     sql("CREATE TABLE logs (id int PRIMARY KEY, at date NOT NULL, CONSTRAINT positive CHECK (id > 0));"
         " INSERT INTO logs SELECT n, date '2026-01-01' + n FROM generate_series(1, 100) n")  # fmt: skip
