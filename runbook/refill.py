@@ -62,14 +62,15 @@ def put_back(action: Action) -> Evidence:
 
 
 def fill_round(session: Session, reference: Reference, own: dict[str, sql.Composable], wrong: int, blocks: int) -> int:
-    """Give referencing rows their user's role once; rows that somebody holds, or a trigger waits for, are left for another round."""
+    """Give referencing rows their user's role once; rows that somebody holds, or a trigger waits for, are left for another round; so
+    are those of a range in which one refers to a row that moved since the statement looked."""
     end, rows = int(session.row("foreign_keys.blocks", **own)["blocks"]), 0
     progress = Progress(reference.table, wrong)
     try:
         for first in range(0, end, blocks):
             place = {"first": f"({first},0)", "last": f"({first + blocks},0)"}
             with (
-                suppress(errors.LockNotAvailable, errors.DeadlockDetected),
+                suppress(errors.LockNotAvailable, errors.DeadlockDetected, errors.ForeignKeyViolation),
                 session.transaction(lock_timeout=f"{BRIEFLY_MS}ms", row_security="on"),
             ):
                 filled = session.run("repair.fill_range", **own, **place).rowcount

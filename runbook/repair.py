@@ -249,7 +249,9 @@ def fill(action: Action, batch_rows: int) -> Evidence:
                 raise PromiseBroken(f"{doubled} Delete those that are wrong, then run 04_foreign_keys again.")
             if rounds > ROUNDS:
                 refill.refuse_stuck(run, session, reference, own, wrong)
-            total += refill.fill_round(session, reference, own, wrong, max(1, batch_rows // 50))
+            total += refill.fill_round(
+                session, reference, own, wrong, max(1, batch_rows // 50 // rounds)
+            )  # what moves stops fewer
         try:
             for each in _validations(run, reference):
                 with session.transaction(lock_timeout="5s"):
