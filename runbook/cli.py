@@ -118,12 +118,12 @@ def rehearse(file: Path | None, pairs: Any, database: str | None, users: int | N
         )
     if users is not None:
         embedded.start(users)
-    if under_way(where, table):
-        raise BadInput(
-            f"A migration of {table} is under way or done, or a rehearsal of it was broken off, and another rehearsal would take it away:"
-            " take it back with `runbook rollback` first; a migration goes on with `runbook run`."
-        )
     with rehearsal.Watch(target(where), table) as watch:
+        if under_way(where, table):
+            raise BadInput(
+                f"A migration of {table} is under way or done, or a rehearsal of it was broken off, and another rehearsal would take it away:"
+                " take it back with `runbook rollback` first; a migration goes on with `runbook run`."
+            )
         try:
             perform((*FORWARD[: FORWARD.index("05_cutover")], "90_rollback"), given, out, watch.told)
         except BaseException:

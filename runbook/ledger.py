@@ -15,7 +15,7 @@ import pandas as pd
 import psycopg
 from psycopg import sql
 
-from runbook import asked, drift, locks
+from runbook import asked, drift, locks, rehearsing
 from runbook.database import Database, target
 from runbook.errors import AlreadyRunning, ApprovalMissing, BadInput, OutOfOrder, PlanOutdated, told
 from runbook.parameters import check, forget, injected, resolve
@@ -148,6 +148,7 @@ class Run:
                     f"{self.plan.full_name} was planned anew since this notebook was opened: run it from its beginning."
                 )
             done = frozenset(standing["done"])
+            rehearsing.refuse_approved(step, done, self.plan.full_name)
             if f"{step}.{action}" in done and (not again or (step in STEPS[:5] and "cutover.swap" in done)):
                 yield Action(self, session, 0, _finished(session, self.migration, step, action))
                 return
@@ -219,16 +220,20 @@ def recorded(
 
 
 def claim(session: Session, plan: Plan) -> None:
-    """Hold the table for this session; raises AlreadyRunning, naming who does, when another run has it."""
+    """Hold the table for this session; raises AlreadyRunning, naming who does, when another run has it, or a
+    rehearsal is under way that this is no part of."""
+    lock = rehearsing.lock(plan.table.oid)
     # The server notices within a second or so that a client is gone, and only then lets go of its lock.
     end = time.monotonic() + 3
     while True:
-        if session.value("ledger.claim", source_oid=plan.table.oid - (plan.table.oid >> 31 << 32)):
-            return
-        if time.monotonic() > end:
+        claimed = session.value("ledger.claim", **lock)
+        if claimed or time.monotonic() > end:
             break
         time.sleep(0.05)
-    holder = session.run("ledger.claimant", source_oid=plan.table.oid).fetchone() or {}
+    rehearsing.refuse(session, plan.table.oid, plan.full_name)
+    if claimed:
+        return
+    holder = session.run("ledger.claimant", **lock).fetchone() or {}
     raise AlreadyRunning(
         f"{plan.full_name} is being migrated by another run: {holder.get('application', 'a session')} of {holder.get('user')}"
         f" (pid {holder.get('pid')}, since {holder.get('since')}). Wait for it, or end that session."

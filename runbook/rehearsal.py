@@ -9,9 +9,10 @@ from typing import Any
 
 import psycopg
 
-from runbook import catalog, forecast, ledger
+from runbook import catalog, forecast, ledger, rehearsing
 from runbook.database import Database
 from runbook.errors import PromiseBroken
+from runbook.session import Session
 from runbook.statements import statement, trusted
 from runbook.words import counted
 
@@ -19,7 +20,8 @@ EVERY_S = 0.05  # between two looks at who waits
 
 
 class Watch:
-    """Looks, while it is open, who waits for the runbook's sessions; knows the database's objects from before.
+    """Looks, while it is open, who waits for the runbook's sessions; knows the database's objects from before. Its connection holds the
+    table for the rehearsal.
 
     A wait that begins and ends between two looks is not seen: `resolution_s` is the longest time between two.
     """
@@ -36,28 +38,35 @@ class Watch:
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Watch:
+        self._connection = self.database.connect("rehearsal")
+        try:
+            rehearsing.begin(Session(self._connection, self.database.statements), self.oid, self.table)
+        except BaseException:
+            self._connection.close()
+            raise
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+        rehearsing.end()
 
     def close(self) -> None:
         """Look no more."""
         self._stop.set()
         self._thread.join(timeout=30)
+        self._connection.close()
 
     def _look(self) -> None:
         query, last = statement("rehearsal.look", oid=self.oid), time.monotonic()
         try:
-            with self.database.connect("rehearsal") as connection:
-                while not self._stop.wait(EVERY_S):
-                    seen: dict[str, Any] = connection.execute(query).fetchone() or {}
-                    for name, length in seen.items():
-                        if length is not None:
-                            self.longest[name] = max(length, self.longest[name] or 0)
-                    now = time.monotonic()
-                    self.looks, self.resolution_s, last = self.looks + 1, max(self.resolution_s, now - last), now
+            while not self._stop.wait(EVERY_S):
+                seen: dict[str, Any] = self._connection.execute(query).fetchone() or {}
+                for name, length in seen.items():
+                    if length is not None:
+                        self.longest[name] = max(length, self.longest[name] or 0)
+                now = time.monotonic()
+                self.looks, self.resolution_s, last = self.looks + 1, max(self.resolution_s, now - last), now
         except Exception as error:  # the rehearsal goes on; that nobody looked any more is told
             self.ended_early = " ".join(str(error).split())
 

@@ -15,6 +15,7 @@ from psycopg.errors import QueryCanceled
 from runbook.changes import Rewritten
 from runbook.errors import AlreadyRunning
 from runbook.ledger import Run
+from runbook.rehearsing import lock
 from runbook.session import Session
 
 Range = tuple[int, int]
@@ -31,7 +32,7 @@ def gaps(done: Iterable[Range], blocks: int, step: int) -> Iterator[Range]:
 
 def refuse_orphan(run: Run, session: Session, holder: int) -> None:
     """Raises AlreadyRunning in a worker whose run has lost the table: another one may be doing the same by now."""
-    if all(row["pid"] != holder for row in session.rows("ledger.claimant", source_oid=run.plan.table.oid)):
+    if all(row["pid"] != holder for row in session.rows("ledger.claimant", **lock(run.plan.table.oid))):
         raise AlreadyRunning(f"The connection that holds {run.plan.full_name} for this run was lost: run this step again.")
 
 

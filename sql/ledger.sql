@@ -178,13 +178,13 @@ SELECT folder, head FROM runbook.record ORDER BY id
 
 -- name: claim
 -- Session-level: it lives exactly as long as the connection of the run that took it.
-SELECT pg_try_advisory_lock(hashtext('runbook'), {source_oid}::int) AS granted
+SELECT pg_try_advisory_lock(hashtext({purpose}), {source_oid}::int) AS granted
 
 -- name: claimant
 SELECT l.pid, a.usename AS "user", a.application_name AS application, a.client_addr::text AS host, a.backend_start AS since
   FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
  WHERE l.locktype = 'advisory' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND l.classid::bigint = hashtext('runbook')::bigint & 4294967295 AND l.objid::bigint = {source_oid}::bigint & 4294967295
+   AND l.classid::bigint = hashtext({purpose})::bigint & 4294967295 AND l.objid::bigint = {source_oid}::bigint & 4294967295
    AND l.granted
 
 -- name: remember_triggers

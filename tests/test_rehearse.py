@@ -13,13 +13,14 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from runbook import archive, cli, embedded
+from runbook import archive, backup, cli, embedded, rollback
 from runbook.audit import audit
 from runbook.database import target
-from runbook.errors import PromiseBroken
+from runbook.errors import AlreadyRunning, OutOfOrder, PromiseBroken
 from runbook.rehearsal import Watch
+from runbook.rehearsing import RUNS_IN
 from tests import servers
-from tests.migration import forward
+from tests.migration import FORWARD, forward, plan, walk
 from tests.walk import CLINIC_FILE, dump
 
 
@@ -102,6 +103,27 @@ def test_whoever_waits_for_it_is_seen_and_nobody_else(clinic: str) -> None:
     waits = " ".join(watch.waits())
     assert "The longest that anybody was seen waiting for it is" in waits
     assert "The longest statement seen that writes to public.users or to what references it ran for" in waits
+
+
+def test_nobody_else_begins_or_goes_back_while_a_rehearsal_is_under_way(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once an approval is in the ledger, which no rehearsal gives, it takes nothing back."""
+    run = plan(clinic)
+    with Watch(target(clinic), "users") as watch:
+        with monkeypatch.context() as another:
+            another.delenv(RUNS_IN)
+            refused = r"A rehearsal of public\.users is under way: a session of .* \(pid \d+, since .* Wait for it"
+            for act in (backup.make, rollback.swap_back, lambda run: plan(run.database.name, backup="another")):
+                with pytest.raises(AlreadyRunning, match=refused):
+                    act(run)
+            with pytest.raises(AlreadyRunning, match="A rehearsal of"), Watch(target(clinic), "users"):
+                pass
+        walk(run, FORWARD, last="approval")
+        with pytest.raises(
+            OutOfOrder, match=r"The cut-over of public\.users was approved, .* the rehearsal does not take it back"
+        ):
+            rollback.swap_back(run)
+    assert watch.looks
+    backup.check(run)
 
 
 @pytest.mark.parametrize(
