@@ -55,6 +55,20 @@ def filled(session: Session, plan: Plan) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def orphaned(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Rows that a key of the table to itself would refuse: there is no row to give their new column its value, so that 03 could not
+    copy them. Those of other tables 04 looks for."""
+    for each in plan.selves:
+        key = {"schema": each.schema_name, "table": each.table, "constraint": each.name}
+        for found in session.rows("foreign_keys.orphans", **key) if each.adds_column else ():
+            rows = session.value("foreign_keys.count", search=trusted(found["query"])) if found["readable"] else 0
+            if rows:
+                yield Finding.blocker(
+                    each.name, f"{counted(rows, 'row')} of {plan.full_name} {'refers' if rows == 1 else 'refer'} to nothing by {each.name}, whose columns are to hold the key"
+                    f" of the row referred to: they came while keys were not checked, and are found by {found['query']}.", "Correct or delete them first.",
+                )  # fmt: skip
+
+
 def unlisted(session: Session, plan: Plan) -> Iterator[Finding]:
     """What an enum, a boolean or a check lets the key be and no row is yet."""
     if plan.partition_by != "list" or plan.takes_any_value:

@@ -423,7 +423,8 @@ SELECT 'blocker', x.relname, format('The index %s reads the row as a whole, whic
   FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = {oid} AND concat(i.indexprs, i.indpred) LIKE '%:varattno 0 %'
 UNION ALL
 SELECT 'blocker', k.conname, format('%s of %s is NOT ENFORCED, and its composite successor would be.', k.conname, k.conrelid::regclass), 'Drop it first: it keeps nothing.'
-  FROM pg_constraint k WHERE k.confrelid = {oid} AND k.conrelid <> {oid} AND pg_get_constraintdef(k.oid) LIKE '% NOT ENFORCED'
+  FROM pg_constraint k WHERE k.confrelid = {oid} AND pg_get_constraintdef(k.oid) LIKE '% NOT ENFORCED'
+   AND (k.conrelid <> {oid} OR (SELECT attnum FROM pg_attribute WHERE attrelid = {oid} AND attname = {key}) <> ALL (k.confkey))  -- else it stays what it is
 UNION ALL
 SELECT 'blocker', k.conname, format('%s is a key over time (WITHOUT OVERLAPS or PERIOD), which is not carried over.', k.conname), 'Drop it first.'
   FROM pg_constraint k WHERE {oid} IN (k.conrelid, k.confrelid) AND pg_get_constraintdef(k.oid) ~ 'WITHOUT OVERLAPS|[(, ]PERIOD "?\w'

@@ -133,10 +133,10 @@ SELECT format('Index %s stands: %s%s', p.name, CASE WHEN p.primary AND NOT p.tak
 
 -- name: references
 -- The plan's text and the server's differ in quotes and in what is left out because it is the default.
-SELECT format('Key %s of %s is composite%s', r ->> 'name', r ->> 'table', CASE WHEN r ->> 'definition' LIKE '% NOT VALID' THEN ', as unchecked as it was' ELSE ' and valid' END) AS promise,
+SELECT format('Key %s of %s is composite%s', r ->> 'name', r ->> 'table', CASE WHEN r ->> 'definition' ~ ' NOT (VALID|ENFORCED)$' THEN ', as unchecked as it was' ELSE ' and valid' END) AS promise,
        CASE WHEN d.dropped THEN format('%s.%s is there no more: somebody dropped it', r ->> 'schema_name', r ->> 'table')
             ELSE coalesce(now.definition || CASE WHEN now.validated THEN '' ELSE ' (never validated)' END, 'missing') END AS seen,
-       CASE WHEN NOT d.dropped THEN coalesce((now.validated OR r ->> 'definition' LIKE '% NOT VALID') AND translate(replace(now.definition, ' NOT VALID', ''), '" ', '') =
+       CASE WHEN NOT d.dropped THEN coalesce((now.validated OR r ->> 'definition' ~ ' NOT (VALID|ENFORCED)$') AND translate(replace(now.definition, ' NOT VALID', ''), '" ', '') =
          replace(replace(translate(r ->> 'composite', '" ', ''), 'ONUPDATENOACTION', ''), 'ONDELETENOACTION', ''), false) END AS ok
   FROM runbook.migration m CROSS JOIN jsonb_array_elements((m.plan -> 'references') || coalesce(m.plan -> 'selves', '[]')) r
   LEFT JOIN ({incoming_now}) now ON (now.schema, now.table, now.name) = (r ->> 'schema_name', r ->> 'table', r ->> 'name')
