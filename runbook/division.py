@@ -51,6 +51,11 @@ class Division:
 def divide(session: Session, given: Parameters, table: Table, key: Column) -> Division:
     """The partitions that the parameters ask for; raises BadInput when they contradict each other or the key's type."""
     _refuse_contradictions(given, table)
+    if session.value("draft.category", type=key.type) == "C":  # nor do our own statements name its type with each value
+        raise BadInput(
+            f"{table.name} cannot be divided by {key.name}: {key.type} is a composite type, whose values no statement can name without a"
+            " cast (0A000). Choose another key, such as one of its fields in a column of its own."
+        )
     maker = {"list": _list, "range": _range, "hash": _hash}[given.partition_by]
     with refused(table.name, key, given.partition_by):
         found = maker(session, given, table, key)

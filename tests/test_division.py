@@ -220,8 +220,10 @@ def test_a_division_that_cannot_be_is_refused_before_anything_is_made(database, 
     assert dump(database, "--exclude-schema=runbook*") == before
 
 
-@pytest.mark.parametrize("key_type", ["json", "point"])
+@pytest.mark.parametrize("key_type", ["json", "point", "pair"])
 def test_a_key_that_cannot_be_compared_is_refused(database, sql, key_type):
+    """A composite type's values can be only with a cast: WHERE kind = '(1,2)' is an error (0A000)."""
+    sql("CREATE TYPE pair AS (a int, b numeric)")
     sql(f"CREATE TABLE things (id int PRIMARY KEY, kind {key_type} NOT NULL)")
     for given in ({"partitions": {"rest": "default"}}, by_hash(2), by_range(partitions={"rest": "default"})):
         with pytest.raises((BadInput, PlanBlocked), match=r"cannot be divided|refuses to partition"):
