@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from runbook import changes
+from runbook import changes, possible
 from runbook.changes import Way
 from runbook.errors import NotEqual
 from runbook.ledger import Run
@@ -69,6 +69,11 @@ def exactly(run: Run, session: Session, way: Way, apart: Sequence[sql.Identifier
         names = _names(run, session, way, apart)
         theirs = _sums(session.rows("restore.sums_of_plain_by_partition", **names))
         differing = session.rows("restore.differing", **names, limit=20)
+        if way is changes.FORWARD and (computed := list(possible.recomputed(session, run.plan, None))):
+            raise NotEqual(
+                f"{run.plan.full_name} and its copy differ. {' '.join(each.sentence for each in computed)} Roll back with 90_rollback; then"
+                f" {' '.join(each.way_out for each in computed)}"
+            )
     parts = [
         f"{name}: {mine.get(name, (0, 0))[0]:,} against {counted(theirs.get(name, (0, 0))[0], 'row')}"
         for name in sorted({*mine, *theirs})

@@ -24,11 +24,11 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     if plan.restore_from == "backup" or division is None:  # nothing changes its name, so nothing has to be carried over
         return worst_first([*_table(plan, row), *_rights(session, plan), *dependents.references(session, plan)])
     found = [
-        *_table(plan, row), *_values(plan, division), *possible.filled(session, plan), *possible.doubled(session, plan), *possible.orphaned(session, plan),
-        *_looking(session, plan), *_locking(session, plan), *_watched(session), *_unpruned(session, plan),
-        *possible.unlisted(session, plan), *possible.rewritten(session, plan), *_names(session, plan), *_rights(session, plan),
-        *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan),
-        *_traffic(session, plan),
+        *_table(plan, row), *_values(plan, division), *possible.filled(session, plan), *possible.doubled(session, plan),
+        *possible.orphaned(session, plan), *possible.recomputed(session, plan), *possible.unlisted(session, plan),
+        *possible.rewritten(session, plan), *_looking(session, plan), *_locking(session, plan), *_watched(session),
+        *_unpruned(session, plan), *_names(session, plan), *_rights(session, plan), *dependents.objects(session, plan),
+        *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
 

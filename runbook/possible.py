@@ -14,6 +14,8 @@ from runbook.session import Session
 from runbook.statements import spelled, trusted
 from runbook.words import counted
 
+SAMPLE = 500  # rows
+
 
 def doubled(session: Session, plan: Plan) -> Iterator[Finding]:
     """Keys that many rows may share while the partition key is NULL, and no two once null_value stands there."""
@@ -67,6 +69,23 @@ def orphaned(session: Session, plan: Plan) -> Iterator[Finding]:
                     each.name, f"{counted(rows, 'row')} of {plan.full_name} {'refers' if rows == 1 else 'refer'} to nothing by {each.name}, whose columns are to hold the key"
                     f" of the row referred to: they came while keys were not checked, and are found by {found['query']}.", "Correct or delete them first.",
                 )  # fmt: skip
+
+
+def recomputed(session: Session, plan: Plan, size: int | None = SAMPLE) -> Iterator[Finding]:
+    """Stored generated columns that would not be copied as they are: a function was replaced since, and a copied row is computed anew.
+    By the first rows, which are the oldest mostly; without a `size` by all."""
+    for row in session.rows("catalog.stored", oid=plan.table.oid):
+        rows = 0  # also where its function may not be executed, or misses what it reads
+        with suppress(psycopg.Error), session.connection.transaction(force_rollback=True):
+            session.connection.execute("SET LOCAL search_path TO DEFAULT")
+            rows = session.value("catalog.held_otherwise", source=plan.source, size=size, otherwise=trusted(row["otherwise"]))
+        if rows:
+            yield Finding.blocker(
+                f"{plan.full_name}.{row['name']}",
+                f"{counted(rows, 'row')} of {plan.full_name}{f' (of the first {size})' if size else ''} {'holds' if rows == 1 else 'hold'} another {row['name']} than its"
+                " expression gives today, as where a function was replaced since; each copy is computed anew, and would differ.",
+                f"UPDATE {plan.full_name} SET {row['base']} = {row['base']} WHERE {row['otherwise']}; computes it anew." if row["base"] else "Make that column anew.",
+            )  # fmt: skip
 
 
 def unlisted(session: Session, plan: Plan) -> Iterator[Finding]:

@@ -716,6 +716,19 @@ SELECT g.attname AS name FROM pg_attribute g JOIN pg_attrdef d ON d.adrelid = g.
         WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid = {oid} AND a.attname = {key}
           AND (p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid OR p.classid = 'pg_class'::regclass AND (p.objid, p.objsubid) = (g.attrelid, g.attnum)))
 
+-- name: stored
+-- Generated columns that are stored: the condition of rows that hold another value than the expression gives today, and a column by
+-- whose update it is computed again.
+SELECT g.attname AS name, format('%I::text IS DISTINCT FROM (%s)::%s::text', g.attname, pg_get_expr(d.adbin, d.adrelid), format_type(g.atttypid, g.atttypmod)) AS otherwise,
+       (SELECT quote_ident(a.attname) FROM pg_depend p JOIN pg_attribute a ON a.attrelid = p.refobjid AND a.attnum = p.refobjsubid
+         WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid = {oid} AND a.attgenerated = ''
+           AND (p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid OR p.classid = 'pg_class'::regclass AND (p.objid, p.objsubid) = (g.attrelid, g.attnum))
+         ORDER BY a.attnum LIMIT 1) AS base
+  FROM pg_attribute g JOIN pg_attrdef d ON d.adrelid = g.attrelid AND d.adnum = g.attnum WHERE g.attrelid = {oid} AND g.attgenerated = 's' ORDER BY g.attnum
+
+-- name: held_otherwise
+SELECT count(*) FROM (SELECT * FROM ONLY {source} LIMIT {size}) held WHERE {otherwise}
+
 -- name: quoted
 SELECT quote_ident({name})
 

@@ -52,6 +52,21 @@ def test_a_row_that_slipped_past_the_log_is_named(forward, sql):
         migration.walk(run, {"": migration.FORWARD["compare"]})
 
 
+def test_a_column_that_is_computed_otherwise_since_is_the_reason_that_is_given(database, sql):
+    made = "CREATE OR REPLACE FUNCTION twice(int) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT $1 * {}'"
+    sql(made.format(2))
+    sql("CREATE TABLE thing (id int PRIMARY KEY, kind text NOT NULL, g int GENERATED ALWAYS AS (twice(id)) STORED);"
+        " INSERT INTO thing SELECT n, 'a' FROM generate_series(1, 600) n")  # fmt: skip
+    run = migration.plan(database, "thing", "kind")
+    sql(made.format(3))
+    reason = r"600 rows of public.thing hold another g .* UPDATE public.thing SET id = id WHERE g::text"
+    with pytest.raises(NotEqual, match=reason) as refused:
+        migration.walk(run, migration.FORWARD, last="compare")
+    migration.back(run)
+    sql(str(refused.value).partition(" then ")[2].partition(";")[0])
+    migration.plan(database, "thing", "kind")
+
+
 @pytest.mark.parametrize("way", ["there", pytest.param("back", marks=pytest.mark.long)])
 def test_who_waits_for_the_swap_finds_the_rows_written_just_before(forward, clinic, sql, way):
     """Each row is changed by the transaction after the one that made it, as the swap comes in between. With READ COMMITTED: a snapshot of
