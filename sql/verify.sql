@@ -463,6 +463,7 @@ BEGIN
       SELECT r ->> 'name' AS key_name, r ->> 'table' AS table_name, r ->> 'composite' AS composite,
              r ->> 'composite' NOT LIKE '%ON DELETE CASCADE%' AND r ->> 'composite' NOT LIKE '%ON DELETE SET %' AS keeps, (r ->> 'adds_column')::boolean AS adds_column,
              r.place, k.names, k.joined, k.present, a.columns, a.replaced, format('s.%I = $2::%s', r.r -> 'referenced' ->> 0, a.type) AS known,
+             format('r.%I = $2::%s', r.r -> 'columns' ->> 0, a.type) AS as_given,
              format('%s AND r.%I = s.%I', k.joined, r ->> 'role_column', t.key) AS in_step
         FROM t CROSS JOIN jsonb_array_elements(t.plan -> 'references') WITH ORDINALITY r(r, place)
        CROSS JOIN LATERAL (
@@ -538,9 +539,10 @@ BEGIN
     UNION ALL
     SELECT 5, r.place, format('A row of %s that refers to nobody is refused by %s', table_name, key_name),
            ARRAY[format(pick, names, present),
-                 format('WITH gone AS (DELETE FROM %s s WHERE %s RETURNING *) INSERT INTO %1$s (%3$s) OVERRIDING SYSTEM VALUE SELECT %4$s FROM gone'
-                        ' WHERE NOT EXISTS (SELECT FROM %5$s s WHERE %6$s) RETURNING jsonb_build_object(''seen'', ''it was accepted'', ''ok'', false)',
-                        names, here, columns, replaced, root, known)],
+                 format('WITH gone AS (DELETE FROM %s s WHERE %s RETURNING *) INSERT INTO %1$s AS r (%3$s) OVERRIDING SYSTEM VALUE SELECT %4$s FROM gone'
+                        ' WHERE NOT EXISTS (SELECT FROM %5$s s WHERE %6$s) RETURNING CASE WHEN %7$s THEN jsonb_build_object(''seen'', ''it was accepted'', ''ok'', false)'
+                        ' ELSE jsonb_build_object(''seen'', ''a trigger lets it refer to another'') END',
+                        names, here, columns, replaced, root, known, as_given)],
            NULL, '23503', key_name, NULL
       FROM (SELECT key, root, here FROM t) t, pick, reference r
     UNION ALL

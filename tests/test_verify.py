@@ -497,6 +497,10 @@ ELSEWHERE = {
     "a key that has the partition key already and no action": (
         "ALTER TABLE thing ADD UNIQUE (kind, other); CREATE TABLE kept (kind text, other bigint, FOREIGN KEY (kind, other) REFERENCES thing (kind, other));"
         " INSERT INTO kept SELECT kind, other FROM thing; CREATE INDEX ON kept (kind, other)", {}),
+    "a trigger that says what a row refers to": (
+        "CREATE FUNCTION put() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN NEW.thing_id := CASE to_jsonb(NEW) ->> ''thing_kind'' WHEN ''a'' THEN 8 ELSE 7 END; RETURN NEW; END';"
+        " CREATE TRIGGER put BEFORE INSERT ON part FOR EACH ROW EXECUTE FUNCTION put()", {}),
     "a trigger with an error of its own": (
         RAISES.format("45000") + "CREATE TRIGGER refuse BEFORE DELETE OR UPDATE ON thing FOR EACH ROW EXECUTE FUNCTION refuse()", {}),
     "a trigger with the error of a check": (
