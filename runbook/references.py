@@ -119,8 +119,9 @@ def names(run: Run, reference: Reference) -> dict[str, sql.Composable]:
 
 
 def fill_triggers(reference: Reference) -> tuple[str, str]:
-    """The names of the triggers that fill the role column in for old code, in the order in which they fire: by name."""
-    return fit(f"zzz_runbook_explicit_{reference.role_column}"), fit(f"zzz_runbook_fill_{reference.role_column}")
+    """The names of the triggers that fill the role column in for old code, in the order in which they fire: by name, with "~" after
+    the application's, one of which may set what the row refers to."""
+    return fit(f"~runbook_explicit_{reference.role_column}"), fit(f"~runbook_fill_{reference.role_column}")
 
 
 def _unknown(run: Run, reference: Reference) -> sql.Composable:

@@ -139,7 +139,7 @@ SELECT k.conname AS name, pg_get_constraintdef(k.oid) AS definition, k.convalida
                        SELECT format('(%I IS NOT NULL)', a.attname) FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = i.indkey[0]))) AS indexed,
        (SELECT array_agg(a.attname) FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum > 0 AND NOT a.attisdropped) AS all_columns,
        (SELECT array_agg(t.tgname ORDER BY t.tgname) FROM pg_trigger t WHERE t.tgrelid = k.conrelid AND NOT t.tgisinternal
-           AND t.tgname NOT LIKE ALL ('{{runbook\\_%,zzz\\_runbook\\_%}}') AND t.tgtype & 16 = 16 AND t.tgenabled <> 'D'
+           AND t.tgname NOT LIKE ALL ('{{runbook\\_%,zzz\\_runbook\\_%,~runbook\\_%}}') AND t.tgtype & 16 = 16 AND t.tgenabled <> 'D'
            AND t.tgattr = ''  -- no list of columns has one that is new; nor the guards' of an earlier migration
            AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.oid = t.tgfoid AND p.prosecdef AND 'enable_seqscan=off' = ANY (p.proconfig))) AS update_triggers,
        -- What does not bear that the table gains a column.

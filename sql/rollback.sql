@@ -108,7 +108,7 @@ SELECT DISTINCT n.nspname AS schema, c.relname AS name
 SELECT n.nspname AS schema, c.relname AS name, g.triggered FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace s ON s.oid = p.pronamespace
                                      WHERE t.tgrelid = c.oid AND s.nspname = {staging_name}
-                                       AND (t.tgname LIKE 'zzz\_runbook\_%' OR t.tgname LIKE 'runbook\_reference\_%'))) g(triggered)
+                                       AND (t.tgname LIKE '~runbook\_%' OR t.tgname LIKE 'runbook\_reference\_%'))) g(triggered)
  WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition
    AND (g.triggered OR EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'f' AND k.conname = {key_name}
                                                              AND k.confrelid = to_regclass({source_text}))) ORDER BY 1, 2

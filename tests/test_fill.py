@@ -234,7 +234,7 @@ def test_writers_of_every_kind_are_followed_after_the_cut_over(database, sql):
         " FROM generate_series(1, 30) n; CREATE TABLE r (id int PRIMARY KEY, u_id int NOT NULL REFERENCES u, note text);"
         " INSERT INTO r SELECT n, n FROM generate_series(1, 30) n; CREATE FUNCTION redirect() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN SELECT coalesce(merged_into, id) INTO NEW.u_id FROM u WHERE id = NEW.u_id; RETURN NEW; END $$;"
-        " CREATE TRIGGER redirect BEFORE INSERT OR UPDATE ON r FOR EACH ROW EXECUTE FUNCTION redirect()"
+        " CREATE TRIGGER zzzz_redirect BEFORE INSERT OR UPDATE ON r FOR EACH ROW EXECUTE FUNCTION redirect()"
     )
     run = migration.forward(database, table="u", key="k")
     wrong = "SELECT count(*) FROM r LEFT JOIN u ON (u.id, u.k) = (u_id, u_k) WHERE u.id IS NULL"
@@ -249,11 +249,11 @@ def test_writers_of_every_kind_are_followed_after_the_cut_over(database, sql):
         assert sql(wrong) == [(0,)]
         if not kept:
             verify.check(run)
-            sql("ALTER TABLE r ENABLE TRIGGER zzz_runbook_fill_u_k")
+            sql('ALTER TABLE r ENABLE TRIGGER "~runbook_fill_u_k"')
             with pytest.raises(PromiseBroken, match=r"No row of public\.r has a key without its u_k"):
                 verify.check(run)
             sql("DELETE FROM r WHERE id = 99; UPDATE u SET merged_into = NULL; UPDATE r SET u_id = 5 WHERE id = 5")
-            sql("ALTER TABLE r ENABLE ALWAYS TRIGGER zzz_runbook_fill_u_k")
+            sql('ALTER TABLE r ENABLE ALWAYS TRIGGER "~runbook_fill_u_k"')
             verify.check(run)
             migration.walk(run, {"approval": migration.END["approval"], "drop": lambda run: finish.drop(run, keep_fill=True)})
 

@@ -177,7 +177,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ["No row of public.appointments has a key without its user_role (nothing requires it; and filled in for old code)"],
     ),
     "nothing fills it in": (
-        ("ALTER TABLE appointments DISABLE TRIGGER zzz_runbook_fill_user_role",),
+        ('ALTER TABLE appointments DISABLE TRIGGER "~runbook_fill_user_role"',),
         [
             "has a key without its user_role (it is required; what fills it in for old code is missing, disabled or not ENABLE ALWAYS)"
         ],
