@@ -285,10 +285,11 @@ def refuse_renamed(run: Run, session: Session, again: str = "then run 90_rollbac
 
 
 def refuse(run: Run, session: Session) -> None:
-    """Raises PromiseBroken when the table has gained, lost or changed columns since the cut-over: the original has not. And where a
-    partition is neither in it nor out of it: its rows would be dropped with the table, and nobody saw them."""
+    """Raises PromiseBroken when the table has gained, lost or changed columns, or its owner, since the cut-over: the original has not. And
+    where a partition is neither in it nor out of it: its rows would be dropped with the table, and nobody saw them."""
     if pending := half_detached(session, session.value("verify.oid", root=spelled(run.plan.source))):
         raise PromiseBroken(f"{pending} Then run 90_rollback again.")
+    swapping.refuse_owner(run, session)
     with session.qualified():  # as the plan has them
         now = {row["name"]: row["type"] for row in session.rows("rollback.columns", table_text=run.plan.source.as_string(None))}
     before = {column.name: column.type for column in run.plan.columns}

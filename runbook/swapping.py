@@ -8,6 +8,7 @@ from psycopg import sql
 
 from runbook import changes, composite, foreign_keys, locks
 from runbook.changes import Statements
+from runbook.errors import PromiseBroken
 from runbook.ledger import Run
 from runbook.plan import fit
 from runbook.session import Session
@@ -31,6 +32,18 @@ def sequences(run: Run) -> list[sql.Composed]:
     """What locks the sequences that change hands: each is given to whom it belongs already. Whoever took a value keeps its lock to
     the end of the transaction: one that then waits for the table, while we wait for the sequence, would wait for us for ever."""
     return [rendered(each.definition) for each in run.plan.carried if each.kind == "sequence"]
+
+
+def refuse_owner(run: Run, session: Session) -> None:
+    """Raises PromiseBroken where the table got another owner since the cut-over than its original has, and a sequence is to go back:
+    it can belong to a table of its own owner only."""
+    retired = spelled(run.names["retired"])
+    for row in session.rows("rollback.owners", **run.names, retired_text=retired) if sequences(run) else ():
+        raise PromiseBroken(
+            f"{run.plan.full_name} belongs to {row['owner']} since the cut-over, its original to {row['former']}, and a sequence goes with a table"
+            f" of its own owner only: ALTER TABLE {spelled(run.plan.source)} OWNER TO {spelled((row['former'],))}; or, for the new one to stay,"
+            f" ALTER TABLE {retired} OWNER TO {spelled((row['owner'],))}; then run 90_rollback again."
+        )
 
 
 def standing(session: Session, tables: Iterable[sql.Composable]) -> list[sql.Composable]:

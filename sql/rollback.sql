@@ -89,6 +89,11 @@ SELECT DISTINCT a.source FROM runbook.migration u CROSS JOIN jsonb_array_element
 SELECT attname AS name, format_type(atttypid, atttypmod) AS type FROM pg_attribute
  WHERE attrelid = {table_text}::regclass AND attnum > 0 AND NOT attisdropped
 
+-- name: owners
+-- Of the table and its original, where these differ.
+SELECT pg_get_userbyid(t.relowner) AS owner, pg_get_userbyid(o.relowner) AS former FROM pg_class t JOIN pg_class o ON o.relowner <> t.relowner
+ WHERE t.oid = {source_text}::regclass AND o.oid = to_regclass({retired_text})
+
 -- name: doubles
 -- What was unique in the original and is not any more.
 SELECT ROW({columns})::text AS key, count(*) AS rows FROM {source} WHERE ROW({columns}) IS NOT NULL GROUP BY {columns} HAVING count(*) > 1 LIMIT 10

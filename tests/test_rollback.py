@@ -188,6 +188,19 @@ def test_what_was_made_since_is_never_dropped_silently(forward, sql, made, named
 
 
 @pytest.mark.long
+def test_another_owner_since_the_cut_over_is_named_where_a_sequence_cannot_go_back(database, sql):
+    sql("CREATE TABLE plain (id serial PRIMARY KEY, k int NOT NULL); INSERT INTO plain (k) SELECT generate_series(1, 9)")
+    run = migration.forward(database, table="plain", key="k", partition_by="hash", modulus=2)
+    sql("ALTER TABLE plain OWNER TO pg_monitor")
+    said = r'public\.plain belongs to pg_monitor since the cut-over, .* ALTER TABLE "public"."plain" OWNER TO "postgres"; or'
+    with pytest.raises(PromiseBroken, match=said):
+        rollback.swap_back(run)
+    sql("ALTER TABLE plain_retired OWNER TO pg_monitor")
+    migration.back(run)
+    assert sql("INSERT INTO plain (k) VALUES (10) RETURNING id") == [(10,)]
+
+
+@pytest.mark.long
 def test_there_and_back_and_there_again_and_the_end(clinic, sql):
     before = state(clinic, sql)
     for _ in range(2):
