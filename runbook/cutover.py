@@ -14,7 +14,7 @@ from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.restore import refuse_homeless
 from runbook.session import Session
 from runbook.sheet import Sheet
-from runbook.statements import rendered, statement
+from runbook.statements import rendered, spelled, statement
 
 UNFELT_MS = 3000  # what waits for SHARE UPDATE EXCLUSIVE, no reader and no writer waits for
 
@@ -188,10 +188,13 @@ def validate(
             locks.apply(run.database, apart, patience, what, [each])
     except errors.ForeignKeyViolation as error:
         place = {"schema": error.diag.schema_name, "table": error.diag.table_name, "constraint": error.diag.constraint_name}
+        retired, lacking = spelled(run.names["retired"]), ""
+        if place["table"] != run.plan.table.name and session.value("catalog.there", name=retired):
+            lacking = f" (or, where {retired} still has those that they refer to, these were lost: put them back into {run.plan.full_name})"
         raise PromiseBroken(
             f"{place['constraint']} of {place['schema']}.{place['table']} cannot be validated, for some of its rows refer to nothing: they came"
             f" while keys were not checked, and are found by {session.value('foreign_keys.orphans', **place)}. The application goes on, and"
-            " what it writes is checked. Correct or delete these rows, then run this notebook again."
+            f" what it writes is checked. Correct or delete these rows{lacking}, then run this notebook again."
         ) from None
 
 
