@@ -287,5 +287,10 @@ def as_key(session: Session, key: Column, value: object) -> str:
     try:
         with session.connection.transaction():
             return str(session.value("draft.literal", value=str(value), type=trusted(key.type)))
-    except (psycopg.DataError, psycopg.IntegrityError):
+    except psycopg.DataError:
         raise BadInput(f"{value!r} is not a value that {key.name} ({key.type}) can have: correct it in partitions.") from None
+    except psycopg.IntegrityError as error:  # a domain's check, which old rows may break
+        raise BadInput(
+            f"{value!r} is not a value that {key.name} ({key.type}) can have ({error.diag.message_primary}): correct it in partitions;"
+            " where that does not name it, correct the rows that hold it, or the domain."
+        ) from None

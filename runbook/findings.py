@@ -26,9 +26,10 @@ def judge(session: Session, plan: Plan, row: dict[str, Any], division: Division 
     found = [
         *_table(plan, row), *_values(plan, division), *possible.filled(session, plan), *possible.doubled(session, plan),
         *possible.orphaned(session, plan), *possible.recomputed(session, plan), *possible.unlisted(session, plan),
-        *possible.rewritten(session, plan), *_looking(session, plan), *_locking(session, plan), *_watched(session),
-        *_unpruned(session, plan), *_names(session, plan), *_rights(session, plan), *dependents.objects(session, plan),
-        *dependents.references(session, plan), *dependents.uniqueness(plan), *_traffic(session, plan),
+        *possible.rewritten(session, plan), *possible.emptied(session, plan), *_looking(session, plan), *_locking(session, plan),
+        *_watched(session), *_unpruned(session, plan), *_names(session, plan), *_rights(session, plan),
+        *dependents.objects(session, plan), *dependents.references(session, plan), *dependents.uniqueness(plan),
+        *_traffic(session, plan),
     ]  # fmt: skip
     return worst_first(found)
 
@@ -83,7 +84,11 @@ def _values(plan: Plan, division: Division) -> Iterator[Finding]:
                 'Add a partition for them, or a default partition ({"name": "default"}).',
             )  # fmt: skip
         if plan.key_type != "boolean" or len({value for partition in plan.partitions for value in partition.values}) < 2:
-            yield Finding.note(name, f"After the cut-over a value of {plan.key} that no partition takes is refused (23514).")
+            yield Finding.note(
+                name,
+                f"After the cut-over a value of {plan.key} that no partition takes is refused (23514); one that comes before stops the cut-over.",
+                "Where values grow, let ahead (or partitions) reach further than they do until 05." if plan.partition_by == "range" else "",
+            )  # fmt: skip
 
 
 def _watched(session: Session) -> Iterator[Finding]:

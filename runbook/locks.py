@@ -41,7 +41,7 @@ class Blocker:
 
     def __str__(self) -> str:
         if self.pid == 0:
-            return f"the prepared transaction {self.gid}"
+            return f"the prepared transaction {self.gid} (COMMIT PREPARED or ROLLBACK PREPARED ends it)"
         hidden = self.query in ("", "<insufficient privilege>")
         what = "a query that cannot be seen without pg_read_all_stats" if hidden else f'"{valueless(self.query)[:80]}"'
         who = f"{self.user or 'user not visible'}, {self.application or 'no application name'}, {self.state}, {self.age_s} s"
@@ -81,7 +81,7 @@ class Patience:
         cause = str(error) if isinstance(error, NotYet) else named or "sessions that came and went"
         return LockNotGranted(
             f"{what} could not be locked within {self.budget_s:g} s and {self.attempts} attempts because of {cause}."
-            " Nothing was changed: end that session or wait for it, then run this again."
+            " Nothing was changed: end what is in the way or wait for it, then run this again."
         )
 
 

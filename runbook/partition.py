@@ -14,6 +14,7 @@ from runbook.errors import PromiseBroken
 from runbook.facts import Column, Finding
 from runbook.ledger import Action, Evidence, Run, recorded
 from runbook.plan import Plan
+from runbook.possible import SAMPLE
 from runbook.session import Session
 from runbook.sheet import Sheet
 from runbook.statements import spelled, statement, trusted
@@ -114,7 +115,8 @@ def rehearse(session: Session, plan: Plan) -> Iterator[Finding]:
         detail = f" ({error.diag.message_detail.rstrip('.')})" if error.diag.message_detail else ""
         refused = f"PostgreSQL refuses to partition {plan.full_name} by {plan.key} like that: {error.diag.message_primary or error}{detail}."
     if refused:
-        yield Finding.blocker(plan.full_name, refused, "Correct key, partition_by, partitions or null_value; or what it names.")
+        way_out = "Correct what it names, the rows or the check; or key, partition_by, partitions or null_value."
+        yield Finding.blocker(plan.full_name, refused, way_out)
 
 
 def _refused(session: Session, plan: Plan) -> str:
@@ -207,9 +209,6 @@ def _try_rows(session: Session, plan: Plan) -> str:
         said = error.diag.message_primary if (error.sqlstate or "")[:2] in ("23", "42") else f"error {error.sqlstate}"
         return f"Rows of {plan.full_name} cannot be copied as they are: {said}."
     return ""
-
-
-SAMPLE = 500  # rows
 
 
 def measure(session: Session, plan: Plan) -> list[tuple[str, float, float]]:

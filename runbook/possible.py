@@ -71,6 +71,17 @@ def orphaned(session: Session, plan: Plan) -> Iterator[Finding]:
                 )  # fmt: skip
 
 
+def emptied(session: Session, plan: Plan) -> Iterator[Finding]:
+    """Keys whose action sets the partition key to NULL, which it cannot be any more."""
+    for row in session.rows("catalog.outgoing", oid=plan.table.oid) if plan.key_nullable and not plan.takes_null else ():
+        if " SET NULL" in row["definition"] and plan.key in row["columns"]:
+            yield Finding.warning(
+                row["name"], f"From the cut-over on {plan.key} is NOT NULL: a row of {row['referenced_schema']}.{row['referenced_table']} that is deleted or changed sets"
+                f" {plan.key} to NULL by {row['name']}, which is refused (23502).",
+                f"Let the application give the rows that refer to it another {plan.key} first; or by list give NULL a partition.",
+            )  # fmt: skip
+
+
 def recomputed(session: Session, plan: Plan, size: int | None = SAMPLE) -> Iterator[Finding]:
     """Stored generated columns that would not be copied as they are: a function was replaced since, and a copied row is computed anew.
     By the first rows, which are the oldest mostly; without a `size` by all."""

@@ -6,7 +6,7 @@ SELECT b.pid, coalesce(a.usename, '') AS "user", coalesce(a.application_name, ''
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::int AS age_s, coalesce(a.state, a.backend_type, '') AS state,
        coalesce(a.query, '') AS query,
        CASE WHEN b.pid = 0 THEN (
-         SELECT string_agg(DISTINCT p.gid, ', ') FROM pg_prepared_xacts p
+         SELECT string_agg(DISTINCT quote_literal(p.gid), ', ') FROM pg_prepared_xacts p
            JOIN pg_locks x ON x.pid IS NULL AND x.locktype = 'transactionid' AND x.transactionid = p.transaction
            JOIN pg_locks h ON h.pid IS NULL AND h.virtualtransaction = x.virtualtransaction
            JOIN pg_locks w ON w.pid = {pid} AND NOT w.granted AND w.relation = h.relation AND w.database = h.database) END AS gid,

@@ -230,6 +230,29 @@ def test_a_key_that_cannot_be_compared_is_refused(database, sql, key_type):
             migration.plan(database, "things", "kind", **given)
 
 
+def test_what_old_rows_break_and_what_will_be_refused_is_said_with_its_cause(database, sql):
+    sql("CREATE DOMAIN letters AS text; CREATE TABLE kinds (kind letters PRIMARY KEY); CREATE FUNCTION fine(int) RETURNS bool IMMUTABLE LANGUAGE sql AS"
+        " 'SELECT true'; CREATE TABLE things (id int PRIMARY KEY, kind letters REFERENCES kinds ON DELETE SET NULL, CONSTRAINT ck CHECK (fine(id)));"
+        " INSERT INTO kinds VALUES ('a'), ('b'); INSERT INTO things SELECT n, 'a' FROM generate_series(1, 9) n")  # fmt: skip
+
+    def found(**given: Any) -> str:
+        return " ".join(
+            f"{each.sentence} {each.way_out}" for each in runbook.draft(database=database, table="things", **given).plan.findings
+        )
+
+    assert "a row of public.kinds that is deleted or changed sets kind to NULL by things_kind_fkey, which is refused" in found(
+        key="kind"
+    )
+    assert "one that comes before stops the cut-over" in found(key="id", **by_range(every=5))
+    sql("CREATE OR REPLACE FUNCTION fine(int) RETURNS bool IMMUTABLE LANGUAGE sql AS 'SELECT false'")
+    assert 'violates check constraint "ck". Correct what it names, the rows' in found(key="kind")
+    sql("ALTER DOMAIN letters ADD CONSTRAINT b_only CHECK (VALUE = 'b') NOT VALID")
+    with pytest.raises(
+        BadInput, match=r'\'a\' is not a value that kind \(public.letters\) can have \(.* "b_only"\): .* the rows that hold it'
+    ):
+        found(key="kind")
+
+
 def test_a_day_has_no_hours(database, sql):
     prepare(sql, "date", f"({DAY})::date")
     with pytest.raises(BadInput, match=r"every is 'hour', which does not fit kind \(date\)"):
