@@ -236,25 +236,26 @@ def in_progress(folder: Path) -> bool:
     return False
 
 
-def _head(runs: Path) -> re.Match[str] | None:
+def head_of(runs: Path) -> re.Match[str] | None:
     head = (runs / "HEAD").read_text(encoding="utf-8", errors="replace") if (runs / "HEAD").is_file() else ""
     return re.fullmatch(r"([0-9a-f]{64})  (.+)/manifest\.json\n([0-9a-f]{64})  index\.html\n", head)
 
 
 def list_of_runs(runs: Path) -> str:
     """The sha256 of index.html as the run that was sealed last left it; empty where that is not known."""
-    match, last = _head(runs), end(runs)
+    match, last = head_of(runs), end(runs)
     return match[3] if match and last and match[2] == last["run"] else ""
 
 
 def end(runs: Path) -> dict[str, str] | None:
     """The run that was sealed last, as HEAD names it: its lines are what `sha256sum -c` reads."""
-    match = _head(runs)
+    match = head_of(runs)
     end = {"run": match[2], "manifest": match[1]} if match else None
     # A run that was killed after its last manifest and before HEAD: it follows the one that HEAD names.
     known = list(manifests(runs)) if match or not (runs / "HEAD").exists() else []
+    alone = sum(manifest["sealed"] for _, manifest, _ in known) == 1
     for folder, manifest, digest in sorted(known, key=lambda each: str(each[1]["ended"])):
-        if manifest["sealed"] and manifest["run"] == folder.name and manifest["previous"] == end and (end or len(known) == 1):
+        if manifest["sealed"] and manifest["run"] == folder.name and manifest["previous"] == end and (end or alone):
             end = {"run": folder.name, "manifest": digest}
     return end
 

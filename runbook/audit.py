@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, list_of_runs, manifests, of, sha256
+from runbook.archive import HALF, PAPERS, STATEMENTS, end, files, head_of, list_of_runs, manifests, of, sha256
 from runbook.database import target
 from runbook.errors import BadInput
 from runbook.ledger import kept
+from runbook.provenance import library
 
 
 def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), sealing: Iterable[str] = ()) -> list[str]:
@@ -48,12 +49,12 @@ def audit(runs: Path, heads: Iterable[str] = (), plans: Iterable[str] = (), seal
             said += _differs(runs, broken, digests, manifest["run"])
             said += _audit_left(runs / broken["run"], broken.get("files"), manifest["run"])
         after, entry = manifest["run"], manifest["previous"]
-    if page := list_of_runs(runs):
-        if (there := runs / "index.html").is_file() and sha256(there) == page:
-            said += [] if said else _audit_list(there, [manifest for _, manifest, _ in found])
-        else:
-            said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
     known, heads, plans, sealing = set(digests.values()), list(heads), set(plans), set(sealing)
+    there, page = runs / "index.html", list_of_runs(runs)
+    if page and not (there.is_file() and sha256(there) == page):
+        said.append(f"index.html was {'changed' if there.exists() else 'removed'}: it is not the one that HEAD names.")
+    elif not said:
+        said += _audit_list(runs, found, set(heads))
     for _, manifest, digest in found:
         if (
             manifest["sealed"]
@@ -96,21 +97,68 @@ def _differs(runs: Path, entry: dict[str, str], digests: dict[str, str], after: 
     return []
 
 
-def _audit_list(page: Path, manifests: list[dict[str, Any]]) -> Iterator[str]:
-    """Whether the list of the runs has those that are there, and says what their manifests do: HEAD vouches for it, and nothing for
-    HEAD's own line of it."""
+def _audit_list(runs: Path, found: list[tuple[Path, dict[str, Any], str]], heads: set[str]) -> Iterator[str]:
+    """Whether the list of the runs says what their manifests do: HEAD vouches for these, and nothing for HEAD's own line of the list.
+
+    What a kill left is no alarm: of a run that was sealed after the one that HEAD names, the list may still lack the end.
+    """
+    from runbook import pages  # takes a while
+
+    page, match, entry = runs / "index.html", head_of(runs), end(runs)
+    sealed = {manifest["run"]: (manifest, digest) for _, manifest, digest in found if manifest["sealed"]}
+    if match and match[2] not in sealed:
+        yield f"HEAD was changed: it names {match[2]}, which did not end."
+        return
+    late: set[str] = set()
+    while match and entry and entry["run"] != match[2]:
+        late.add(entry["run"])
+        entry = sealed[entry["run"]][0]["previous"]
+    written = {run for run, (_, digest) in sealed.items() if digest in heads}  # the ledger is told after the list is
+    for name in ("HEAD", "index.html"):
+        if not (runs / name).exists() and (match or written):
+            yield f"{name} was removed, though {'HEAD' if match else 'the ledger'} names a run that wrote it."
+    if not page.is_file():
+        return
+    if not sealed:
+        yield "index.html was added: no run here came to its end, which writes it."
+        return
     text = page.read_bytes().decode("utf-8", "replace")
-    listed = set(map(unquote, re.findall(r'href="([^"/]*)/manifest\.json"', text)))
-    for run in sorted(listed - {manifest["run"] for manifest in manifests}):
+    rows = {
+        unquote(listed[1]): row
+        for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+        if (listed := re.search(r'href="([^"/]*)/manifest\.json"', row))
+    }
+    gone = sorted(rows.keys() - {manifest["run"] for _, manifest, _ in found})
+    for run in gone:
         yield f"index.html lists {run}, which has no manifest here: it was removed."
-    rows = re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
-    for manifest in filter(lambda each: each["sealed"], manifests):
-        row = next((row for row in rows if f'href="{quote(manifest["run"])}/manifest.json"' in row), "")
-        facts = [manifest.get(name, "") for name in ("table", "operator", "host", "database_user", "approved_by")]
-        said = [*map(html.escape, [*map(str, facts), manifest.get("plan_hash", "")[:12]]), f">{manifest.get('state', '')}</span>"]
-        shown = re.sub(r'href="[^"]*"', "", row)
-        if any(fact not in shown for fact in said):
-            yield f"index.html says another thing of {manifest['run']} than its manifest: it was changed, and HEAD with it."
+    firm = sealed.keys() - (late - written)
+    firm |= {broken["run"] for run in firm for broken in sealed[run][0]["broken_off"]}
+    expected, wrong = [], bool(gone)
+    by = {sealed[run][0].get("versions", {}).get("partition-runbook") for run in (late | {match[2]} if match else sealed)}
+    ours, anew = by == {library("partition-runbook")}, ", and HEAD with it" * bool(match)
+    for folder, manifest, _ in found:
+        said, should = rows.get(manifest["run"], ""), pages.row(folder, manifest)
+        if manifest["run"] not in firm and (not said or _earlier(said, should, manifest["run"])):
+            should = said
+        elif said != should if ours else not _repeats(said, manifest):
+            wrong = True
+            yield f"index.html says another thing of {manifest['run']} than its manifest: it was changed{anew}."
+        expected += [(manifest, should)] if should else []
+    if ours and not wrong and text != pages.listing(expected):
+        yield f"index.html says more than the manifests do: it was changed{anew}."
+
+
+def _earlier(said: str, should: str, run: str) -> bool:
+    """Whether the list may have said this of a run that was not at its end: the same run, and links into its folder only."""
+    tag = rf'</?(?:tr|td|a|span|td data-is="[ \w]*"|span class="(?:running|broken)"|a href="{re.escape(quote(run))}/[^"/]*")>'
+    return said.split("</td>")[:2] == should.split("</td>")[:2] and "<" not in re.sub(tag, "", said)
+
+
+def _repeats(said: str, manifest: dict[str, Any]) -> bool:
+    """Whether the list says what this manifest does, in whatever form another version of the runbook gave it."""
+    facts = [manifest.get(name, "") for name in ("table", "operator", "host", "database_user", "approved_by")]
+    facts = [*map(html.escape, [*map(str, facts), manifest.get("plan_hash", "")[:12]]), f">{manifest.get('state', '')}</span>"]
+    return all(fact in re.sub(r'href="[^"]*"', "", said) for fact in facts)
 
 
 def _audit_left(folder: Path, left: dict[str, str] | None, after: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ ELSEWHERE = "script, link, iframe, object, embed, base, form, meta[http-equiv]"
 FETCHING = ("src", "srcset", "poster", "background", "href", "xlink:href", "action", "data")
 FETCHED = re.compile(r"@import[^;]*;|url\((?!\s*['\"]?(?:data:|#))[^)]*\)", re.IGNORECASE)
 
+COLUMNS = ("Run", "Table", "Database", "Plan", "Who", "Steps took", "Result", "First that failed", "Record")
 INDEX = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Runs</title><style>
@@ -151,17 +153,21 @@ def unlinked(folder: Path) -> dict[Path, str]:
 
 def index(runs: Path) -> Path:
     """Writes runs/index.html: what each run did, who ran it, how long it took, how it ended; the newest first."""
-    names = ("Run", "Table", "Database", "Plan", "Who", "Steps took", "Result", "First that failed", "Record")
-    found = sorted(manifests(runs), key=lambda run: str(run[1].get("begun", "")), reverse=True)
-    rows = [
-        "<tr>"
-        + "".join(f'<td data-is="{name}">{cell}</td>' for name, cell in zip(names, _cells(*run[:2]), strict=True))
-        + "</tr>"
-        for run in found
-    ]
     page = runs / "index.html"
-    write_whole(page, INDEX.format(head="".join(f'<th scope="col">{name}</th>' for name in names), rows="\n".join(rows)))
+    write_whole(page, listing((manifest, row(folder, manifest)) for folder, manifest, _ in manifests(runs)))
     return page
+
+
+def listing(rows: Iterable[tuple[dict[str, Any], str]]) -> str:
+    """The page, of manifests with what it says of each."""
+    found = sorted(rows, key=lambda each: str(each[0].get("begun", "")), reverse=True)
+    return INDEX.format(head="".join(f'<th scope="col">{name}</th>' for name in COLUMNS), rows="\n".join(row for _, row in found))
+
+
+def row(folder: Path, manifest: dict[str, Any]) -> str:
+    """What the list of the runs says of one."""
+    cells = zip(COLUMNS, _cells(folder, manifest), strict=True)
+    return "<tr>" + "".join(f'<td data-is="{name}">{cell}</td>' for name, cell in cells) + "</tr>"
 
 
 def _cells(folder: Path, manifest: dict[str, Any]) -> list[str]:

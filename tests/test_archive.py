@@ -327,6 +327,9 @@ def smuggle(runs: Path, names: list[str]) -> None:
         (lambda runs, names: (runs / "index.html").write_text("all fine"), ["index.html was changed: it is not the one that HEAD names."]),
         (lambda runs, names: shorten(runs), ["HEAD, which names the last run, is missing or cannot be read."]),
         (lambda runs, names: list_other(runs, ">orders</td>", ">others</td>"), ["index.html says another thing of {1} than its manifest: it was changed, and HEAD with it."]),
+        (lambda runs, names: list_other(runs, ">2.5 s<", ">0.1 s<"), [f"index.html says another thing of {{{run}}} than its manifest: it was changed, and HEAD with it." for run in range(3)]),
+        (lambda runs, names: list_other(runs, f"{names[2]}/00_plan.html", "https://example.org/00_plan.html"), ["index.html says another thing of {2} than its manifest: it was changed, and HEAD with it."]),
+        (lambda runs, names: list_other(runs, "</table>", "</table><p>All fine.</p>"), ["index.html says more than the manifests do: it was changed, and HEAD with it."]),
         (lambda runs, names: (runs / "index.html").unlink(), ["index.html was removed: it is not the one that HEAD names."]),
         (lambda runs, names: link(runs / names[1] / "00_plan.html", runs.parent / "elsewhere.html"), ["{1}/00_plan.html was replaced by a link."]),
         (lambda runs, names: (runs / names[1] / "more").symlink_to("/tmp"), ["{1}/more was added."]),
@@ -345,6 +348,37 @@ def test_the_audit_names_what_was_changed_removed_added_or_reordered(
     runs, names, _ = record
     tamper(runs, names)
     assert sorted(audit(runs)) == sorted(sentence.format(*names) for sentence in sentences)
+
+
+def test_the_list_of_the_runs_is_held_to_the_manifests_without_head_too(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run = make(runs)
+    (runs / "HEAD").unlink()  # as after a kill between the two
+    gone = "HEAD was removed, though the ledger names a run that wrote it."
+    assert audit(runs) == [] and audit(runs, [run.head]) == [gone]  # type: ignore[attr-defined]
+    page = runs / "index.html"
+    page.write_text(page.read_text().replace("2.5 s", "0.1 s"))
+    assert audit(runs) == [f"index.html says another thing of {run.folder.name} than its manifest: it was changed."]
+    page.unlink()
+    assert audit(runs) == []
+    second = make(runs)  # goes on from the first, though nothing names that
+    assert second.manifest["previous"]["run"] == run.folder.name and audit(runs) == []
+
+
+def test_the_list_of_the_runs_may_lack_the_end_of_a_run_only_if_the_ledger_does(
+    record: tuple[Path, list[str], list[str]],
+) -> None:
+    """HEAD names the run before the last, as a kill would leave it, and the list shows the last one at work."""
+    runs, names, heads = record
+    page, row = runs / "index.html", f'href="{names[2]}/manifest.json"'
+    lines = [line.replace("failed", "running") if row in line else line for line in page.read_text().splitlines(keepends=True)]
+    page.write_text("".join(lines))
+    (runs / "HEAD").write_text(f"{heads[1]}  {names[1]}/manifest.json\n{sha256(page)}  index.html\n")
+    assert audit(runs) == []
+    changed = f"index.html says another thing of {names[2]} than its manifest: it was changed, and HEAD with it."
+    assert audit(runs, heads) == [changed]
+    page.write_text(page.read_text().replace(f"{names[2]}/03_restore.html", "https://example.org/03_restore.html"))
+    assert audit(runs) == [changed]
 
 
 def test_the_ledger_vouches_for_the_last_run_even_if_the_chain_was_made_anew(
