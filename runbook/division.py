@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from runbook import words
 from runbook.errors import BadInput
 from runbook.facts import Column, Partition, Table
 from runbook.parameters import Parameters, PartitionValue
@@ -64,7 +66,10 @@ def divide(session: Session, given: Parameters, table: Table, key: Column) -> Di
     if sum(partition.bound == "DEFAULT" for partition in found.partitions) > 1:
         raise BadInput("partitions has more than one default partition: keep one.")
     if not found.partitions:
-        raise BadInput(f"{table.name} has no rows to take the partitions from: name them in partitions.")
+        why = "no rows to take the partitions from: name them in partitions"
+        if found.nulls == found.rows > 0:
+            why = f"{words.counted(found.nulls, 'row')}, all with NULL in {key.name}: set null_value to what it becomes, or name partitions"
+        raise BadInput(f"{table.name} has {why}.")
     refuse_too_many(len(found.partitions), table.name, given)
     return found
 
@@ -177,21 +182,26 @@ def _range(session: Session, given: Parameters, table: Table, key: Column) -> Di
         ]
         if each.values:
             finite = sql.SQL("{} AND NOT ({})").format(finite, sql.SQL(" AND ").join([trusted("true"), *within]))
-    extent = session.row("draft.extent", **place, finite=finite if given.every else trusted("true"))
-    if given.every:
+    stepped = given.every != ""
+    extent = session.row("draft.extent", **place, finite=finite if stepped else trusted("true"))
+    if stepped:
         wanted = {**steps(session, given, table.name, key, extent["low"], extent["high"]), **wanted}
     elif given.partitions is None:
         raise BadInput(f'partition_by is "range": say every ({", ".join(FORMS)} or a number), or give partitions their bounds.')
     found = range_bounds(session, wanted, key)
     bounds = [bound for each in found for bound in each.values if bound is not None]
     rows = session.rows("draft.range_counts", **place, bounds=bounds, filled=filled) if bounds else []
-    begin: list[tuple[list[Value], int]] = [(row["lower"] or [None], row["rows"]) for row in rows]
-    sized = [each if each.bound == "DEFAULT" else each.model_copy(
-                 update={"rows": sum(count for lower, count in begin if each.values[0] in lower), "values": ()})
-             for each in found]  # fmt: skip
-    taken = {each.values[0] for each in found if each.bound != "DEFAULT"}
+    at = {bound: number for number, row in enumerate(rows) for bound in row["lower"] or []}
+    sized, homes = [], set()
+    for each in found:
+        low, high = each.values or ("", "")
+        own = range(at.get(low, 0), at.get(high, len(rows))) if each.values else range(0)
+        homes |= {*own}
+        sized.append(each.model_copy(update={"rows": sum(rows[number]["rows"] for number in own), "values": ()}))
     left = {
-        f"from {lower[0]}" if lower[0] else "below the first bound": count for lower, count in begin if taken.isdisjoint(lower)
+        f"from {row['lower'][0]}" if row["lower"] else "below the first bound": row["rows"]
+        for number, row in enumerate(rows)
+        if row["rows"] and number not in homes
     }
     return _settled(sized, extent["rows"], extent["nulls"] if filled is None else 0, None, left)
 
@@ -207,6 +217,10 @@ def range_bounds(session: Session, wanted: Wanted, key: Column) -> list[Partitio
             raise BadInput(
                 f"{name} has {len(values)} bounds: give it two, the first that it takes and the first that it does not."
             )
+        ends = [isinstance(value, str) and value.strip().upper() in ("MINVALUE", "MAXVALUE") for value in values]
+        if any(ends):
+            meant = {name: [None if end else value for end, value in zip(ends, values, strict=True)]}
+            raise BadInput(f"{name} has the bounds {values}: MINVALUE and MAXVALUE are written null, as {json.dumps(meant)}.")
         low, high = (None if value is None else as_key(session, key, value) for value in values)
         text = sql.SQL("FOR VALUES FROM ({}) TO ({})").format(
             sql.SQL("MINVALUE") if low is None else sql.Literal(low), sql.SQL("MAXVALUE") if high is None else sql.Literal(high)
@@ -229,7 +243,7 @@ def steps(
     else:
         raise BadInput(
             f"every is {given.every!r}, which does not fit {key.name} ({key.type}): a date or time takes {', '.join(FORMS)} (hour: a time only), a"
-            " number takes a positive whole number."
+            " number takes a positive whole number. Of other steps partitions gives the bounds."
         )
     return {fit(f"{table}_{row['name']}"): [row["lower"], row["upper"]] for row in rows}
 
@@ -259,7 +273,7 @@ def _place(table: Table, key: Column) -> dict[str, Any]:
 
 
 def _filled(session: Session, given: Parameters, key: Column) -> str | None:
-    return None if given.null_value is None else as_key(session, key, given.null_value)
+    return None if given.null_value is None else as_key(session, key, given.null_value, "null_value")
 
 
 def _is_default(name: str, values: list[PartitionValue] | str) -> bool:
@@ -277,20 +291,20 @@ def _settled(found: list[Partition], rows: int, nulls: int, frequent: Value, lef
     return Division(tuple(found), rows, nulls, frequent, homeless)
 
 
-def as_key(session: Session, key: Column, value: object) -> str:
-    """The value as the key's type prints it; raises BadInput when the type does not take it."""
+def as_key(session: Session, key: Column, value: object, given: str = "partitions") -> str:
+    """The value, which this parameter has, as the key's type prints it; raises BadInput when the type does not take it."""
     if not isinstance(value, str) and session.value("draft.category", type=key.type) == "S":
         raise BadInput(
-            f"{value!r} is no text, and {key.name} ({key.type}) holds text: put it in quotes in partitions. YAML reads no, 007 and 12:30"
+            f"{value!r} is no text, and {key.name} ({key.type}) holds text: put it in quotes in {given}. YAML reads no, 007 and 12:30"
             " as something else."
         )
     try:
         with session.connection.transaction():
             return str(session.value("draft.literal", value=str(value), type=trusted(key.type)))
     except psycopg.DataError:
-        raise BadInput(f"{value!r} is not a value that {key.name} ({key.type}) can have: correct it in partitions.") from None
+        raise BadInput(f"{value!r} is not a value that {key.name} ({key.type}) can have: correct it in {given}.") from None
     except psycopg.IntegrityError as error:  # a domain's check, which old rows may break
         raise BadInput(
-            f"{value!r} is not a value that {key.name} ({key.type}) can have ({error.diag.message_primary}): correct it in partitions;"
+            f"{value!r} is not a value that {key.name} ({key.type}) can have ({error.diag.message_primary}): correct it in {given};"
             " where that does not name it, correct the rows that hold it, or the domain."
         ) from None

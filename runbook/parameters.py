@@ -135,6 +135,8 @@ def _sentences(error: ValidationError) -> list[str]:
             said[name] = f"{name} is not a parameter of any notebook{also}"
             continue
         given, meant = problem["input"], MEANT.get(problem["type"], "").format(**problem.get("ctx", {}))
+        if name == "every":
+            meant = "must be hour, day, week, month, quarter, year or a whole number: write one of these"
         meant = meant or f'{problem["msg"].removeprefix("Value error, ")}: write it as {{"name": ["value"]}}'
         kind = KINDS.get(type(given).__name__, type(given).__name__)
         what, shown = name, "empty" if given is None else f"{_shown(given)} ({kind})"

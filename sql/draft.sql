@@ -35,11 +35,12 @@ SELECT (SELECT {key} FROM ONLY {table} WHERE {key} IS NOT NULL AND {finite} ORDE
        count(*) AS rows, count(*) - count({key}) AS nulls FROM ONLY {table}
 
 -- name: range_counts
--- How many rows lie from each bound, in all the forms that were given (1.0 and 1.00), to the next; NULL: below the first.
+-- How many rows lie from each bound, in all the forms that were given (1.0 and 1.00), to the next, in their order; NULL: below the first.
 WITH given AS (SELECT array_agg(DISTINCT b ORDER BY b) AS bounds FROM (SELECT t::{type} AS b FROM unnest({bounds}::text[]) t) u)
-SELECT CASE WHEN place > 0 THEN ARRAY(SELECT t FROM unnest({bounds}::text[]) t WHERE t::{type} = (SELECT bounds[place] FROM given)) END AS lower, count(*) AS rows
-  FROM (SELECT width_bucket(coalesce({key}, {filled}::{type}), (SELECT bounds FROM given)) AS place
-          FROM ONLY {table} WHERE coalesce({key}, {filled}::{type}) IS NOT NULL) placed GROUP BY place
+SELECT CASE WHEN place > 0 THEN ARRAY(SELECT t FROM unnest({bounds}::text[]) t WHERE t::{type} = (SELECT bounds[place] FROM given)) END AS lower, coalesce(rows, 0) AS rows
+  FROM generate_series(0, (SELECT cardinality(bounds) FROM given)) place
+  LEFT JOIN (SELECT width_bucket(coalesce({key}, {filled}::{type}), (SELECT bounds FROM given)) AS place, count(*) AS rows
+               FROM ONLY {table} WHERE coalesce({key}, {filled}::{type}) IS NOT NULL GROUP BY 1) placed USING (place) ORDER BY place
 
 -- name: category
 -- D: a date or time; N: a number. Of a domain, what its base is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -203,12 +204,17 @@ def test_a_partition_for_null_is_refused_where_rows_are_referenced(database, sql
         (by_range(), "say every"),
         (by_range(every="month"), "does not fit"),
         (by_range(partitions={"a": [1]}), "has 1 bounds"),
-        (by_range(partitions={"a": [1, 40], "b": [30, 90]}), "overlap"),
+        (by_range(partitions={"a": ["minvalue", 40]}), r'written null, as {"a": \[null, 40\]}'),
+        (by_range(partitions={"a": [1, 40], "b": [30, 90]}), "^PostgreSQL refuses.*overlap(?!.*fits no partition)"),
+        (by_range(partitions={"a": [1, 90], "b": [30, 40]}), "^PostgreSQL refuses.*overlap(?!.*fits no partition)"),
         (by_range(partitions={"a": [40, 1]}), "refuses to partition|fits no partition"),
         (by_range(partitions={"a": [1, 40]}), "fits no partition"),
         (by_range(partitions={"a": ["x", 40]}), "is not a value"),
         (by_range(every=1_000_000, partitions={"rest": "default", "more": "default"}), "more than one default"),
         ({"partitions": {"a": [1], "b": [None]}, "null_value": 1}, "only one of them"),
+        ({"null_value": "x"}, "correct it in null_value"),
+        (by_range(every=0), "every is 0, which does not fit"),
+        (by_range(every=1.5), "every is 1.5 .*must be hour, day, .* or a whole number"),
         (by_hash(2000), "more than 1,000"),
     ],
 )
@@ -218,6 +224,25 @@ def test_a_division_that_cannot_be_is_refused_before_anything_is_made(database, 
     with pytest.raises((BadInput, PlanBlocked), match=said):
         migration.plan(database, "things", "kind", **given)
     assert dump(database, "--exclude-schema=runbook*") == before
+
+
+def test_bounds_of_text_are_no_words_for_the_ends(database, sql):
+    prepare(sql, "text", LETTER)
+    for partitions, written in (
+        ({"a": ["MINVALUE", "n"]}, '{"a": [null, "n"]}'),
+        ({"a": ["a", "MaxValue "]}, '{"a": ["a", null]}'),
+    ):
+        with pytest.raises(BadInput, match=re.escape(f"are written null, as {written}")):
+            migration.plan(database, "things", "kind", **by_range(partitions=partitions))
+
+
+def test_rows_that_are_null_in_the_key_are_no_empty_table(database, sql):
+    sql("CREATE TABLE things (id int PRIMARY KEY, kind text)")
+    with pytest.raises(BadInput, match=r"^things has no rows to take the partitions from: name them in partitions\.$"):
+        migration.plan(database, "things", "kind")
+    sql("INSERT INTO things SELECT generate_series(1, 50)")
+    with pytest.raises(BadInput, match=r"^things has 50 rows, all with NULL in kind: set null_value"):
+        migration.plan(database, "things", "kind")
 
 
 @pytest.mark.parametrize("key_type", ["json", "point", "pair"])
