@@ -207,6 +207,11 @@ def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path,
     said = [] if said is None else said
     for entry in sorted(runs.iterdir()):
         if entry.name in HALF:
+            if entry.is_symlink() or entry.is_dir() != (entry.name == BEGUN):
+                said.append(f"{entry.name} was added.")
+            elif left := next(os.walk(entry), None):
+                more = {*left[1], *left[2]} - {"manifest.json", ".manifest.json.part"}
+                said += [f"{entry.name}/{name} was added." for name in sorted(more)]
             continue
         try:
             manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
@@ -220,7 +225,9 @@ def manifests(runs: Path, said: list[str] | None = None) -> Iterator[tuple[Path,
         except NotADirectoryError:
             if entry.name not in ("HEAD", "index.html"):
                 said.append(f"{entry.name} belongs to no run: it was added.")
-        except ValueError:
+            elif entry.is_symlink():
+                said.append(f"{entry.name} was replaced by a link.")
+        except (ValueError, IsADirectoryError):
             said.append(f"{entry.name}/manifest.json was changed: it cannot be read.")
 
 

@@ -260,6 +260,13 @@ def link(path: Path, elsewhere: Path) -> None:
     path.symlink_to(elsewhere)
 
 
+def leave(runs: Path, *names: str) -> None:
+    """What a run that was killed before it had a manifest leaves, and what it does not."""
+    (runs / ".begun.part").mkdir()
+    for name in names:
+        (runs / ".begun.part" / name).write_text("x")
+
+
 def list_other(runs: Path, old: str, new: str) -> None:
     """The list of the runs says another thing, and HEAD vouches for it."""
     page, head = runs / "index.html", runs / "HEAD"
@@ -338,6 +345,12 @@ def smuggle(runs: Path, names: list[str]) -> None:
         (lambda runs, names: twist(runs / names[1], files=[]), UNREADABLE), (lambda runs, names: twist(runs / names[1], steps=[1]), UNREADABLE),
         (lambda runs, names: twist(runs / names[1], previous="x"), UNREADABLE), (lambda runs, names: twist(runs / names[1], broken_off=[1]), UNREADABLE),
         (lambda runs, names: (runs / names[1] / "manifest.json").write_text("[]"), UNREADABLE),
+        (lambda runs, names: link(runs / "HEAD", runs.parent / "elsewhere"), ["HEAD was replaced by a link."]),
+        (lambda runs, names: link(runs / "index.html", runs.parent / "elsewhere"), ["index.html was replaced by a link."]),
+        (lambda runs, names: leave(runs, "certificate.html", "manifest.json", ".manifest.json.part"), [".begun.part/certificate.html was added."]),
+        (lambda runs, names: (runs / ".HEAD.part").mkdir(), [".HEAD.part was added."]),
+        (lambda runs, names: (runs / ".HEAD.part").write_text("x"), []),
+        (lambda runs, names: ((runs / names[1] / "manifest.json").unlink(), (runs / names[1] / "manifest.json").mkdir()), UNREADABLE),
         (lambda runs, names: (runs / names[1] / "manifest.json").write_text("{"),
          ["{1}/manifest.json was changed: it cannot be read."]),
     ],
