@@ -17,6 +17,7 @@ from runbook.errors import BadInput
 from runbook.facts import Column, Partition, Table
 from runbook.parameters import Parameters, PartitionValue
 from runbook.plan import fit
+from runbook.possible import as_key
 from runbook.session import Session
 from runbook.statements import trusted
 
@@ -289,22 +290,3 @@ def _settled(found: list[Partition], rows: int, nulls: int, frequent: Value, lef
         total, homeless = sum(left.values()), ()
         found = [each.model_copy(update={"rows": total}) if each.bound == "DEFAULT" else each for each in found]
     return Division(tuple(found), rows, nulls, frequent, homeless)
-
-
-def as_key(session: Session, key: Column, value: object, given: str = "partitions") -> str:
-    """The value, which this parameter has, as the key's type prints it; raises BadInput when the type does not take it."""
-    if not isinstance(value, str) and session.value("draft.category", type=key.type) == "S":
-        raise BadInput(
-            f"{value!r} is no text, and {key.name} ({key.type}) holds text: put it in quotes in {given}. YAML reads no, 007 and 12:30"
-            " as something else."
-        )
-    try:
-        with session.connection.transaction():
-            return str(session.value("draft.literal", value=str(value), type=trusted(key.type)))
-    except psycopg.DataError:
-        raise BadInput(f"{value!r} is not a value that {key.name} ({key.type}) can have: correct it in {given}.") from None
-    except psycopg.IntegrityError as error:  # a domain's check, which old rows may break
-        raise BadInput(
-            f"{value!r} is not a value that {key.name} ({key.type}) can have ({error.diag.message_primary}): correct it in {given};"
-            " where that does not name it, correct the rows that hold it, or the domain."
-        ) from None

@@ -11,12 +11,13 @@ from psycopg import sql
 
 from runbook import advice, asked, catalog, drift, findings, ledger, locks, matviews, partition, repair
 from runbook.database import Database, target
-from runbook.division import MOST, as_key, divide
+from runbook.division import MOST, divide
 from runbook.errors import BadInput, PlanBlocked, PlanOutdated
 from runbook.facts import Finding, Named
 from runbook.overview import strip
 from runbook.parameters import Parameters, forget, resolve
 from runbook.plan import Plan, fit, stored
+from runbook.possible import as_key
 from runbook.provenance import operator
 from runbook.session import Session
 from runbook.statements import closed_schema, statement, trusted

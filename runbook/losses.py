@@ -285,8 +285,7 @@ def refuse_renamed(run: Run, session: Session, again: str = "then run 90_rollbac
 
 
 def refuse(run: Run, session: Session) -> None:
-    """Raises PromiseBroken when the table has gained, lost or changed columns, or its owner, since the cut-over: the original has not. And
-    where a partition is neither in it nor out of it: its rows would be dropped with the table, and nobody saw them."""
+    """Raises PromiseBroken where columns or owner differ from the original's, or a half detached partition's rows would go unseen."""
     if pending := half_detached(session, session.value("verify.oid", root=spelled(run.plan.source))):
         raise PromiseBroken(f"{pending} Then run 90_rollback again.")
     swapping.refuse_owner(run, session)

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import psycopg
 
-from runbook.facts import Finding, Named
+from runbook.errors import BadInput
+from runbook.facts import Column, Finding, Named
 from runbook.plan import Plan, identifiers
 from runbook.session import Session
 from runbook.statements import spelled, trusted
@@ -160,3 +161,22 @@ def rewritten(session: Session, plan: Plan) -> Iterator[Finding]:
             " keys are not known to what keeps them unique yet, so that the statement can be refused (23505), or a value stays taken.",
             'Let it write to the row for which it fires only, or make it FOR EACH STATEMENT; or choose unique = "per_partition".',
         )  # fmt: skip
+
+
+def as_key(session: Session, key: Column, value: object, given: str = "partitions") -> str:
+    """The value, which this parameter has, as the key's type prints it; raises BadInput when the type does not take it."""
+    if not isinstance(value, str) and session.value("draft.category", type=key.type) == "S":
+        raise BadInput(
+            f"{value!r} is no text, and {key.name} ({key.type}) holds text: put it in quotes in {given}. YAML reads no, 007 and 12:30"
+            " as something else."
+        )
+    try:
+        with session.connection.transaction():
+            return str(session.value("draft.literal", value=str(value), type=trusted(key.type)))
+    except psycopg.DataError:
+        raise BadInput(f"{value!r} is not a value that {key.name} ({key.type}) can have: correct it in {given}.") from None
+    except psycopg.IntegrityError as error:  # a domain's check, which old rows may break
+        raise BadInput(
+            f"{value!r} is not a value that {key.name} ({key.type}) can have ({error.diag.message_primary}): correct it in {given};"
+            " where that does not name it, correct the rows that hold it, or the domain."
+        ) from None
