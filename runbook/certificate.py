@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
 from collections import Counter
 from html import escape
 from typing import Any
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 from psycopg.conninfo import make_conninfo
@@ -16,6 +18,7 @@ from runbook import verify
 from runbook.archive import Run as Record
 from runbook.archive import write_whole
 from runbook.ledger import NOTEBOOKS, Run
+from runbook.pages import unlinked
 from runbook.redaction import redact, redacted
 from runbook.words import counted
 
@@ -33,6 +36,8 @@ PAGE = """<!DOCTYPE html>
  @media print {{ pre {{ font-size: .6em }} summary {{ display: none }} details::details-content {{ content-visibility: visible; block-size: auto }} }}
  @media (max-width: 700px) {{ th, td {{ display: block }} td {{ margin-bottom: .5em }} }}
 </style></head><body>
+<nav><a href="../index.html">All runs</a></nav>
+<main>
 <h1>{title}</h1>
 <p>{verdict}</p>
 <table>{facts}</table>
@@ -48,6 +53,7 @@ PAGE = """<!DOCTYPE html>
 <p>The notebooks', with the sha256 of each. <code>manifest.json</code> has these, and those of the evidence, the promises and this page;
  the next run and the ledger name the manifest.</p>
 <table>{files}</table>
+</main>
 </body></html>
 """
 UNSPEAKABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # a name may have it, XML may not
@@ -92,6 +98,8 @@ def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify
         "Runbook": f"{said['versions']['partition-runbook'] or 'unknown'}, {where}, sha256 of its SQL {said['sql'][:12]}, Python {said['versions']['python']}",
     }  # fmt: skip
     quoted = shlex.quote(redact(address, record.secrets))
+    pages = unlinked(record.folder, "certificate.html")  # as they will be when the record is sealed
+    files = said["files"] | {page.name: hashlib.sha256(text.encode()).hexdigest() for page, text in pages.items()}
     return PAGE.format(
         title=escape(f"Certificate of {run.plan.full_name}, partitioned by {run.plan.key}"),
         verdict=escape(verdict),
@@ -99,7 +107,7 @@ def _page(record: Record, run: Run, whole: dict[str, Any], promises: list[verify
         promises="\n".join(_section(number, each, quoted) for number, each in enumerate(promises, 1)),
         actions=_rows((f"{each['step']}, {each['action']}", _told(each)) for each in whole["actions"]),
         findings=_rows((f"{each['level']}: {each['object']}", each["sentence"]) for each in plan["findings"]),
-        files=_rows((name, digest) for name, digest in sorted(record.manifest["files"].items())),
+        files="\n".join(f'<tr><th scope="row">{_linked(name)}</th><td>{files[name]}</td></tr>' for name in sorted(files)),
     )
 
 
@@ -138,6 +146,11 @@ def _section(number: int, promise: verify.Promise, address: str) -> str:
 def _told(action: dict[str, Any]) -> str:
     at = action["started_at"][:19].replace("T", " ")
     return f"{at} UTC, {action['operator']}: {action['sentence'] or ''} ({action['state']})"
+
+
+def _linked(name: str) -> str:
+    """The name of a file; a page's leads to it."""
+    return f'<a href="{quote(name)}">{escape(name)}</a>' if name.endswith(".html") else escape(name)
 
 
 def _rows(pairs: Any) -> str:

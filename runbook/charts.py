@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from runbook.ledger import Evidence, Run
 
@@ -75,6 +76,8 @@ def _draw(title: str, unit: str, names: Sequence[object], *sides: Bars, beside: 
     axes.set(ylim=(max(lines, 1) * height, -0.05), axisbelow=True)
     axes.set_xlabel(unit, fontsize=8)
     axes.xaxis.set_major_formatter("{x:,.6g}")
+    if unit == "rows":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#e5e7eb")

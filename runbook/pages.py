@@ -19,7 +19,8 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
 {% block html_head_css %}<style>
- :root { --jp-mirror-editor-comment-color: #2f6b6b; --jp-mirror-editor-number-color: #006600 }
+ :root { --jp-mirror-editor-comment-color: #2f6b6b; --jp-mirror-editor-number-color: #006600;
+  --jp-mirror-editor-operator-color: #8a10d8 }
  .jp-OutputArea-output { overflow-x: auto }
  @media screen { /* a shadow where a table goes on beyond the edge */
   .jp-OutputArea-output { background: linear-gradient(90deg, #fff 30%, #fff0), linear-gradient(270deg, #fff 30%, #fff0) 100% 0,
@@ -31,6 +32,8 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
  .jp-RenderedHTMLCommon pre { font-family: monospace } summary { cursor: pointer }
  .jp-RenderedHTMLCommon img, .jp-RenderedImage img { max-width: 100%; height: auto }
  .failed { margin: 1em; padding: 1em; border-left: 6px solid #b00020; background: #fdecee; font: 16px/1.5 sans-serif }
+ nav { margin: 1em; font: 16px/1.5 sans-serif } nav a { margin-right: 1em; color: #00459e; text-decoration: underline }
+ nav a:not([href]) { display: none }
  .failed a { color: #00459e; text-decoration: underline }
  @media (max-width: 600px) { .jp-InputPrompt, .jp-OutputPrompt { display: none } .jp-Notebook { padding: 4px } }
  @media print { /* paper does not scroll */
@@ -45,7 +48,7 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 </style>{% endblock %}
 {% block data_png scoped %}{% set alt = output | get_metadata("alt", "image/png") %}{{
  super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ' if alt else "<img ", 1) }}{% endblock %}
-{% block body_header %}{{ super() }}{{ nb.metadata.get("failed_banner", "") }}{% endblock %}"""
+{% block body_header %}{{ super() }}<nav><a href="../index.html">All runs</a><a href="certificate.html">Certificate</a></nav>{{ nb.metadata.get("failed_banner", "") }}{% endblock %}"""
 ELSEWHERE = "script, link, iframe, object, embed, base, form, meta[http-equiv]"
 FETCHING = ("src", "srcset", "poster", "background", "href", "xlink:href", "action", "data")
 FETCHED = re.compile(r"@import[^;]*;|url\((?!\s*['\"]?(?:data:|#))[^)]*\)", re.IGNORECASE)
@@ -65,11 +68,11 @@ INDEX = """<!DOCTYPE html>
   td {{ display: block; border: 0; padding: .1em .4em }} td:empty {{ display: none }}
   td::before {{ content: attr(data-is) ": "; color: #555 }}
  }}
-</style></head><body><h1>Runs</h1>
+</style></head><body><main><h1>Runs</h1>
 <table><thead><tr>{head}</tr></thead><tbody>
 {rows}
 </tbody></table>
-<p>This page only repeats what the manifests say; <code>runbook audit</code> checks them.</p>
+<p>This page only repeats what the manifests say; <code>runbook audit</code> checks them.</p></main>
 </body></html>
 """
 
@@ -138,13 +141,15 @@ def _begun(manifest: dict[str, Any]) -> str:
     return f"{manifest.get('begun', '')[:19].replace('T', ' ')} UTC"
 
 
-def unlinked(folder: Path) -> dict[Path, str]:
-    """The pages with links to notebooks that this run did not come to, and what is to stand there: of these links only the words."""
+def unlinked(folder: Path, coming: str = "") -> dict[Path, str]:
+    """The pages with links to notebooks that this run did not come to, and what is to stand there: of these links only the words.
+
+    The page that is `coming` is taken for there."""
     found = {}
     for page in folder.glob("*.html"):
         text = before = page.read_text(encoding="utf-8")
         for name in set(re.findall(r'<a href="([\w.-]+\.html)"', text)):
-            if not (folder / name).is_file():
+            if name != coming and not (folder / name).is_file():
                 text = text.replace(f'<a href="{name}"', "<a")
         if text != before:
             found[page] = text

@@ -218,7 +218,9 @@ def bring_up(server: Server) -> None:
             _launch(server)
             launched, since = True, time.monotonic()
         if now - told > 2:
-            print(f"Waiting for the embedded server, {now - begun:.0f} s: {server.log(1)}", file=sys.stderr)
+            print(
+                ": ".join(filter(None, [f"Waiting for the embedded server, {now - begun:.0f} s", server.log(1)])), file=sys.stderr
+            )
             told = now
         time.sleep(0.05)
     if Path(data) != server.data:

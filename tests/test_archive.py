@@ -539,6 +539,17 @@ def test_the_title_of_a_page_names_the_table_and_the_runs_time(tmp_path: Path) -
     assert f"<title>00_plan: &lt;orders&gt;, {begun} UTC</title>" in kept.folder.joinpath("00_plan.html").read_text()
 
 
+def test_a_page_leads_to_the_list_of_the_runs_and_to_the_certificate_where_there_is_one(tmp_path: Path) -> None:
+    run = Run.begin(tmp_path / "runs", "users", {})
+    page = run.start("00_plan.ipynb").with_suffix(".html")
+    run.add(executed(page.with_suffix(".ipynb")))
+    assert '<nav><a href="../index.html">All runs</a><a href="certificate.html">' in page.read_text()
+    run.seal()
+    assert '<nav><a href="../index.html">All runs</a><a>' in page.read_text()
+    assert "<main>" in page.read_text() and "<main>" in (tmp_path / "runs" / "index.html").read_text()
+    assert audit(tmp_path / "runs") == []
+
+
 def test_the_index_lists_every_run_with_what_failed_first(tmp_path: Path) -> None:
     good, bad = make(tmp_path / "runs"), make(tmp_path / "runs", "<orders>", error="orders has 3 rows & more")
     text = index(tmp_path / "runs").read_text()

@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from nbformat.v4 import new_markdown_cell
 from psycopg.conninfo import conninfo_to_dict
 
 from runbook import certificate, ledger, verify
@@ -33,7 +34,9 @@ Made = tuple[str, Migration, Path]
 def record(runs: Path, migration: Migration) -> Path:
     """The record of a run of 06, sealed."""
     made = Run.begin(runs, "users", {"table": "users"}, server="PostgreSQL", database_user="postgres")
-    made.add(executed(made.start("06_verify.ipynb")))
+    made.add(
+        executed(made.start("06_verify.ipynb"), new_markdown_cell("[on](07_application.ipynb)"))
+    )  # to which it does not come
     certificate.write(made, migration)
     made.seal()
     return made.folder
@@ -65,6 +68,7 @@ def test_the_certificate_names_every_promise_with_what_was_seen_who_and_by_which
     assert len(promises) - len(tried) == (2 if migration.plan.server_version == 14 else 0)
     assert f"{len(tried)} promises hold, 0 are broken, {len(promises) - len(tried)} could not be tried." in page
     assert not re.search(r"<script|<link|https?://", page)
+    assert set(re.findall(r'href="(.*?)"', page)) == {"../index.html", "06_verify.html"}
     assert (
         "on users_admins, users_doctors, users_patients: unique in each partition, no longer in the whole table (email)" in page
     ), "what was given up is said"

@@ -12,6 +12,7 @@ from base64 import b64decode
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import psycopg
 import pytest
 
@@ -444,6 +445,11 @@ def draw(run: Run) -> None:
             assert b64decode(data["image/png"]).startswith(b"\x89PNG")
             assert shown["image/png"]["alt"] == data["text/plain"] == picture.words
     assert all(str(name) in pictures[0].words for name in rows["name"][:40])
+
+
+def test_no_axis_counts_parts_of_a_row() -> None:
+    picture = charts.rows_per_partition(pd.DataFrame({"name": ["a", "b"], "rows": [0, 1]}))
+    assert all(at == round(at) for at in picture.axes[0].get_xticks())
 
 
 @pytest.mark.long
