@@ -79,7 +79,7 @@ def test_an_installed_wheel_works_from_another_folder(wheel: Path, elsewhere: Pa
     assert str(tmp_path) in said(tmp_path, elsewhere, "-c", "import runbook; print(runbook.__file__)")
     assert "to_regclass('runbook.migration')" in said(tmp_path, elsewhere, "-c", ASKED)
     runbook = elsewhere.with_name("runbook")
-    assert "version 0.1.0" in said(tmp_path, runbook, "--version")
+    assert "version 0.2.0" in said(tmp_path, runbook, "--version")
     assert "00_plan           done" in said(tmp_path, runbook, "run", "--reset", "--users", "3", "--to", "plan")
     assert (tmp_path / "runs" / "index.html").is_file()
 
