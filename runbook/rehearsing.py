@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Set as AbstractSet
 
 from runbook.errors import AlreadyRunning, OutOfOrder
@@ -20,7 +21,7 @@ def lock(oid: int, purpose: str = "runbook") -> dict[str, Value]:
 
 def begin(session: Session, oid: int, table: str) -> None:
     """Hold the table for a rehearsal, as long as this connection lives; raises AlreadyRunning beside another one."""
-    if not session.value("ledger.claim", **lock(oid, REHEARSAL)):
+    while not session.value("ledger.claim", **lock(oid, REHEARSAL)):
         refuse(session, oid, table)
     os.environ[RUNS_IN] = str(session.pid)
 
@@ -31,13 +32,18 @@ def end() -> None:
 
 
 def refuse(session: Session, oid: int, table: str) -> None:
-    """Raises AlreadyRunning while a rehearsal of the table is under way that this process is no part of."""
-    for holder in session.rows("ledger.claimant", **lock(oid, REHEARSAL)):
-        if str(holder["pid"]) != os.environ.get(RUNS_IN):
+    """Raises AlreadyRunning while a rehearsal of the table is under way that this process is no part of; one that died a moment ago
+    is given the time in which the server notices."""
+    end = time.monotonic() + 3
+    while holders := [
+        row for row in session.rows("ledger.claimant", **lock(oid, REHEARSAL)) if str(row["pid"]) != os.environ.get(RUNS_IN)
+    ]:
+        if time.monotonic() > end:
             raise AlreadyRunning(
-                f"A rehearsal of {table} is under way: a session of {holder['user']} (pid {holder['pid']}, since {holder['since']}). At its end it"
-                " takes back whatever is open. Wait for it; if its machine is gone, end that session."
+                f"A rehearsal of {table} is under way: a session of {holders[0]['user']} (pid {holders[0]['pid']}, since {holders[0]['since']})."
+                " At its end it takes back whatever is open. Wait for it; if its machine is gone, end that session."
             )
+        time.sleep(0.05)
 
 
 def refuse_approved(step: str, done: AbstractSet[str], table: str) -> None:
