@@ -242,7 +242,8 @@ def test_the_same_command_goes_on_after_it_could_not_attach(forward, clinic, sql
     assert sql("SELECT obj_description('users_nurses'::regclass)") == [(None,)]
 
 
-@pytest.mark.parametrize("end", [migration.BACK, pytest.param(migration.END, marks=pytest.mark.long)], ids=["back", "end"])
+@pytest.mark.long
+@pytest.mark.parametrize("end", [migration.BACK, migration.END], ids=["back", "end"])
 def test_what_it_made_and_could_not_attach_goes_with_the_migration(forward, clinic, sql, end):
     run = forward()
     verify.check(run)

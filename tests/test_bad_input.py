@@ -372,7 +372,10 @@ def test_a_command_that_cannot_be_meant(untouched: str, tmp_path: Path, words: l
         ("table: no\nkey: role", "table is False (yes/no)"),
         ("table: users\nkey: 012", "key is 10 (number)"),
         ("table:", "table is empty, but must be text: give it one, or leave it out."),
-        ("table: users\nevery: 2026-01-01", "every is 2026-01-01 (date), but must be text: put it in quotes."),
+        (
+            "table: users\nevery: 2026-01-01",
+            "every is 2026-01-01 (date), but must be hour, day, week, month, quarter, year or a whole number",
+        ),
         (
             "table: users\npartitions: {a: [[user]]}",
             "A value of a in partitions is ['user'] (list), but must be text or a number",

@@ -180,6 +180,7 @@ def test_an_interrupted_run_leaves_the_truth_and_goes_on(clinic: str, sql: Sql, 
     assert command("audit", str(tmp_path), "--database", clinic).exit_code == 0
 
 
+@pytest.mark.long
 def test_a_ctrl_c_before_the_first_notebook_is_told_as_one(tmp_path: Path) -> None:
     words = [str(Path(sys.executable).with_name("runbook")), "status"]
     with open(tmp_path / "lock", "a") as held:
@@ -243,7 +244,8 @@ def test_a_failure_of_the_record_itself_is_not_told_as_success(
     assert manifest["result"] == "00_plan stopped: OSError: No space left on device"
 
 
-@pytest.mark.parametrize("ends", ["| true", *(pytest.param(each, marks=pytest.mark.long) for each in ("2>&-", "<&- >&- 2>&-"))])
+@pytest.mark.long
+@pytest.mark.parametrize("ends", ["| true", "2>&-", "<&- >&- 2>&-"])
 def test_whoever_does_not_read_stops_no_work(clinic: str, tmp_path: Path, ends: str) -> None:
     program = Path(sys.executable).with_name("runbook")
     words = [program, "run", "-f", CLINIC_FILE, "--database", clinic, "--out", tmp_path / "runs", "--to", "backup"]
@@ -253,6 +255,7 @@ def test_whoever_does_not_read_stops_no_work(clinic: str, tmp_path: Path, ends: 
     assert (manifest["state"], manifest["sealed"], len(manifest["steps"])) == ("completed", True, 2)
 
 
+@pytest.mark.long
 def test_what_is_interrupted_while_it_is_sealed_is_told_all_the_same(
     clinic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

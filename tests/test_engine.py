@@ -152,6 +152,7 @@ def test_a_cell_that_raises_has_failed_and_later_cells_are_pending(tmp_path: Pat
     assert_quiet(capfd)
 
 
+@pytest.mark.long
 def test_a_cell_that_runs_into_its_timeout_has_failed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,10 +264,9 @@ def test_what_kernels_are_forked_from_can_be_killed(tmp_path: Path) -> None:
 WORK = "import time\ntry:\n    time.sleep(60)\nfinally:\n    print('34 of 80 ranges are done')"
 
 
-@pytest.mark.parametrize("how", [pytest.param("started", marks=pytest.mark.long), "forked"])
-@pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGINT, "KeyboardInterrupt"), pytest.param(signal.SIGTERM, "Terminated", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["started", "forked"])
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")])
 def test_an_interrupted_process_leaves_a_true_record_with_the_kernels_last_words(
     tmp_path: Path, number: signal.Signals, name: str, how: str
 ) -> None:

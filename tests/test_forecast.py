@@ -209,6 +209,7 @@ def test_the_disk_that_is_needed_is_held_against_what_is_free(clinic: str) -> No
         assert said in forecast.sentence({**facts, "free_bytes": free})
 
 
+@pytest.mark.long
 def test_many_partitions_are_counted_and_so_are_the_locks_that_they_take(database: str, sql: Sql) -> None:
     """Most of a small index is its first pages; and each look-up without the key locks every one of them."""
     sql("CREATE TABLE t (id int PRIMARY KEY, k text NOT NULL, v int); CREATE INDEX ON t (v); CREATE INDEX ON t (k, v);"

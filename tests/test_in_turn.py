@@ -24,7 +24,8 @@ def ended(run: Run) -> None:
     migration.walk(run, migration.END)
 
 
-@pytest.mark.parametrize("legacy", ["fill", pytest.param("strict", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("legacy", ["fill", "strict"])
 def test_the_earlier_one_goes_back_when_the_later_one_has(clinic, sql, legacy):
     before = left(clinic)
     users = migration.forward(clinic, legacy_inserts=legacy)

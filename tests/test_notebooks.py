@@ -257,6 +257,7 @@ print(shell.user_ns["x"])"""
     assert (done.stdout, done.stderr) == ("global\n", "")
 
 
+@pytest.mark.long
 def test_what_was_open_is_none_any_more_when_the_next_is_refused(clinic: str) -> None:
     """Else later cells would go on with it: elsewhere, or by what was just refused."""
     migration.plan(clinic)

@@ -47,6 +47,7 @@ def test_the_strip_says_what_is_done_and_links_each_step(clinic: str, monkeypatc
         assert f'<a href="{name}.ipynb">' in page
 
 
+@pytest.mark.long
 def test_what_comes_next_and_what_undo_costs_follow_the_ledger(clinic: str, sql: Sql) -> None:
     run = migration.plan(clinic)
     assert repr(run.next()) == "Next: 01_backup. Undo now (90_rollback): nothing; only the ledger was written."
