@@ -105,6 +105,7 @@ def test_whoever_waits_for_it_is_seen_and_nobody_else(clinic: str) -> None:
     assert "The longest statement seen that writes to public.users or to what references it ran for" in waits
 
 
+@pytest.mark.long
 def test_nobody_else_begins_or_goes_back_while_a_rehearsal_is_under_way(clinic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And once an approval is in the ledger, which no rehearsal gives, it takes nothing back."""
     run = plan(clinic)
