@@ -264,7 +264,7 @@ def loose(run: Run, session: Session) -> list[tuple[str, str, str]]:
     what a run that died left; a key that somebody made NOT VALID is none of ours."""
     plan = run.plan
     own = (plan.table.schema_name, plan.table.name)
-    strict = {key.place for key in (*plan.references, *plan.selves) if not key.definition.endswith("NOT VALID")}
+    strict = {key.place for key in (*plan.references, *plan.selves) if not key.definition.endswith(("NOT VALID", "NOT ENFORCED"))}
     strict |= {(*own, key.name) for key in plan.outgoing if key.validated}
     strict |= {
         (row["schema"], row["table"], row["name"]) for row in session.rows("additions.stood_aside", migration=run.migration)

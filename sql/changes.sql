@@ -33,7 +33,7 @@ BEGIN
   END IF;
   RETURN NULL;
 END $$;
--- TRUNCATE has no rows: a marker of NULLs stands for all of them. ROW(…) IS NULL looks at them, and not at what is in a composite one.
+-- TRUNCATE has no rows: a marker of NULLs stands for all of them. ROW(...) IS NULL looks at them, and not at what is in a composite one.
 CREATE FUNCTION {truncate_function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   IF TG_ARGV[0] = 'back' THEN

@@ -152,7 +152,7 @@ SELECT format('No row of %s has a key without its %s', {table_text}, {role_text}
                OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass({reference_text}) AND conname = {check_text} AND convalidated) AS required,
                (SELECT count(*) FROM pg_trigger WHERE tgrelid = to_regclass({reference_text}) AND tgname = ANY ({triggers}::text[]) AND tgenabled = 'A')
                = cardinality({triggers}::text[]) AND NOT EXISTS (
-                 SELECT FROM pg_partition_tree({reference_text}) p WHERE p.isleaf AND p.level > 0 AND cardinality({triggers}::text[]) > (
+                 SELECT FROM pg_partition_tree(to_regclass({reference_text})) p WHERE p.isleaf AND p.level > 0 AND cardinality({triggers}::text[]) > (
                    SELECT count(*) FROM pg_trigger WHERE tgrelid = p.relid AND tgname = ANY ({triggers}::text[])
                       -- before 16 a partition that came by hand has them, but not ALWAYS
                       AND (tgenabled = 'A' OR tgenabled = 'O' AND current_setting('server_version_num')::int < 160000))) AS helped) w

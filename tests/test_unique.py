@@ -133,7 +133,9 @@ def test_what_was_emptied_is_free_again(clinic, sql, guarded):
 
 @pytest.mark.long
 def test_a_guard_that_was_switched_off_breaks_a_promise(clinic, sql, guarded):
-    trigger = sql("SELECT tgname FROM pg_trigger WHERE tgrelid = 'users'::regclass AND tgname LIKE '%email%keep' LIMIT 1")[0][0]
+    trigger = sql(
+        "SELECT quote_ident(tgname) FROM pg_trigger WHERE tgrelid = 'users'::regclass AND tgname LIKE '%email%keep' LIMIT 1"
+    )[0][0]
     sql(
         f"ALTER TABLE users_doctors DISABLE TRIGGER {trigger}; {insert('unguarded@x', 'doctor')}; ALTER TABLE users_doctors ENABLE ALWAYS TRIGGER {trigger}"
     )
